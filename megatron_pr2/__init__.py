@@ -1,0 +1,3 @@
+"""Predictive Routing Replay for Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,193 @@
+"""RouteTable: the experts that every token of one sequence took, in every MoE layer.
+
+Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E experts.
+
+Scope: one table per sequence, in host memory, as compact as the ids allow (design decision 6). Row ``t`` belongs to *input*
+token ``t``. The last sampled token was never an input, so an engine returns one row fewer than there are tokens; that row is
+present here and marked invalid. A row that is not valid is never replayed: the live router decides (design decision 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_pr2.errors import RouteError
+
+
+def expert_dtype(num_experts: int) -> np.dtype:
+    """Smallest unsigned dtype that holds every expert id: uint8 up to 256 experts, else uint16.
+
+    Raises:
+        RouteError: ``num_experts`` is not in [1, 65536].
+    """
+    if not 1 <= num_experts <= 1 << 16:
+        raise RouteError(f"num_experts={num_experts}: expected 1..65536; route tables hold at most 16-bit expert ids")
+    return np.dtype(np.uint8 if num_experts <= 1 << 8 else np.uint16)
+
+
+def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
+    """Which rows can be replayed: every id in [0, E) and, in every layer, K different ids.
+
+    With K > 1 an all-zero layer is a row of duplicates. With K = 1 zero may be a real choice; a layer that sends *every* token
+    of a sequence of at least 32 to expert 0 while another layer does not is taken for a layer that the engine did not fill.
+
+    Args:
+        experts_TLK: [T, L, K] integer ids, any signed or unsigned dtype.
+        num_experts: E.
+
+    Returns:
+        [T] bool.
+    """
+    tokens, layers, topk = experts_TLK.shape
+    in_range = ((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2))
+    if topk > 1:
+        ordered = np.sort(experts_TLK, axis=2)
+        return in_range & (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
+    zero_layers = (experts_TLK == 0).all(axis=(0, 2))
+    if tokens >= 32 and num_experts > 1 and layers > 1 and zero_layers.any() and not zero_layers.all():
+        return np.zeros(tokens, dtype=bool)
+    return in_range
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Routes of one sequence.
+
+    Attributes:
+        experts: [T, L, K] uint8 or uint16, ids in the order of the engine's top-k. Rows that are not valid hold zeros.
+        valid: [T] bool; False where the live router has to decide.
+        num_experts: E, for checks on the way.
+    """
+
+    experts: npt.NDArray[np.unsignedinteger]
+    valid: npt.NDArray[np.bool_]
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if self.experts.ndim != 3 or self.valid.shape != self.experts.shape[:1]:
+            raise RouteError(
+                f"RouteTable: experts {self.experts.shape} and valid {self.valid.shape}; expected [T, L, K] and [T]"
+            )
+        if self.experts.dtype != expert_dtype(self.num_experts):
+            raise RouteError(
+                f"RouteTable: experts are {self.experts.dtype}; {self.num_experts} experts need {expert_dtype(self.num_experts)}"
+            )
+        if self.valid.dtype != np.bool_:
+            raise RouteError(f"RouteTable: valid is {self.valid.dtype}; expected bool")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.experts.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def topk(self) -> int:
+        return self.experts.shape[2]
+
+    @property
+    def num_missing(self) -> int:
+        """Rows that the live router will decide, the last sampled token included."""
+        return int(self.valid.size - np.count_nonzero(self.valid))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire: ids plus one validity bit per token."""
+        return self.experts.nbytes + (self.num_tokens + 7) // 8
+
+    @classmethod
+    def from_ids(cls, ids_TLK: npt.NDArray[np.integer], num_experts: int) -> RouteTable:
+        """Validates and compacts ids of the MoE layers; invalid rows are marked and zeroed, never replayed.
+
+        Args:
+            ids_TLK: [T, L, K] integer ids, one row per token.
+            num_experts: E.
+        """
+        if ids_TLK.ndim != 3 or not np.issubdtype(ids_TLK.dtype, np.integer):
+            raise RouteError(f"routes: got {ids_TLK.dtype}{list(ids_TLK.shape)}; expected integers [tokens, moe_layers, topk]")
+        valid = row_validity(ids_TLK, num_experts)
+        experts = np.zeros(ids_TLK.shape, dtype=expert_dtype(num_experts))
+        experts[valid] = ids_TLK[valid]
+        return cls(experts, valid, num_experts)
+
+    @classmethod
+    def from_engine(
+        cls,
+        rows: npt.NDArray[np.integer],
+        *,
+        num_tokens: int,
+        moe_layers: Sequence[int],
+        num_hidden_layers: int,
+        topk: int,
+        num_experts: int,
+        where: str = "response",
+    ) -> RouteTable:
+        """Table from what a rollout engine returned for all hidden layers and every input token.
+
+        Args:
+            rows: [num_tokens - 1, num_hidden_layers, K] integers; row i belongs to input token i.
+            num_tokens: prompt + generated tokens.
+            moe_layers: 0-based indices of the MoE layers among the hidden layers, ascending.
+            num_hidden_layers: hidden layers of the model, dense ones included.
+            topk: K.
+            num_experts: E.
+            where: named in the error.
+
+        Raises:
+            RouteError: a wrong number of rows, layers or ids per row.
+        """
+        expected = (num_tokens - 1, num_hidden_layers, topk)
+        if rows.shape != expected:
+            raise RouteError(
+                f"{where}: engine returned routes of shape {list(rows.shape)}, expected {list(expected)} "
+                f"(prompt+generated-1 rows, hidden layers, top-k); check that engine and actor run the same model"
+            )
+        ids = np.full((num_tokens, len(moe_layers), topk), -1, dtype=np.int32)
+        ids[:-1] = rows[:, np.asarray(moe_layers, dtype=np.int64), :]
+        return cls.from_ids(ids, num_experts)
+
+    @classmethod
+    def missing(cls, num_tokens: int, num_layers: int, topk: int, num_experts: int) -> RouteTable:
+        """A table without a single valid row."""
+        return cls(
+            np.zeros((num_tokens, num_layers, topk), dtype=expert_dtype(num_experts)),
+            np.zeros(num_tokens, dtype=bool),
+            num_experts,
+        )
+
+    def encode(self) -> bytes:
+        """Compact, self-describing bytes (little-endian header of five uint32, ids, packed validity bits)."""
+        header = np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")
+        ids = self.experts.astype(self.experts.dtype.newbyteorder("<"), copy=False)
+        return header.tobytes() + ids.tobytes() + np.packbits(self.valid).tobytes()
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RouteTable:
+        """Inverse of :meth:`encode`.
+
+        Raises:
+            RouteError: the payload is truncated, too long or contradicts its own header.
+        """
+        if len(payload) < 20:
+            raise RouteError(f"route payload of {len(payload)} bytes is shorter than its 20-byte header")
+        tokens, layers, topk, num_experts, itemsize = (int(v) for v in np.frombuffer(payload, dtype="<u4", count=5))
+        dtype = expert_dtype(num_experts)
+        ids_bytes, bits_bytes = tokens * layers * topk * dtype.itemsize, (tokens + 7) // 8
+        if itemsize != dtype.itemsize or len(payload) != 20 + ids_bytes + bits_bytes:
+            raise RouteError(
+                f"route payload of {len(payload)} bytes does not match its header: "
+                f"[{tokens}, {layers}, {topk}] of {num_experts} experts needs {20 + ids_bytes + bits_bytes} bytes"
+            )
+        ids = np.frombuffer(payload, dtype=dtype.newbyteorder("<"), count=tokens * layers * topk, offset=20)
+        bits = np.frombuffer(payload, dtype=np.uint8, count=bits_bytes, offset=20 + ids_bytes)
+        valid = np.unpackbits(bits, count=tokens).astype(bool)
+        table = cls(ids.reshape(tokens, layers, topk).astype(dtype, copy=False), valid, num_experts)
+        if not row_validity(table.experts[valid], num_experts).all():
+            raise RouteError("route payload marks rows as valid that hold duplicate or out-of-range expert ids")
+        return table
