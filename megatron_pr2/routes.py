@@ -22,10 +22,10 @@ def expert_dtype(num_experts: int) -> np.dtype:
     """Smallest unsigned dtype that holds every expert id: uint8 up to 256 experts, else uint16.
 
     Raises:
-        RouteError: ``num_experts`` is not in [1, 65536].
+        RouteError: ``num_experts`` is not in [1, 32768] (on the device ids are int16, torch cannot index with uint16).
     """
-    if not 1 <= num_experts <= 1 << 16:
-        raise RouteError(f"num_experts={num_experts}: expected 1..65536; route tables hold at most 16-bit expert ids")
+    if not 1 <= num_experts <= 1 << 15:
+        raise RouteError(f"num_experts={num_experts}: expected 1..32768; route tables hold at most 15-bit expert ids")
     return np.dtype(np.uint8 if num_experts <= 1 << 8 else np.uint16)
 
 

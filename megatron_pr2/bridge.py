@@ -1,0 +1,220 @@
+"""Hugging Face checkpoints <-> Megatron-Core models, on top of mbridge.
+
+mbridge owns the mapping of names and layouts. This module adds what its 0.15.1 release does not do: configs of Transformers 5,
+dense layers of Qwen MoE models, the routing settings that mbridge leaves out or gets wrong, and a check that every tensor of
+the checkpoint has a place in the model. Router modules stay Megatron's own ``TopKRouter``.
+
+All functions that take a bridge are collective: every rank calls them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_pr2 import host
+from megatron_pr2.errors import CheckpointError, ConfigError
+from megatron_pr2.hf_files import TensorIndex, write_checkpoint
+from megatron_pr2.rollout.base import ModelShape
+
+logger = logging.getLogger(__name__)
+
+# Tensors that a checkpoint may hold and the decoder does not: cached rotary frequencies of old releases.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def model_shape(hf_config: Any) -> ModelShape:
+    """What engines and routers have to know of a model, from its Hugging Face config (Qwen MoE, Mixtral, DeepSeek, GLM MoE).
+
+    Raises:
+        ConfigError: the model has no routed experts, or no layer that uses them.
+    """
+    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    experts = next(
+        (
+            int(value)
+            for name in ("num_experts", "num_local_experts", "n_routed_experts")
+            if (value := getattr(config, name, None))
+        ),
+        0,
+    )
+    topk = getattr(config, "num_experts_per_tok", None)
+    layers = int(config.num_hidden_layers)
+    moe_layers = tuple(index for index in range(layers) if experts and _is_moe_layer(config, index))
+    if not experts or not topk or not moe_layers:
+        raise ConfigError(
+            f"model_type={config.model_type!r} is not a mixture-of-experts model "
+            f"(routed experts: {experts}, top-k: {topk}, MoE layers: {len(moe_layers)}); replay needs a model with a router"
+        )
+    return ModelShape(layers, moe_layers, experts, int(topk), int(config.vocab_size))
+
+
+def _is_moe_layer(config: Any, index: int) -> bool:
+    """The rule of the model's own code in Transformers; ``index`` is 0-based."""
+    if index in (getattr(config, "mlp_only_layers", None) or ()):
+        return False
+    if index < (getattr(config, "first_k_dense_replace", None) or 0):
+        return False
+    frequency = getattr(config, "moe_layer_freq", None) or 1
+    if isinstance(frequency, list | tuple):
+        return bool(frequency[index])
+    return (index + 1) % (getattr(config, "decoder_sparse_step", None) or 1) == 0 and index % frequency == 0
+
+
+def load_model(
+    hf_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    wrap_with_ddp: bool = True,
+    ddp_config: Mapping[str, Any] | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+    require_moe: bool = True,
+) -> tuple[Any, list[torch.nn.Module]]:
+    """Builds this rank's part of the model in the current parallel state and fills it from a Hugging Face directory.
+
+    Args:
+        hf_path: directory with config.json and safetensors files.
+        dtype: of the parameters.
+        wrap_with_ddp: wrap each chunk in Megatron's DistributedDataParallel.
+        ddp_config: fields of DistributedDataParallelConfig; mbridge's defaults are ``grad_reduce_in_fp32=True`` and
+            ``use_distributed_optimizer=True``.
+        extra_config: fields of TransformerConfig that override the bridge's (recompute, dispatcher, dropout, ...).
+        require_moe: refuse models without routed experts.
+
+    Returns:
+        The bridge and the model chunks (one, or one per virtual pipeline stage).
+
+    Raises:
+        ConfigError: no such directory, a model type or a setting that the bridge does not know, a model without experts, or a
+            checkpoint whose tensors do not match the model.
+    """
+    path = Path(hf_path)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: no config.json; expected a Hugging Face model directory")
+    bridge = _make_bridge(path, dtype, dict(extra_config or {}), require_moe)
+    # mbridge prints (parameter counts); a library must not.
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        chunks = bridge.get_model(
+            wrap_with_ddp=wrap_with_ddp,
+            fp16=dtype is torch.float16,
+            bf16=dtype is torch.bfloat16,
+            ddp_config=dict(ddp_config or {}),
+        )
+    for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
+        logger.debug("mbridge: %s", line)
+    _check_names(bridge, chunks, path)
+    with torch.no_grad():
+        bridge.load_weights(chunks, str(path))
+    return bridge, chunks
+
+
+def export_weights(bridge: Any, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, full tensor) of every parameter, on every rank, each name once. Collective: consume it everywhere.
+
+    Tensors may alias the model's parameters: copy what must survive the next update.
+    """
+    seen: set[str] = set()
+    with torch.no_grad():
+        for name, tensor in bridge.export_weights(chunks):
+            # Tied embeddings exist on the first and on the last pipeline stage.
+            if name not in seen:
+                seen.add(name)
+                yield name, tensor.detach()
+
+
+def save_hf(
+    bridge: Any,
+    chunks: list[torch.nn.Module],
+    path: str | Path,
+    tokenizer_from: str | Path | None = None,
+    *,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Writes a complete Hugging Face directory and puts it in place at once; a failure leaves what was there whole.
+
+    Args:
+        path: directory to create or replace.
+        tokenizer_from: directory whose tokenizer, chat template and generation config are copied, or None.
+        max_shard_bytes: upper limit of one safetensors file (a larger tensor gets its own).
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 could not write.
+    """
+    weights = ((name, tensor.cpu()) for name, tensor in export_weights(bridge, chunks))
+    error: str | None = None
+    if dist.get_rank() == 0:
+        config = copy.deepcopy(bridge.source_config)
+        config.dtype = bridge.dtype
+        try:
+            write_checkpoint(Path(path), weights, config, tokenizer_from, max_shard_bytes)
+        except Exception as failure:
+            logger.exception("saving to %s failed", path)
+            error = f"{type(failure).__name__}: {failure}"
+    # Runs empty on rank 0 unless it failed: the export is collective, and the other ranks are still in it.
+    for _ in weights:
+        pass
+    outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(f"{path}: the checkpoint could not be written ({outcome[0]}); what was there is unchanged")
+
+
+def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_moe: bool) -> Any:
+    from transformers import AutoConfig
+
+    from megatron_pr2.bridge_models import adapted_bridge_class, bridge_config, config_overrides
+
+    source = AutoConfig.from_pretrained(str(path))
+    try:
+        shape = model_shape(source)
+    except ConfigError as error:
+        if require_moe:
+            raise ConfigError(f"{path}: {error}") from None
+        shape = None
+    config = bridge_config(source)
+    overrides = config_overrides(config, shape)
+    if host.is_enabled():
+        overrides.update(host.config_overrides())
+    overrides.update(extra)
+    bridge_class = adapted_bridge_class(source.model_type, overrides)
+    bridge = bridge_class(config, dtype=dtype)
+    bridge.source_config = source
+    if host.is_enabled():
+        host.adapt_config(bridge.config)
+    return bridge
+
+
+def _check_names(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
+    """Every tensor that the model needs is in the checkpoint, and every tensor of the checkpoint has a place in the model."""
+    mine = {
+        name
+        for chunk in chunks
+        for key in bridge._weight_name_mapping_mcore_local_to_global(chunk).values()
+        for name in bridge._weight_name_mapping_mcore_to_hf(key)
+    }
+    everyone: list[set[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    needed = set().union(*(names for names in everyone if names))
+    present = set(TensorIndex(path).names())
+    tied = getattr(bridge.hf_config, "tie_word_embeddings", False)
+    missing = sorted(needed - present)
+    unused = sorted(
+        name
+        for name in present - needed
+        if not _IGNORED.search(name) and not (tied and name == "lm_head.weight") and not bridge.is_extra_weight(name)
+    )
+    for kind, names in (("lacks", missing), ("has, unknown to the model,", unused)):
+        if names:
+            raise ConfigError(
+                f"{path}: the checkpoint {kind} {len(names)} tensors, first {names[:4]}; "
+                f"check that config.json and weights belong together (model_type={bridge.hf_config.model_type!r})"
+            )

@@ -1,0 +1,116 @@
+"""PR2Config: what is replayed and what predicts it; two orthogonal switches and four presets (design decision 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from megatron_pr2.errors import ConfigError
+
+ROUTES = ("live", "actor", "engine")
+PREDICTORS = ("none", "learned")
+TARGETS = ("post", "delta")
+
+PRESETS: dict[str, dict[str, str]] = {
+    "grpo": {"routes": "live", "predictor": "none"},
+    "r2": {"routes": "actor", "predictor": "none"},
+    "r3": {"routes": "engine", "predictor": "none"},
+    "pr2": {"routes": "engine", "predictor": "learned"},
+}
+
+
+@dataclass(frozen=True)
+class PR2Config:
+    """Settings of predictive routing replay.
+
+    Attributes:
+        routes: "live" (nothing is replayed), "actor" (recorded in the old-log-prob pass) or "engine" (returned by the rollout
+            engine).
+        predictor: "none", or "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's drift).
+        target: what the predictor matches: "post" = KL(rho_theta || q_hat), "delta" = KL of the softmax of the logit change.
+        alpha: the predictor's learning rate is alpha times the policy's current one.
+        betas, eps: the predictor's Adam.
+        sample_fraction: share of the loss-bearing tokens of each sequence whose router inputs are kept as features, in (0, 1].
+        feature_bytes: byte budget of the features on this rank; whole sequences are dropped (and counted) beyond it.
+        feature_device: "device" keeps features where they were computed, "cpu" in host memory.
+        max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
+        strict: raise RouteError above max_missing_share; otherwise log a warning and count.
+        include_mtp: replay the routers of multi-token-prediction heads as well (not supported by rollout engines: must be False).
+        seed: seeds the choice of sampled tokens.
+    """
+
+    routes: str = "engine"
+    predictor: str = "learned"
+    target: str = "post"
+    alpha: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    sample_fraction: float = 0.125
+    feature_bytes: int = 4 << 30
+    feature_device: str = "device"
+    max_missing_share: float = 0.02
+    strict: bool = True
+    include_mtp: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("routes", self.routes, ROUTES)
+        _one_of("predictor", self.predictor, PREDICTORS)
+        _one_of("target", self.target, TARGETS)
+        _one_of("feature_device", self.feature_device, ("device", "cpu"))
+        if self.predictor != "none" and self.routes == "live":
+            raise ConfigError(
+                f"pr2.predictor={self.predictor!r} contradicts pr2.routes='live': a prediction that nothing replays has no effect; "
+                "use routes=engine (or actor), or predictor=none"
+            )
+        if self.include_mtp:
+            raise ConfigError("pr2.include_mtp=True: rollout engines return no routes for MTP heads; set it to False")
+        _in_range("alpha", self.alpha, 0.0, None)
+        _in_range("eps", self.eps, 0.0, None)
+        _in_range("max_missing_share", self.max_missing_share, 0.0, 1.0)
+        if not 0.0 < self.sample_fraction <= 1.0:
+            raise ConfigError(f"pr2.sample_fraction={self.sample_fraction}: expected a share in (0, 1]")
+        if self.feature_bytes < 0:
+            raise ConfigError(f"pr2.feature_bytes={self.feature_bytes}: expected a number of bytes >= 0")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"pr2.betas={self.betas}: expected two numbers in [0, 1)")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> PR2Config:
+        """Config of a named method: grpo, r2, r3 or pr2, which differ in `routes` and `predictor` only.
+
+        Raises:
+            ConfigError: unknown preset or setting.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PR2Config:
+        """Config from plain values; unknown keys are refused by name."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown pr2 setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        values = {**values, **({"betas": tuple(values["betas"])} if "betas" in values else {})}
+        return replace(cls(), **values)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the training passes replay routes."""
+        return self.routes != "live"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a predictor is trained."""
+        return self.predictor == "learned"
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"pr2.{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def _in_range(name: str, value: float, low: float, high: float | None) -> None:
+    if not value >= low or (high is not None and value > high):
+        raise ConfigError(f"pr2.{name}={value}: expected a number in [{low}, {'inf' if high is None else high}]")

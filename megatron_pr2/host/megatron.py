@@ -1,0 +1,70 @@
+"""The few places where Megatron-Core 0.16 itself assumes a GPU or Transformer Engine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from megatron_pr2.host import cuda
+from megatron_pr2.host.patches import PatchSet
+
+
+def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """maybe_move_tensor_to_cpu for tensors that are there already: Megatron's own leaves as_numpy out then."""
+    return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _communicate_shapes(self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+    """P2PCommunicator._communicate_shapes in the order of its unbatched sends and receives."""
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    sent = {
+        "tensor_send_prev": tensor_send_prev,
+        "tensor_send_next": tensor_send_next,
+    }
+    shapes = {name: None if tensor is None else torch.tensor(tensor.shape) for name, tensor in sent.items()}
+    received = {
+        "tensor_recv_prev": torch.zeros(3, dtype=torch.int64) if recv_prev else None,
+        "tensor_recv_next": torch.zeros(3, dtype=torch.int64) if recv_next else None,
+    }
+    requests = p2p._p2p_ops(
+        **shapes,
+        **received,
+        group=self.pp_group,
+        prev_pipeline_rank=self.prev_rank,
+        next_pipeline_rank=self.next_rank,
+    )
+    for request in requests.values():
+        request.wait()
+    return tuple([0, 0, 0] if tensor is None else tensor.tolist() for tensor in received.values())
+
+
+def patch_megatron(patches: PatchSet) -> None:
+    """Applies everything of this module."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    router = importlib.import_module("megatron.core.transformer.moe.router")
+    shared_experts = importlib.import_module("megatron.core.transformer.moe.shared_experts")
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+
+    # These two go to torch.cuda.default_generators, which is empty without a driver.
+    patches.set(random, "_get_cuda_rng_state", cuda.get_rng_state)
+    patches.set(random, "_set_cuda_rng_state", cuda.set_rng_state)
+    # Used without Transformer Engine, but defined only with it (megatron-core 0.16.1); None selects torch.mm.
+    patches.set(moe_utils, "te_general_gemm", None)
+    # all_to_all needs its split sizes as numbers, not as tensors.
+    for module in (moe_utils, dispatcher):
+        patches.set(module, "maybe_move_tensor_to_cpu", _to_cpu)
+    # Both are created on first use and kept on the class; undoing must drop the host's streams.
+    patches.set(dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None)
+    patches.set(shared_experts.SharedExpertMLP, "stream", None)
+    # Compiled with torch.compile at import; the host runs it as it is, a compiler is not required.
+    compiled = router.TopKRouter._apply_expert_bias
+    patches.set(router.TopKRouter, "_apply_expert_bias", getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    # gloo matches messages between two ranks by order alone. With two pipeline stages the previous and the next rank are
+    # one, and a batch of sends and receives pairs activations with gradients: under an interleaved schedule the gradients
+    # are corrupt and nothing fails. The unbatched functions order them by the parity of the rank.
+    patches.set(p2p, "_batched_p2p_ops", lambda **kwargs: list(p2p._p2p_ops(**kwargs).values()))
+    patches.set(p2p.P2PCommunicator, "_communicate_shapes", _communicate_shapes)

@@ -1,0 +1,121 @@
+"""Switching the host on and off, and the settings that it needs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+from megatron_pr2.errors import ConfigError
+from megatron_pr2.host.cuda import patch_cuda
+from megatron_pr2.host.patches import PatchSet
+from megatron_pr2.host.vision import make_torchvision_importable
+
+logger = logging.getLogger(__name__)
+
+# What Megatron-Core says on import and construction about packages and settings that mean nothing without a GPU.
+_NOISE = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "When using sequence parallelism it is recommended to set the environment variable",
+    "When using async grad allreduce it is recommended to set the environment variable",
+)
+
+_active: PatchSet | None = None
+_filters: list[Any] | None = None
+
+
+def is_enabled() -> bool:
+    """Whether this process runs Megatron-Core on the host."""
+    return _active is not None
+
+
+def enable() -> None:
+    """Makes unmodified Megatron-Core run on the CPU of this process. Calling it again changes nothing.
+
+    Call it before a model is built; modules imported earlier are fine.
+
+    Raises:
+        ConfigError: CUDA is available. Megatron-Core runs there as it is.
+    """
+    global _active, _filters
+    if _active is not None:
+        return
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "host.enable(): CUDA is available; Megatron-Core runs on it as it is. "
+            "Set CUDA_VISIBLE_DEVICES= (empty) to use the CPU on purpose"
+        )
+    saved_filters = list(warnings.filters)
+    patches = PatchSet()
+    try:
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=f".*{message}.*")
+        make_torchvision_importable()
+        # Imported here and not above: what they import of Megatron warns on import.
+        from megatron_pr2.host.megatron import patch_megatron
+        from megatron_pr2.host.spec import patch_specs
+
+        patch_cuda(patches)
+        patch_megatron(patches)
+        patch_specs(patches)
+    except BaseException:
+        patches.undo()
+        warnings.filters[:] = saved_filters  # type: ignore[index]
+        raise
+    _active, _filters = patches, saved_filters
+    logger.info("Megatron-Core runs on the CPU of this process (gloo, plain torch modules)")
+
+
+def disable() -> None:
+    """Undoes :func:`enable` exactly. Models that were built in between must not be used any more."""
+    global _active, _filters
+    if _active is None:
+        return
+    _active.undo()
+    if _filters is not None:
+        warnings.filters[:] = _filters  # type: ignore[index]
+    _active = _filters = None
+
+
+def config_overrides() -> dict[str, Any]:
+    """Fields of TransformerConfig that have only one right value on the host: parameters on the CPU, no fused kernels."""
+    return {
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "cross_entropy_loss_fusion": False,
+        "moe_permute_fusion": False,
+        "moe_router_fusion": False,
+        # Overlap needs streams, and on one stream it only reorders.
+        "moe_shared_expert_overlap": False,
+        "batch_p2p_comm": False,
+    }
+
+
+def adapt_config(config: Any) -> Any:
+    """Sets the host's fields on a TransformerConfig in place and returns it.
+
+    Raises:
+        ConfigError: the config asks for what a CPU does not have (FP8, FP4, a flex dispatcher, CUDA graphs).
+    """
+    impossible = {
+        "fp8": (config.fp8, None),
+        "fp4": (getattr(config, "fp4", None), None),
+        "cuda_graph_impl": (getattr(config, "cuda_graph_impl", "none"), "none"),
+        "tp_comm_overlap": (config.tp_comm_overlap, False),
+    }
+    for name, (value, expected) in impossible.items():
+        if value != expected:
+            raise ConfigError(f"{name}={value!r} needs a GPU; expected {expected!r} on the host")
+    if config.num_moe_experts and config.moe_token_dispatcher_type == "flex":
+        raise ConfigError("moe_token_dispatcher_type='flex' needs a GPU; use 'alltoall' or 'allgather' on the host")
+    for name, value in config_overrides().items():
+        setattr(config, name, value)
+    return config

@@ -1,0 +1,132 @@
+"""Which token lives in which row on which rank: pure functions, one rule per kind of parallelism.
+
+A router sees its input as rows [S, B, H], flattened row-major. A TokenGrid says for every row of that input which position of
+which sequence it holds. A layout starts from the grid of the whole micro-batch (`padded` or `packed`) and applies the rules in
+the order in which Megatron-Core cuts the tokens: context parallelism first, sequence parallelism on what is left.
+Pipeline parallelism cuts layers, not tokens: `moe_layer_indices` numbers the layers globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_pr2.errors import ConfigError
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Sequence id and position of every row of a router's input; both are -1 where the row is padding.
+
+    Attributes:
+        sequence: [S, B] int64.
+        position: [S, B] int64, 0-based within the sequence (prompt first).
+    """
+
+    sequence: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.sequence.shape != self.position.shape or self.sequence.ndim != 2:
+            raise ConfigError(
+                f"TokenGrid: sequence {self.sequence.shape} and position {self.position.shape}; expected equal [S, B]"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the router's input, padding included."""
+        return self.sequence.size
+
+    def rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(sequence, position) of each row in the router's row order, [S * B] each."""
+        return self.sequence.reshape(-1), self.position.reshape(-1)
+
+
+def padded(sequence_ids: Sequence[int], lengths: Sequence[int], padded_length: int) -> TokenGrid:
+    """Grid of a right-padded batch: one column per sequence.
+
+    Raises:
+        ConfigError: a sequence is longer than `padded_length`.
+    """
+    if lengths and max(lengths) > padded_length:
+        raise ConfigError(f"padded micro-batch: longest sequence has {max(lengths)} tokens, padded_length is {padded_length}")
+    position = np.arange(padded_length, dtype=np.int64)[:, None].repeat(len(sequence_ids), axis=1)
+    real = position < np.asarray(lengths, dtype=np.int64)[None, :]
+    sequence = np.broadcast_to(np.asarray(sequence_ids, dtype=np.int64)[None, :], position.shape)
+    return TokenGrid(np.where(real, sequence, PADDING), np.where(real, position, PADDING))
+
+
+def packed(sequence_ids: Sequence[int], lengths: Sequence[int], padded_lengths: Sequence[int] | None = None) -> TokenGrid:
+    """Grid of sequences packed one after the other on one token axis ([T, 1]), each padded to its own `padded_lengths`."""
+    slots = list(lengths if padded_lengths is None else padded_lengths)
+    columns = [padded([s], [n], slot) for s, n, slot in zip(sequence_ids, lengths, slots, strict=True)]
+    if not columns:
+        empty = np.zeros((0, 1), dtype=np.int64)
+        return TokenGrid(empty, empty)
+    return TokenGrid(np.concatenate([c.sequence for c in columns]), np.concatenate([c.position for c in columns]))
+
+
+def _zigzag(length: int, cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
+    """Rows of one padded sequence on one context-parallel rank: chunks r and 2*cp-1-r of 2*cp."""
+    if length % (2 * cp_size):
+        raise ConfigError(
+            f"context parallelism: padded length {length} is not a multiple of 2 * context_parallel_size = {2 * cp_size}"
+        )
+    chunk = length // (2 * cp_size)
+    rows = np.arange(length, dtype=np.int64).reshape(2 * cp_size, chunk)
+    return np.concatenate([rows[cp_rank], rows[2 * cp_size - 1 - cp_rank]]) if chunk else rows[0]
+
+
+def context_parallel(
+    grid: TokenGrid, cp_size: int, cp_rank: int, padded_lengths: Sequence[int] | None = None
+) -> TokenGrid:
+    """Rows that one context-parallel rank holds (zigzag); for a packed grid every sequence is cut on its own.
+
+    Args:
+        padded_lengths: of the packed sequences; None for a padded batch.
+
+    Raises:
+        ConfigError: a padded length is not a multiple of 2 * cp_size.
+    """
+    if cp_size == 1:
+        return grid
+    if padded_lengths is None:
+        index = _zigzag(grid.sequence.shape[0], cp_size, cp_rank)
+    else:
+        starts = np.cumsum([0, *padded_lengths])[:-1]
+        parts = [start + _zigzag(n, cp_size, cp_rank) for start, n in zip(starts, padded_lengths, strict=True)]
+        index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return TokenGrid(grid.sequence[index], grid.position[index])
+
+
+def sequence_parallel(grid: TokenGrid, tp_size: int, tp_rank: int) -> TokenGrid:
+    """Contiguous share of the token axis that one tensor-parallel rank holds under sequence parallelism.
+
+    Raises:
+        ConfigError: the token axis is not a multiple of tp_size.
+    """
+    if tp_size == 1:
+        return grid
+    length = grid.sequence.shape[0]
+    if length % tp_size:
+        raise ConfigError(f"sequence parallelism: {length} rows are not a multiple of tensor_model_parallel_size = {tp_size}")
+    share = slice(tp_rank * length // tp_size, (tp_rank + 1) * length // tp_size)
+    return TokenGrid(grid.sequence[share], grid.position[share])
+
+
+def moe_layer_indices(num_layers: int, moe_layer_freq: int | Sequence[int]) -> tuple[int, ...]:
+    """0-based indices of the MoE layers among all decoder layers, from Megatron-Core's `moe_layer_freq`.
+
+    Raises:
+        ConfigError: a list of another length than `num_layers`.
+    """
+    if isinstance(moe_layer_freq, int):
+        return tuple(i for i in range(num_layers) if i % moe_layer_freq == 0)
+    if len(moe_layer_freq) != num_layers:
+        raise ConfigError(f"moe_layer_freq has {len(moe_layer_freq)} entries, num_layers is {num_layers}; expected equal")
+    return tuple(i for i, is_moe in enumerate(moe_layer_freq) if is_moe)

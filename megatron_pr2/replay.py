@@ -1,0 +1,334 @@
+"""ReplaySession: routes follow the micro-batch, forward and in recomputation (design decision 4).
+
+Shape suffixes: T rows of a router's input on this rank, L local MoE layers, K top-k, E experts.
+
+Scope: one pass over some micro-batches. Lifecycle: `with session:` binds the routers; before a chunk runs a micro-batch forward,
+`begin` sets that chunk's forward cursor; when the gradient arrives at the chunk's output, a hook sets its backward cursor, which
+activation recomputation (code that runs inside autograd's backward) uses. 1F1B, interleaved and recomputed schedules need nothing
+else. On exit the routers are released whatever happened, and, if nothing was raised, every (micro-batch, layer) must have been
+seen exactly once forward and at most once in recomputation.
+Missing rows: the live router's own top-k decides for that row; padding and the last token of a sequence have no route.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_pr2.errors import ReplayError
+from megatron_pr2.layout import TokenGrid
+from megatron_pr2.router import PredictiveTopKRouter, TopK, select_experts
+from megatron_pr2.routes import RouteTable, expert_dtype
+from megatron_pr2.sites import RouterSite, unwrapped
+
+MODES = ("live", "record", "replay")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch as this rank's routers see it.
+
+    Attributes:
+        key: identifies it within a pass.
+        grid: which token every row of the routers' input holds on this rank.
+    """
+
+    key: Hashable
+    grid: TokenGrid
+
+
+@dataclass
+class BoundMicroBatch:
+    """A micro-batch with what its routers need, on the device.
+
+    Attributes:
+        routes_LTK: compact ids of the local layers, or None when nothing is replayed.
+        missing: rows [M] that the live router decides, or None if there is none.
+        recorded: ids [T, K] per local layer, filled while recording.
+    """
+
+    micro_batch: MicroBatch
+    routes_LTK: Tensor | None
+    missing: Tensor | None
+    recorded: dict[int, Tensor]
+
+
+Observer = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], None]
+
+
+def gather_routes(
+    grid: TokenGrid, tables: Mapping[int, RouteTable], columns: Sequence[int], topk: int, num_experts: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Routes of the rows of a grid from per-sequence tables.
+
+    Args:
+        columns: the L axis of the tables that this rank computes.
+
+    Returns:
+        [L, T, K] compact ids, and [T] bool: which rows hold a valid route.
+
+    Raises:
+        ReplayError: a sequence of the grid has no table, or a table is too short.
+    """
+    sequence, position = grid.rows()
+    ids = np.zeros((len(columns), grid.num_rows, topk), dtype=expert_dtype(num_experts))
+    valid = np.zeros(grid.num_rows, dtype=bool)
+    for sid in np.unique(sequence[sequence >= 0]):
+        table = tables.get(int(sid))
+        if table is None:
+            raise ReplayError(f"sequence {sid} has no route table on this rank; pass it to begin_rollout() before replaying it")
+        (rows,) = np.nonzero(sequence == sid)
+        positions = position[rows]
+        if positions.max(initial=0) >= table.num_tokens:
+            raise ReplayError(
+                f"sequence {sid}: position {positions.max()} is outside its route table of {table.num_tokens} tokens"
+            )
+        ids[:, rows] = table.experts[positions][:, list(columns)].transpose(1, 0, 2)
+        valid[rows] = table.valid[positions]
+    return ids, valid
+
+
+class _SiteControl:
+    """The session's hand on one router."""
+
+    def __init__(self, session: ReplaySession, site: RouterSite) -> None:
+        self._session, self._site = session, site
+        self._predicted: Tensor | None = None
+
+    def observe(self, router: PredictiveTopKRouter, hidden: Tensor, logits: Tensor) -> None:
+        """Shows the gate to the session's observer, once per micro-batch: not again when it is recomputed."""
+        bound, recomputing = self._session.current(self._site)
+        if recomputing:
+            return
+        with torch.no_grad():
+            h_TH, p_TE = hidden.detach().reshape(-1, hidden.shape[-1]), logits.detach().reshape(-1, logits.shape[-1])
+            self._predicted = self._session.predict(self._site, h_TH, p_TE)
+            if self._session.observer is not None:
+                self._session.observer(self._site, bound, h_TH, p_TE)
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
+    ) -> tuple[Tensor, Tensor]:
+        bound, recomputing = self._session.current(self._site)
+        self._session.count(self._site, bound, recomputing)
+        rows = bound.micro_batch.grid.num_rows
+        if scores.shape[0] != rows:
+            raise ReplayError(
+                f"layer {self._site.layer}, micro-batch {bound.micro_batch.key!r}: the router sees {scores.shape[0]} rows, the "
+                f"micro-batch's grid has {rows}; the layout given to PR2 is not the one that the model runs"
+            )
+        if recomputing and self._site.local in bound.recorded:
+            # What was live in the forward pass must be taken again, whatever the recomputed logits say.
+            ids = bound.recorded[self._site.local].long()
+            return scores.gather(1, ids), ids
+        if bound.routes_LTK is None:
+            if self._predicted is None:
+                chosen, ids = default_compute_topk(scores, topk, num_groups, group_topk)
+            else:
+                ids = self._predicted
+                chosen = scores.gather(1, ids)
+            if self._session.mode == "record":
+                bound.recorded[self._site.local] = ids.to(self._session.id_dtype)
+            return chosen, ids
+        ids = bound.routes_LTK[self._site.local].long()
+        if bound.missing is not None:
+            # Group-limited selection needs all rows; otherwise only the missing ones are computed.
+            if group_topk:
+                live = default_compute_topk(scores, topk, num_groups, group_topk)[1].index_select(0, bound.missing)
+            else:
+                live = default_compute_topk(scores.index_select(0, bound.missing), topk, num_groups, group_topk)[1]
+            ids.index_copy_(0, bound.missing, live)
+        return scores.gather(1, ids), ids
+
+
+class ReplaySession:
+    """One pass in which routes are replayed, recorded or merely observed."""
+
+    def __init__(
+        self,
+        sites: Sequence[RouterSite],
+        chunks: Sequence[torch.nn.Module],
+        micro_batches: Sequence[MicroBatch],
+        *,
+        mode: str,
+        tables: Mapping[int, RouteTable] | None = None,
+        observer: Observer | None = None,
+        predict: Callable[[RouterSite, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Args:
+        sites, chunks: this rank's routers and the model chunks that they live in.
+        micro_batches: every micro-batch of the pass; keys must differ.
+        mode: "live", "record" or "replay".
+        tables: routes per sequence, for "replay".
+        observer: sees (site, micro-batch, h [T, H], p [T, E]) once per forward.
+        predict: while recording, logits by which the routes are chosen instead of the live ones.
+        """
+        if mode not in MODES:
+            raise ReplayError(f"replay mode {mode!r}: expected one of {', '.join(MODES)}")
+        self.mode, self.observer = mode, observer
+        self._sites, self._predict = list(sites), predict
+        self._chunk_of = {id(unwrapped(chunk)): index for index, chunk in enumerate(chunks)}
+        self._micro_batches = list(micro_batches)
+        self._tables = tables or {}
+        self._bound: dict[Hashable, BoundMicroBatch] = {}
+        self._forward: dict[int, BoundMicroBatch] = {}
+        self._backward: dict[int, BoundMicroBatch] = {}
+        self._seen: Counter[tuple[Hashable, int, bool]] = Counter()
+        self.missing_rows = 0
+        self.replayed_rows = 0
+        self.id_dtype = torch.uint8
+        if len({mb.key for mb in self._micro_batches}) != len(self._micro_batches):
+            raise ReplayError("two micro-batches of one pass have the same key; keys must differ")
+
+    def __enter__(self) -> ReplaySession:
+        for site in self._sites:
+            site.router.set_control(_SiteControl(self, site))
+        try:
+            for micro_batch in self._micro_batches:
+                self._bound[micro_batch.key] = self._bind(micro_batch)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self._release()
+        if exc_type is None:
+            self._check_complete()
+
+    def begin(self, chunk: torch.nn.Module, micro_batch: MicroBatch) -> None:
+        """Sets the forward cursor: the next forward of `chunk` (wrapped or not) is this micro-batch.
+
+        Raises:
+            ReplayError: the chunk or the micro-batch is not part of this session.
+        """
+        bound = self._bound.get(micro_batch.key)
+        if bound is None:
+            raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
+        self._forward[self._index(chunk)] = bound
+
+    def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Tensor) -> None:
+        """Hooks the chunk's output, so that recomputation in its backward finds this micro-batch again."""
+        index, bound = self._index(chunk), self._bound[micro_batch.key]
+        self._forward.pop(index, None)
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda grad: self._backward.__setitem__(index, bound))
+
+    def forward_step(
+        self, function: Callable[..., Any], locate: Callable[[Any], MicroBatch] = lambda item: item["micro_batch"]
+    ) -> Callable[..., Any]:
+        """Wraps a Megatron forward step function `(data_iterator, model) -> (output, loss_func)`.
+
+        Args:
+            function: the pipeline's own forward step; it takes its batch by `next(data_iterator)`.
+            locate: finds the MicroBatch in what the iterator yields.
+        """
+
+        def wrapped(data_iterator: Iterator[Any], model: torch.nn.Module, *args: Any) -> Any:
+            current: list[MicroBatch] = []
+
+            def bind() -> Iterator[Any]:
+                for item in data_iterator:
+                    current[:] = [locate(item)]
+                    self.begin(model, current[0])
+                    yield item
+
+            output, loss_func = function(bind(), model, *args)
+            if not current:
+                raise ReplayError("the forward step took nothing from its data iterator; call begin() and end() yourself")
+            self.end(model, current[0], output)
+            return output, loss_func
+
+        return wrapped
+
+    def current(self, site: RouterSite) -> tuple[BoundMicroBatch, bool]:
+        """The micro-batch that this router is working on, and whether it is being recomputed.
+
+        Raises:
+            ReplayError: no micro-batch was announced for the router's chunk.
+        """
+        recomputing = torch._C._current_graph_task_id() != -1
+        bound = (self._backward if recomputing else self._forward).get(site.chunk)
+        if bound is None:
+            raise ReplayError(
+                f"layer {site.layer}: the model runs {'a recomputation' if recomputing else 'forward'} inside a replay session "
+                "without a bound micro-batch; wrap the forward step with session.forward_step() or call session.begin()"
+            )
+        return bound, recomputing
+
+    def predict(self, site: RouterSite, h_TH: Tensor, p_TE: Tensor) -> Tensor | None:
+        """Expert ids [T, K] chosen by prediction while recording, or None for the live choice."""
+        if self._predict is None or self.mode != "record":
+            return None
+        return select_experts(site.router, self._predict(site, h_TH, p_TE))
+
+    def count(self, site: RouterSite, bound: BoundMicroBatch, recomputing: bool) -> None:
+        """Counts one selection of one layer for one micro-batch (invariant I4); host integers only."""
+        self._seen[bound.micro_batch.key, site.local, recomputing] += 1
+
+    def recorded_tables(self, lengths: Mapping[int, int], num_columns: int, num_experts: int) -> dict[int, RouteTable]:
+        """What the pass recorded, as one table per sequence; tokens and layers of other ranks stay missing or zero.
+
+        One device-to-host copy per micro-batch.
+        """
+        tables: dict[int, RouteTable] = {}
+        columns = [site.column for site in self._sites]
+        for bound in self._bound.values():
+            if len(bound.recorded) != len(self._sites):
+                raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")
+            ids_TLK = torch.stack([bound.recorded[site.local] for site in self._sites], dim=1).cpu().numpy()
+            sequence, position = bound.micro_batch.grid.rows()
+            for sid in np.unique(sequence[sequence >= 0]).tolist():
+                (rows,) = np.nonzero(sequence == sid)
+                table = tables.setdefault(sid, RouteTable.missing(lengths[sid], num_columns, ids_TLK.shape[2], num_experts))
+                table.experts[np.ix_(position[rows], columns)] = ids_TLK[rows]
+                table.valid[position[rows]] = True
+        return tables
+
+    def _bind(self, micro_batch: MicroBatch) -> BoundMicroBatch:
+        if not self._sites:
+            return BoundMicroBatch(micro_batch, None, None, {})
+        router = self._sites[0].router
+        self.id_dtype = torch.uint8 if router.num_experts <= 256 else torch.int16
+        if self.mode != "replay":
+            return BoundMicroBatch(micro_batch, None, None, {})
+        columns = [site.column for site in self._sites]
+        ids, valid = gather_routes(micro_batch.grid, self._tables, columns, router.topk, router.num_experts)
+        device = router.weight.device
+        (missing,) = np.nonzero(~valid)
+        self.missing_rows += len(missing)
+        self.replayed_rows += int(valid.sum())
+        # torch indexes with signed ids only; int16 holds every id of a uint16 table (at most 32767 experts).
+        routes = torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int16)).to(device, non_blocking=True)
+        rows = torch.from_numpy(missing).to(device, non_blocking=True) if len(missing) else None
+        return BoundMicroBatch(micro_batch, routes, rows, {})
+
+    def _index(self, chunk: torch.nn.Module) -> int:
+        index = self._chunk_of.get(id(unwrapped(chunk)))
+        if index is None:
+            raise ReplayError(f"{type(chunk).__name__}: not one of the model chunks that PR2 was attached to")
+        return index
+
+    def _release(self) -> None:
+        for site in self._sites:
+            site.router.set_control(None)
+        self._forward.clear()
+        self._backward.clear()
+
+    def _check_complete(self) -> None:
+        for bound in self._bound.values():
+            for site in self._sites:
+                forward = self._seen[bound.micro_batch.key, site.local, False]
+                again = self._seen[bound.micro_batch.key, site.local, True]
+                if forward != 1 or again > 1:
+                    raise ReplayError(
+                        f"micro-batch {bound.micro_batch.key!r}, layer {site.layer}: routed {forward} times forward and {again} "
+                        "times in recomputation; expected once, and at most once"
+                    )

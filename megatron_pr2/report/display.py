@@ -1,0 +1,199 @@
+"""LiveDisplay: the progress of a run on the terminal, or one plain line per step where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from megatron_pr2.report import formats
+from megatron_pr2.report.records import Record, number
+
+NOTICE = (
+    "route agreement: share of the replayed experts that the current router would choose too (mini-steps >= 2). "
+    "lift = agreement of the predicted routes minus agreement of frozen ones, in percentage points; above 0 prediction helps. "
+    "log-prob gap: mean |engine - actor| of the old log-probs. missing routes: tokens that the live router had to decide."
+)
+RECENT_ROWS = 6
+ETA_STEPS = 10
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-:=+*#"
+
+# Heading of the table, word in the plain line.
+COLUMNS = (
+    ("step", "step"),
+    ("reward", "reward"),
+    ("response\nlength", "length"),
+    ("policy\nloss", "loss"),
+    ("clip\nfrac.", "clip"),
+    ("route\nagreem.", "agreement"),
+    ("pred.\nlift", "lift"),
+    ("tokens\n/s", "tok/s"),
+    ("log-prob\ngap", "gap"),
+    ("missing\nroutes", "missing"),
+)
+
+
+class LiveDisplay:
+    """Progress bar with the time left, the current phase, the last steps' numbers and a sparkline of the reward.
+
+    A context manager: on leaving, also by an exception or Ctrl-C, the last state stays on the screen and the cursor is back.
+    Logging that should appear above the table goes through `console` (for example rich.logging.RichHandler(console=...)).
+
+    Args:
+        total_steps: rollout steps of the whole run.
+        title: shown above the bar.
+        start_step: steps already done by the run that this one resumes.
+        console: where to draw; standard output by default.
+        live: redraw in place; by default if the console is a capable terminal. Otherwise every step is one plain line.
+    """
+
+    def __init__(
+        self, total_steps: int, title: str, *, start_step: int = 0, console: Console | None = None, live: bool | None = None
+    ) -> None:
+        self.console = console or Console()
+        self.total_steps = total_steps
+        self.title = title
+        self._done = start_step
+        capable = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4) if live or (
+            live is None and capable
+        ) else None
+        # Tuples, replaced and never changed in place: the refresh thread reads them at any moment.
+        self._rows: tuple[tuple[Text, ...], ...] = ()
+        self._rewards: tuple[float, ...] = ()
+        self._durations: tuple[float, ...] = ()
+        self._phase = "starting"
+        self._phase_since = self._step_since = time.monotonic()
+        self._spinner: Spinner | None = Spinner("dots")
+
+    def __enter__(self) -> LiveDisplay:
+        self._phase_since = self._step_since = time.monotonic()
+        if self._live is not None:
+            self._live.start(refresh=True)
+        else:
+            self._line(f"{self.title}: {self.total_steps} steps")
+            self._line(NOTICE)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._phase = f"stopped during {self._phase}: {kind.__name__}"
+        elif self._done >= self.total_steps:
+            self._phase = "finished"
+        self._spinner = None
+        if self._live is not None:
+            self._live.stop()
+        else:
+            self._line(f"{self._phase} after {self._done} of {self.total_steps} steps")
+
+    def phase(self, name: str, index: int | None = None, total: int | None = None) -> None:
+        """Names what is going on now: phase("rollout"), phase("mini-step", 2, 8)."""
+        self._phase = name if index is None else f"{name} {index} of {total}" if total is not None else f"{name} {index}"
+        self._phase_since = time.monotonic()
+
+    def update(self, record: Record) -> None:
+        """Shows a finished step; absent values read as a dash."""
+        now = time.monotonic()
+        self._durations = (*self._durations[1 - ETA_STEPS :], now - self._step_since)
+        self._step_since = now
+        self._done = min(self.total_steps, self._done + 1)
+        self._rewards = (*self._rewards, number(record, "reward"))
+        values = cells(record)
+        self._rows = (*self._rows[1 - RECENT_ROWS :], styled(values, record))
+        if self._live is not None:
+            self._live.refresh()
+            return
+        words = " | ".join(f"{word} {value}" for (_, word), value in zip(COLUMNS[1:], values[1:], strict=True))
+        self._line(f"step {values[0]} ({self._done}/{self.total_steps}) | {words} | {self._durations[-1]:.1f} s | {self._eta()}")
+
+    def _line(self, text: str) -> None:
+        """One line whatever its length: no wrapping, no colours, at once."""
+        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.console.file.flush()
+
+    def _eta(self) -> str:
+        left = self.total_steps - self._done
+        if not self._durations or not left:
+            return "done" if not left else "time left: -"
+        return f"{formats.duration(left * sum(self._durations) / len(self._durations))} left"
+
+    def _render(self) -> RenderableType:
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True, justify="right")
+        done = f"{self._done}/{self.total_steps}"
+        bar.add_row(done, ProgressBar(total=max(1, self.total_steps), completed=self._done), self._eta())
+
+        phase = Table.grid(padding=(0, 1))
+        waited = formats.duration(time.monotonic() - self._phase_since)
+        text = Text(self._phase if self._spinner is None else f"{self._phase}  {waited}", style="bold")
+        phase.add_row(self._spinner or Text("■"), text)
+
+        parts: list[RenderableType] = [Text(self.title, style="bold", no_wrap=True, overflow="ellipsis"), bar, phase]
+        if self._rows:
+            parts += [self._table(), self._reward_line(), Text(NOTICE, style="dim")]
+        return Group(*parts)
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+        for heading, _ in COLUMNS:
+            table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+    def _reward_line(self) -> Text:
+        bars = BARS if self.console.encoding.lower().startswith("utf") else ASCII_BARS
+        line = sparkline(self._rewards, max(10, min(60, self.console.width - 30)), bars)
+        known = [r for r in self._rewards if math.isfinite(r)]
+        span = f"  {formats.fixed(min(known))} .. {formats.fixed(max(known))}" if known else ""
+        return Text.assemble(("reward ", "dim"), (line, "cyan"), (span, "dim"), no_wrap=True)
+
+
+def cells(record: Record) -> tuple[str, ...]:
+    """The values of COLUMNS, formatted."""
+    step, tokens_per_second = number(record, "step"), number(record, "tokens_per_second")
+    return (
+        formats.count(step),
+        formats.fixed(number(record, "reward")),
+        formats.fixed(number(record, "response_length"), 1),
+        formats.fixed(number(record, "policy_loss"), 4),
+        formats.percent(number(record, "clip_fraction"), 1).replace(" ", ""),
+        formats.percent(number(record, "agreement")).replace(" ", ""),
+        formats.points(number(record, "lift")).removesuffix(" pp"),
+        formats.count(tokens_per_second),
+        formats.scientific(number(record, "logprob_gap", "mean")),
+        formats.count(number(record, "routes", "missing")),
+    )
+
+
+def styled(values: Sequence[str], record: Record) -> tuple[Text, ...]:
+    """The cells with colour where the sign matters: lift, and routes that are missing."""
+    out = [Text(value) for value in values]
+    lift = values[6]
+    out[6].stylize("green" if lift.startswith("+") else "red" if lift.startswith("-") and lift != formats.ABSENT else "")
+    if number(record, "routes", "missing") > 0:
+        out[9].stylize("yellow")
+    return tuple(out)
+
+
+def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
+    """The values as at most `width` bars between their minimum and maximum, means of neighbours where there are more values."""
+    groups = min(width, len(values))
+    edges = [round(i * len(values) / groups) for i in range(groups + 1)] if groups else [0]
+    chunks = [[v for v in values[a:b] if math.isfinite(v)] for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(chunk) / len(chunk) if chunk else math.nan for chunk in chunks]
+    known = [m for m in means if math.isfinite(m)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if math.isnan(m) else bars[round((m - low) * scale)] for m in means)

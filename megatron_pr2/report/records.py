@@ -1,0 +1,162 @@
+"""Reading metrics records: one record per rollout, with nulls where a value does not exist (docs: metrics.jsonl).
+
+`number` and `RunData` are the only places that know how absent values look; everything else sees NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Record = Mapping[str, Any]
+
+
+def number(record: Record, *keys: str) -> float:
+    """The number at `record[keys[0]][keys[1]]...`, NaN if any part is absent, null or not a number."""
+    value: Any = record
+    for key in keys:
+        if not isinstance(value, Mapping):
+            return math.nan
+        value = value.get(key)
+    return _as_float(value)
+
+
+def mini_steps_of(record: Record) -> list[Record]:
+    """The mini-steps of a record in order; empty if it has none."""
+    entries = record.get("mini_steps")
+    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, Sequence) else []
+
+
+def mean(values: Array | Sequence[float], axis: int | None = None) -> Any:
+    """Mean of the values that exist, NaN where none does."""
+    return _quietly(np.nanmean, np.asarray(values, dtype=np.float64), axis)
+
+
+class RunData:
+    """Columns of a run as arrays over rollouts, thinned to at most `limit` points so that long runs plot quickly.
+
+    Attributes:
+        steps: [P] step numbers, the middle of each bin.
+        rollouts: number of records.
+        bin_size: rollouts per point.
+        kappa: mini-steps per rollout (the largest that occurs).
+    """
+
+    def __init__(self, records: Sequence[Record], limit: int = 400) -> None:
+        self.records = records
+        self.rollouts = len(records)
+        self.bin_size = max(1, math.ceil(len(records) / limit))
+        self.kappa = max((len(mini_steps_of(r)) for r in records), default=0)
+        self.steps = self._bin(np.array([number(r, "step") for r in records], dtype=np.float64), np.nanmean)
+
+    def column(self, *keys: str, reduce: Callable[..., Any] = np.nanmean) -> Array:
+        """[P] values at `keys`; `reduce` joins the rollouts of one bin."""
+        return self._bin(np.array([number(r, *keys) for r in self.records], dtype=np.float64), reduce)
+
+    def total(self, *keys: str) -> float:
+        """Sum over all rollouts of the values that exist."""
+        return float(np.nansum([number(r, *keys) for r in self.records]))
+
+    def mini_steps(self, key: str) -> Array:
+        """[kappa, P] a scalar of every mini-step."""
+        return self._bin(self._per_mini_step(lambda entry: number(entry, key)), np.nanmean)
+
+    def mini_step_means(self, key: str) -> Array:
+        """[kappa] the scalar's mean over all rollouts."""
+        return mean(self._per_mini_step(lambda entry: number(entry, key)), axis=1)
+
+    def last_mini_step(self, key: str, reduce: Callable[..., Any] = np.nanmean) -> Array:
+        """[P] the scalar in the last, stalest mini-step of each rollout."""
+        values = [number(entries[-1], key) if (entries := mini_steps_of(r)) else math.nan for r in self.records]
+        return self._bin(np.array(values, dtype=np.float64), reduce)
+
+    def later_mini_steps(self, key: str) -> Array:
+        """[P] the scalar's mean over the mini-steps from the second on, in which the policy is newer than the routes."""
+        values = [mean([number(entry, key) for entry in mini_steps_of(r)[1:]] or [math.nan]) for r in self.records]
+        return self._bin(np.array(values, dtype=np.float64), np.nanmean)
+
+    def changed_means(self) -> Array:
+        """[kappa, 4] mean shares of (token, layer) pairs with 0, 1, 2, 3 or more changed experts."""
+        shares = [
+            mean(self._per_mini_step(lambda entry, c=c: _item(entry.get("changed"), c)), axis=1)  # type: ignore[misc]
+            for c in range(4)
+        ]
+        return np.stack(shares, axis=1)
+
+    def layers(self, key: str) -> Array:
+        """[layers, P] a per-layer value, mean over the mini-steps from the second on; [0, P] if there is none."""
+        per_record = [[_layer_list(entry, key) for entry in mini_steps_of(r)[1:]] for r in self.records]
+        num_layers = max((len(values) for entries in per_record for values in entries), default=0)
+        out = np.full((num_layers, self.rollouts), np.nan)
+        for column, entries in enumerate(per_record):
+            rows = np.full((max(1, len(entries)), num_layers), np.nan)
+            for row, values in enumerate(entries):
+                rows[row, : len(values)] = values
+            out[:, column] = mean(rows, axis=0)
+        return self._bin(out, np.nanmean) if num_layers else np.empty((0, self.steps.size))
+
+    def keys_of(self, group: str) -> list[str]:
+        """Names under `group` that carry a non-zero number in some record, in order of appearance."""
+        names: dict[str, None] = {}
+        for record in self.records:
+            entries = record.get(group)
+            if isinstance(entries, Mapping):
+                names |= {str(k): None for k in entries if abs(number(entries, k)) > 0}
+        return list(names)
+
+    def _per_mini_step(self, read: Callable[[Record], float]) -> Array:
+        out = np.full((self.kappa, self.rollouts), np.nan)
+        for column, record in enumerate(self.records):
+            for row, entry in enumerate(mini_steps_of(record)):
+                out[row, column] = read(entry)
+        return out
+
+    def _bin(self, values: Array, reduce: Callable[..., Any]) -> Array:
+        """Joins `bin_size` neighbours along the last axis; the last bin may be shorter."""
+        if self.bin_size == 1:
+            return values
+        padding = -values.shape[-1] % self.bin_size
+        padded = np.concatenate([values, np.full((*values.shape[:-1], padding), np.nan)], axis=-1)
+        return _quietly(reduce, padded.reshape(*values.shape[:-1], -1, self.bin_size), -1)
+
+
+def running_mean(values: Array, window: int) -> Array:
+    """Mean of the last `window` values that exist, at every position."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.where(known, values, 0.0))
+    counts = np.cumsum(known)
+    sums[window:] = sums[window:] - sums[:-window]
+    counts[window:] = counts[window:] - counts[:-window]
+    return np.divide(sums, counts, out=np.full(values.shape, np.nan), where=counts > 0)
+
+
+def exists(*arrays: Iterable[float] | Array) -> bool:
+    """Whether any value is a finite number."""
+    return any(np.isfinite(np.asarray(a, dtype=np.float64)).any() for a in arrays)
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _item(values: Any, index: int) -> float:
+    return _as_float(values[index]) if isinstance(values, list) and index < len(values) else math.nan
+
+
+def _layer_list(entry: Record, key: str) -> list[float]:
+    per_layer = entry.get("per_layer")
+    values = per_layer.get(key) if isinstance(per_layer, Mapping) else None
+    return [_as_float(v) for v in values] if isinstance(values, list) else []
+
+
+def _quietly(reduce: Callable[..., Any], values: Array, axis: int | None) -> Any:
+    """A NaN-aware reduction; an all-NaN slice is an answer here, not something to warn about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return reduce(values, axis=axis) if values.size else np.float64(np.nan)

@@ -1,0 +1,206 @@
+"""Actor: the policy on Megatron-Core with its optimizer; log-prob pass, GRPO mini-steps, export.
+
+What a pipeline owner should look at: `_forward_step` is an ordinary Megatron forward step; PR2 wraps it and is told which
+micro-batch is which, nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from megatron_pr2.attach import PR2, attach
+from megatron_pr2.bridge import export_weights, load_model, save_hf
+from megatron_pr2.rl.batch import Sample, micro_batches
+from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
+
+LossFunction = Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
+
+
+class Actor:
+    """The policy. All methods are collective over the training ranks.
+
+    Attributes:
+        chunks: the DDP-wrapped model.
+        pr2: predictive routing replay on it.
+        optimizer: Megatron's.
+        vocab_size: of the checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig, hf_path: str | Path, pad_id: int) -> None:
+        """Loads a Hugging Face MoE checkpoint onto the ranks of Megatron's parallel state.
+
+        Raises:
+            ConfigError, AttachError: the checkpoint is not a MoE model that replay can run on.
+        """
+        self._config, self._hf_path, self._pad_id = config, Path(hf_path), pad_id
+        self.dtype = getattr(torch, config.model.dtype)
+        self._bridge, self.chunks = load_model(
+            hf_path,
+            dtype=self.dtype,
+            ddp_config={"use_distributed_optimizer": False},
+            extra_config={
+                "moe_token_dispatcher_type": config.parallel.dispatcher,
+                # Token-level loss: sums over tokens, divided by the count of the whole mini-batch when gradients are finalised.
+                "calculate_per_token_loss": True,
+            },
+        )
+        self.pr2: PR2 = attach(self.chunks, config.replay())
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.optimizer.lr,
+                min_lr=config.optimizer.lr,
+                weight_decay=config.optimizer.weight_decay,
+                adam_beta1=config.optimizer.beta1,
+                adam_beta2=config.optimizer.beta2,
+                clip_grad=config.optimizer.clip_grad,
+                bf16=self.dtype is torch.bfloat16,
+                params_dtype=self.dtype,
+            ),
+            self.chunks,
+        )
+        model_config = self.chunks[0].config
+        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        self._model_config = model_config
+
+    @property
+    def lr(self) -> float:
+        """The policy's current learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The only model chunk (this reference runs one pipeline stage)."""
+        return self.chunks[0]
+
+    def old_logprobs(self, samples: Sequence[Sample]) -> None:
+        """Log-probs of all responses under theta_old with replayed routes; fills `sample.old_logprobs`."""
+        items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
+        for chunk in self.chunks:
+            chunk.eval()
+        with self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
+            results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        for item, result in zip(items, results, strict=True):
+            for row, sample in enumerate(item["samples"]):
+                first, stop = sample.loss_span
+                sample.old_logprobs = result["logprobs"][row, first:stop].float().cpu().numpy()
+
+    def update(self, samples: Sequence[Sample], mini_step: int) -> dict[str, Any]:
+        """One mini-step: policy update on replayed routes, then the predictor's (from mini-step 2 on).
+
+        Returns:
+            mini_step, loss, clip_fraction, grad_norm, ratio_mean, ratio_std, ratio_min, ratio_max, approx_kl and PR2's report.
+        """
+        items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        algorithm = self._config.algorithm
+        loss = partial(_policy_loss, algorithm.clip_low, algorithm.clip_high)
+        with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step) as session:
+            results = self._run(session.forward_step(partial(self._forward_step, loss)), items, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        report = self.pr2.step(self.lr)
+        sums = torch.stack([r["sums"] for r in results]).sum(0).double()
+        low = torch.stack([r["extremes"][0] for r in results]).min().double()
+        high = torch.stack([r["extremes"][1] for r in results]).max().double()
+        group = mpu.get_data_parallel_group()
+        dist.all_reduce(sums, group=group)
+        extremes = torch.stack([-low, high])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        value = dict(zip(LOSS_COLUMNS, sums.tolist(), strict=True))
+        tokens = max(value["tokens"], 1.0)
+        mean = value["ratio"] / tokens
+        return {
+            "mini_step": mini_step,
+            "loss": value["loss"] / tokens,
+            "clip_fraction": value["clipped"] / tokens,
+            "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
+            "ratio_mean": mean,
+            "ratio_std": math.sqrt(max(0.0, value["ratio_squared"] / tokens - mean**2)),
+            "ratio_min": -extremes[0].item(),
+            "ratio_max": extremes[1].item(),
+            "approx_kl": value["approx_kl"] / tokens,
+            **report,
+        }
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights in Hugging Face names with merged gates, for an engine; every rank walks it to the end."""
+        return self.pr2.engine_weights(export_weights(self._bridge, self.chunks))
+
+    def save_pretrained(self, path: Path) -> None:
+        """The policy as a Hugging Face checkpoint (its own gates, no prediction in them)."""
+        save_hf(self._bridge, self.chunks, path, tokenizer_from=self._hf_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of everything that training continues from."""
+        return {
+            "model": [chunk.state_dict() for chunk in self.chunks],
+            "optimizer": self.optimizer.state_dict(),
+            "pr2": self.pr2.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict` under the same parallel layout."""
+        for chunk, chunk_state in zip(self.chunks, state["model"], strict=True):
+            chunk.load_state_dict(chunk_state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.reload_model_params()
+        self.pr2.load_state_dict(state["pr2"])
+
+    def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:
+        rows, width = items[0]["tokens"].shape
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(items),
+            model=self.chunks,
+            num_microbatches=len(items),
+            seq_length=width,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        return list(results)
+
+    def _forward_step(self, loss: LossFunction, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
+        item = next(data_iterator)
+        device = next(model.parameters()).device
+        on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in item.items()}
+        logits_BSV = model(on_device["tokens"], on_device["position_ids"], None)
+        return logits_BSV, partial(self._calculate, loss, on_device)
+
+    def _calculate(self, loss: LossFunction, item: dict[str, Any], logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        # The behaviour policy sampled at this temperature, so that is the policy that the ratio is of.
+        scaled = logits_BSV.float() / self._config.rollout.temperature
+        return loss(item, -vocab_parallel_cross_entropy(scaled, item["labels"]))
+
+
+def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    tokens = item["mask"].sum().to(torch.int)
+    return logprobs_BS.sum(), tokens, {"logprobs": logprobs_BS.detach()}
+
+
+def _policy_loss(
+    clip_low: float, clip_high: float, item: dict[str, Any], logprobs_BS: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    loss, sums, extremes = policy_loss(
+        logprobs_BS, item["old_logprobs"], item["advantages"], item["mask"], clip_low=clip_low, clip_high=clip_high
+    )
+    return loss, item["mask"].sum().to(torch.int), {"sums": sums, "extremes": extremes}

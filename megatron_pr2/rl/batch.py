@@ -1,0 +1,84 @@
+"""Samples and how they are cut into micro-batches of padded [B, S] tensors.
+
+A model input is the whole sequence: token t predicts token t + 1. Loss is borne by the positions prompt_len - 1 .. length - 2,
+whose outputs are the response's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_pr2 import layout
+from megatron_pr2.attach import ReplaySequence
+from megatron_pr2.replay import MicroBatch
+from megatron_pr2.rollout.base import RolloutResponse
+
+
+@dataclass
+class Sample:
+    """One response with what training needs of it.
+
+    Attributes:
+        id: unique over the whole run.
+        response: tokens, the engine's log-probs, routes.
+        reward, advantage: of the whole response.
+        old_logprobs: [len(response_ids)] float32 under theta_old, set by the old-log-prob pass.
+    """
+
+    id: int
+    response: RolloutResponse
+    reward: float
+    advantage: float
+    old_logprobs: npt.NDArray[np.float32] | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.response.prompt_ids) + len(self.response.response_ids)
+
+    @property
+    def loss_span(self) -> tuple[int, int]:
+        """Input positions whose outputs are the response's tokens."""
+        return len(self.response.prompt_ids) - 1, self.length - 1
+
+    def replay_sequence(self) -> ReplaySequence:
+        """What PR2 has to know of it."""
+        return ReplaySequence(self.id, self.length, *self.loss_span, routes=self.response.routes)
+
+
+def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dict[str, Any]]:
+    """Cuts samples into micro-batches of `size` sequences, in order.
+
+    Returns:
+        One dict per micro-batch: tokens, labels, position_ids [B, S] int64; mask, advantages, old_logprobs [B, S] float32;
+        samples; micro_batch, by which a replay session finds it.
+    """
+    out = []
+    for start in range(0, len(samples), size):
+        chunk = list(samples[start : start + size])
+        width = max(sample.length for sample in chunk)
+        item: dict[str, Any] = {
+            "tokens": torch.full((len(chunk), width), pad_id, dtype=torch.int64),
+            "labels": torch.full((len(chunk), width), pad_id, dtype=torch.int64),
+            "position_ids": torch.arange(width, dtype=torch.int64).repeat(len(chunk), 1),
+            **{name: torch.zeros(len(chunk), width) for name in ("mask", "advantages", "old_logprobs")},
+            "samples": chunk,
+        }
+        for row, sample in enumerate(chunk):
+            ids = torch.tensor(sample.response.token_ids, dtype=torch.int64)
+            item["tokens"][row, : len(ids)] = ids
+            item["labels"][row, : len(ids) - 1] = ids[1:]
+            first, stop = sample.loss_span
+            item["mask"][row, first:stop] = 1.0
+            item["advantages"][row, first:stop] = sample.advantage
+            if sample.old_logprobs is not None:
+                item["old_logprobs"][row, first:stop] = torch.from_numpy(sample.old_logprobs)
+        grid = layout.padded([s.id for s in chunk], [s.length for s in chunk], width)
+        item["micro_batch"] = MicroBatch(chunk[0].id, grid)
+        out.append(item)
+    return out

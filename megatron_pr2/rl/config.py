@@ -1,0 +1,189 @@
+"""TrainConfig: everything `megatron-pr2 train` can be told, as structured configuration (OmegaConf).
+
+A YAML file names what differs from the defaults; `key=value` on the command line overrides both. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_pr2.config import PRESETS, PR2Config
+from megatron_pr2.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """The policy. Without `path` the quickstart's tiny Qwen3-MoE is made and warm-started (cached under `cache`)."""
+
+    path: str | None = None
+    cache: str = "runs/warmstart"
+    dtype: str = "float32"
+
+
+@dataclass
+class ParallelConfig:
+    """Processes, all of them data-parallel, and how the experts are spread over them."""
+
+    processes: int = 2
+    expert: int = 2
+    dispatcher: str = "alltoall"
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling. `url` attaches to a running SGLang server instead of starting one."""
+
+    engine: str = "megatron"
+    url: str | None = None
+    prompts: int = 32
+    responses: int = 8
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    restarts: int = 2
+    handshake: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam on the policy."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO. `mini_steps` is kappa of off-kappa: update batches per rollout batch."""
+
+    mini_steps: int = 4
+    micro_batch_size: int = 32
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+
+
+@dataclass
+class TrainConfig:
+    """The whole job.
+
+    Attributes:
+        preset: grpo, r2, r3 or pr2; they differ in pr2.routes and pr2.predictor only.
+        pr2: overrides of PR2Config's fields.
+        data: JSONL with prompt/answer or GSM8K's question/answer lines; None generates the quickstart's arithmetic task.
+        steps: rollout batches.
+        checkpoint_every: rollout batches between checkpoints (the last one is always kept).
+    """
+
+    preset: str = "pr2"
+    pr2: dict[str, Any] = field(default_factory=dict)
+    run: str = "runs/train"
+    data: str | None = None
+    steps: int = 30
+    seed: int = 0
+    checkpoint_every: int = 5
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+
+    @property
+    def pr2_needs_engine_routes(self) -> bool:
+        """Whether the rollout engine has to return routes."""
+        return self.replay().routes == "engine"
+
+    def replay(self) -> PR2Config:
+        """The settings of predictive routing replay: the preset with its overrides."""
+        return PR2Config.preset(self.preset, **{"seed": self.seed, **self.pr2})
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Defaults, then the YAML file, then `key=value` overrides; validated.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, or settings that contradict each other.
+    """
+    merged = OmegaConf.structured(TrainConfig)
+    sources = []
+    try:
+        if path is not None:
+            loaded = OmegaConf.load(path)
+            if not isinstance(loaded, DictConfig):
+                raise ConfigError(f"{path}: expected a mapping of settings")
+            sources.append((str(path), loaded))
+        if overrides:
+            if bad := [item for item in overrides if "=" not in item]:
+                raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
+            sources.append(("command line", OmegaConf.from_dotlist(list(overrides))))
+        for name, source in sources:
+            try:
+                merged = OmegaConf.merge(merged, source)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{name}: {reason} (setting {error.full_key or error.key!r}); see docs/config.md") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path or 'command line'}: {error}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, TrainConfig)
+    validate(config)
+    return config
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    if config.preset not in PRESETS:
+        raise ConfigError(f"preset={config.preset!r}: expected one of {', '.join(PRESETS)}")
+    config.replay()
+    parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
+    for name, value in {
+        "steps": config.steps,
+        "checkpoint_every": config.checkpoint_every,
+        "parallel.processes": parallel.processes,
+        "parallel.expert": parallel.expert,
+        "rollout.prompts": rollout.prompts,
+        "rollout.responses": rollout.responses,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+        "algorithm.mini_steps": algorithm.mini_steps,
+        "algorithm.micro_batch_size": algorithm.micro_batch_size,
+    }.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: expected at least 1")
+    if rollout.engine not in ("megatron", "sglang"):
+        raise ConfigError(f"rollout.engine={rollout.engine!r}: expected megatron or sglang")
+    if rollout.url and rollout.engine != "sglang":
+        raise ConfigError(f"rollout.url={rollout.url!r} needs rollout.engine=sglang, not {rollout.engine!r}")
+    if rollout.temperature <= 0:
+        raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"model.dtype={config.model.dtype!r}: expected float32 or bfloat16")
+    if parallel.dispatcher not in ("alltoall", "allgather"):
+        raise ConfigError(f"parallel.dispatcher={parallel.dispatcher!r}: expected alltoall or allgather")
+    if rollout.engine == "megatron" and parallel.dispatcher == "allgather":
+        raise ConfigError(
+            "parallel.dispatcher='allgather' needs equally shaped inputs on every rank, which the embedded engine's shrinking "
+            "batches are not; use alltoall, or rollout.engine=sglang"
+        )
+    if parallel.processes % parallel.expert:
+        raise ConfigError(f"parallel.processes={parallel.processes} is not a multiple of parallel.expert={parallel.expert}")
+    if rollout.prompts % parallel.processes:
+        raise ConfigError(f"rollout.prompts={rollout.prompts} is not a multiple of parallel.processes={parallel.processes}")
+    samples = rollout.prompts // parallel.processes * rollout.responses
+    if samples % algorithm.mini_steps:
+        raise ConfigError(
+            f"rollout.prompts * rollout.responses / parallel.processes = {samples} samples a rank is not a multiple of "
+            f"algorithm.mini_steps={algorithm.mini_steps}"
+        )

@@ -1,0 +1,75 @@
+"""Numbers of one rollout step, reduced over the data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_pr2.metrics import COLUMNS
+from megatron_pr2.rl.batch import Sample
+
+PER_LAYER = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap")
+CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
+MEANS = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap", "outside_mass")
+
+
+def _reduced(values: Sequence[float], group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=op, group=group)
+    return tensor.tolist()
+
+
+def step_summary(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
+    """Reward mean and spread, response length, share of truncated responses, and the number of tokens, over all ranks."""
+    rewards = np.array([s.reward for s in samples])
+    lengths = [len(s.response.response_ids) for s in samples]
+    truncated = sum(s.response.finish_reason == "length" for s in samples)
+    count, reward, squared, length, cut, tokens = _reduced(
+        [len(samples), rewards.sum(), (rewards**2).sum(), sum(lengths), truncated, sum(s.length for s in samples)], group
+    )
+    mean = reward / count
+    return {
+        "reward": mean,
+        "reward_std": float(np.sqrt(max(0.0, squared / count - mean**2))),
+        "response_length": length / count,
+        "truncated": cut / count,
+        "tokens": tokens,
+    }
+
+
+def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
+    """|log mu - log pi_old| per response token: the mismatch between the engine and the actor's old-log-prob pass.
+
+    "kl" is the k3 estimate of KL(mu || pi_old) from the engine's samples.
+    """
+    gaps = [s.old_logprobs.astype(np.float64) - s.response.logprobs for s in samples if s.old_logprobs is not None]
+    gap = np.concatenate(gaps) if gaps else np.zeros(0)
+    count, absolute, kl = _reduced([gap.size, np.abs(gap).sum(), (np.exp(gap) - 1.0 - gap).sum()], group)
+    (largest,) = _reduced([float(np.abs(gap).max(initial=0.0))], group, dist.ReduceOp.MAX)
+    return {"mean": absolute / max(count, 1.0), "max": largest, "kl": kl / max(count, 1.0)}
+
+
+def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Flattens the per-layer drift of each mini-step: means over layers, the deviation histogram and what is kept per layer."""
+    entries: list[dict[str, Any]] = []
+    for step in mini_steps:
+        drift = step["drift"]
+        entry = {k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent")}
+        entry |= {name: _mean(drift[name]) for name in MEANS}
+        entry["changed"] = [_mean(drift[name]) for name in CHANGED]
+        entry["per_layer"] = {name: drift[name] for name in PER_LAYER}
+        entries.append(entry)
+    later = [e for e in entries if e["mini_step"] >= 2]
+    out: dict[str, Any] = {name: _mean([e[name] for e in later]) for name in ("agreement", "frozen_agreement", "lift")}
+    out["mini_steps"] = entries
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the values that are numbers; NaN where there is none."""
+    known = [v for v in values if not np.isnan(v)]
+    return float(np.mean(known)) if known else float("nan")

@@ -1,0 +1,102 @@
+"""The quickstart's task: running sums of one-digit numbers, made up from a seed and checked by exact match.
+
+    prompt    "8+7-5+9="
+    response  "15 10 19" and the end-of-text token: the running sums; the last number is the answer
+
+A response has one number per operator, so its length varies from 2 to 4 numbers with the prompt, and a slip on the way can
+still be noticed (or be repeated) in the next one. Only the answer is rewarded; the worked form is what warm-start teaches.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_pr2.errors import ConfigError
+
+SPLITS = ("warmstart", "train", "eval")
+# Every prompt belongs to exactly one split, decided by a checksum of its text: 4/10 warm-start, 5/10 train, 1/10 eval.
+_BUCKETS = ("warmstart",) * 4 + ("train",) * 5 + ("eval",)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the prompts look like.
+
+    Attributes:
+        min_terms, max_terms: numbers in a prompt, drawn uniformly.
+        max_digit: each number is drawn uniformly from 0..max_digit.
+    """
+
+    min_terms: int = 3
+    max_terms: int = 5
+    max_digit: int = 9
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_terms <= self.max_terms or not 1 <= self.max_digit <= 9:
+            raise ConfigError(
+                f"TaskConfig: min_terms={self.min_terms}, max_terms={self.max_terms}, max_digit={self.max_digit}; "
+                "expected 2 <= min_terms <= max_terms and max_digit in 1..9"
+            )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt, the worked response that warm-start imitates, and the answer that RL rewards."""
+
+    prompt: str
+    worked: str
+    answer: str
+
+
+def split_of(prompt: str) -> str:
+    """Split that a prompt belongs to, whatever the seed: "warmstart", "train" or "eval"."""
+    return _BUCKETS[zlib.crc32(prompt.encode()) % len(_BUCKETS)]
+
+
+def draw_problem(config: TaskConfig, rng: random.Random) -> Problem:
+    """One problem of any split."""
+    total = rng.randint(0, config.max_digit)
+    prompt, sums = str(total), []
+    for _ in range(rng.randint(config.min_terms, config.max_terms) - 1):
+        sign, term = rng.choice("+-"), rng.randint(0, config.max_digit)
+        total += term if sign == "+" else -term
+        prompt += f"{sign}{term}"
+        sums.append(str(total))
+    return Problem(prompt + "=", " ".join(sums), str(total))
+
+
+def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list[Problem]:
+    """`count` different problems of one split; the same arguments give the same problems.
+
+    Raises:
+        ConfigError: unknown split, or fewer than `count` different prompts were found.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{seed}:{split}")
+    found: dict[str, Problem] = {}
+    for _ in range(1000 + 200 * count):
+        if len(found) >= count:
+            break
+        problem = draw_problem(config, rng)
+        if split_of(problem.prompt) == split:
+            found.setdefault(problem.prompt, problem)
+    if len(found) < count:
+        raise ConfigError(
+            f"only {len(found)} different {split} prompts found for {config}; ask for fewer than {count} or allow more terms"
+        )
+    return list(found.values())
+
+
+def write_problems(problems: Iterable[Problem], path: str | Path) -> Path:
+    """Writes `{"prompt": ..., "answer": ...}` lines, which `data.load_examples` reads."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n" for problem in problems]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

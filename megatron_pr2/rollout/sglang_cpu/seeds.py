@@ -1,0 +1,53 @@
+"""Seeded sampling in SGLang's CPU engine: a token depends on its request's seed, its position and the probabilities alone.
+
+SGLang honours `sampling_seed` only under --enable-deterministic-inference, which needs Triton kernels and a compiled hash. Here
+one uniform number per row comes from a hash of (seed, position) and is looked up in the cumulative distribution, so the same
+request draws the same token whatever else is in the batch, up to rounding of the probabilities.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), determined by its arguments (finaliser of SplitMix64, https://prng.di.unimi.it/splitmix64.c)."""
+    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
+
+
+def sample_with_seeds(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """REPLACE `multinomial_with_seed`: one index per row, drawn by inverting the cumulative distribution in float64.
+
+    Args:
+        logprobs: [rows, columns], not necessarily normalised; -inf is never drawn.
+        seed: [rows] int64, one per request.
+        positions: [rows] int64, position of the token to draw in its sequence.
+
+    Returns:
+        [rows, 1] int64.
+    """
+    cumulative = logprobs.to(torch.float64).exp().cumsum(dim=1)
+    draws = [uniform(s, p) for s, p in zip(seed.tolist(), positions.tolist(), strict=True)]
+    target = torch.tensor(draws, dtype=torch.float64, device=logprobs.device).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[1] - 1)
+
+
+def fill_sampling_seeds(info: Any, _cls: type, batch: Any, vocab_size: int) -> None:
+    """AFTER `SamplingBatchInfo.from_schedule_batch`: gives the sampler the `sampling_seed` of every request.
+
+    A request without a seed gets a random one of its own, because rows with and without a seed cannot share a batch.
+    """
+    if info.sampling_seed is not None:
+        return
+    for request in batch.reqs:
+        if request.sampling_params.sampling_seed is None:
+            request.sampling_params.sampling_seed = secrets.randbits(62)
+    info.sampling_seed = torch.tensor([r.sampling_params.sampling_seed for r in batch.reqs], dtype=torch.int64)

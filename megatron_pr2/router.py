@@ -1,0 +1,98 @@
+"""PredictiveTopKRouter: Megatron-Core's TopKRouter with an observer on its gate and a replayable selection.
+
+It copies no routing code. Selection goes through Megatron-Core's own seam, `TopKRouter.router_replay.get_replay_topk`; the gate's
+input and logits are shown to an observer. Without a session both are absent and the router is a TopKRouter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+TopK = Callable[..., tuple[Tensor, Tensor]]
+
+
+class RouteControl(Protocol):
+    """What a replay session does for one router."""
+
+    def observe(self, router: PredictiveTopKRouter, hidden: Tensor, logits: Tensor) -> None:
+        """Sees the gate's input [S, B, H] and logits [S, B, E] before the selection."""
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron-Core's seam: (scores [T, K], expert ids [T, K]) from dense scores [T, E]."""
+
+
+class PredictiveTopKRouter(TopKRouter):
+    """A TopKRouter whose routes can be recorded, predicted and replayed.
+
+    Enters a model through the layer spec (`MoESubmodules.router`) or by `attach`, which upgrades routers in place.
+    """
+
+    _control: RouteControl | None = None
+    attached: bool = False  # whether a PR2 handle owns this router
+
+    def set_control(self, control: RouteControl | None) -> None:
+        """Binds a session's control to this router, or releases it."""
+        self._control = control
+        self.router_replay = control
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Gate logits [S, B, E] of the router input [S, B, H]; unchanged, but seen by the session."""
+        logits = super().gating(input)
+        if self._control is not None:
+            self._control.observe(self, input, logits)
+        return logits
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Megatron-Core's routing; the unfused path while a session is bound.
+
+        Transformer Engine's fused router returns before it looks at the replay object, which would turn replay off silently.
+        """
+        if self._control is None or not self.config.moe_router_fusion:
+            return super().routing(logits, padding_mask=padding_mask)
+        config = self.config
+        self.config = copy.copy(config)
+        self.config.moe_router_fusion = False
+        try:
+            return super().routing(logits, padding_mask=padding_mask)
+        finally:
+            self.config = config
+
+
+class _Capture:
+    """Takes the ids that Megatron-Core's selection arrives at."""
+
+    ids: Tensor
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
+    ) -> tuple[Tensor, Tensor]:
+        chosen, self.ids = default_compute_topk(scores, topk, num_groups, group_topk)
+        return chosen, self.ids
+
+
+@torch.no_grad()
+def select_experts(router: TopKRouter, logits_TE: Tensor) -> Tensor:
+    """Expert ids [T, K] that this router's own selection rule picks from given logits (groups, expert bias included)."""
+    if logits_TE.shape[0] == 0:
+        return torch.zeros(0, router.topk, dtype=torch.long, device=logits_TE.device)
+    capture = _Capture()
+    topk_routing_with_score_function(
+        logits_TE,
+        router.topk,
+        use_pre_softmax=router.config.moe_router_pre_softmax,
+        num_groups=router.config.moe_router_num_groups,
+        group_topk=router.config.moe_router_group_topk,
+        score_function=router.score_function,
+        expert_bias=router.expert_bias,
+        router_replay=capture,
+    )
+    return capture.ids

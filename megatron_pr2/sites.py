@@ -1,0 +1,116 @@
+"""Where the routers are: found by walking the live model, never by construction order (design decision 4)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.moe.router import Router, TopKRouter
+
+from megatron_pr2.errors import AttachError
+from megatron_pr2.layout import moe_layer_indices
+from megatron_pr2.router import PredictiveTopKRouter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RouterSite:
+    """One router of this rank.
+
+    Attributes:
+        chunk: index of its model chunk (virtual pipeline stage).
+        local: 0-based index among the routers of this rank, ascending by layer.
+        layer: 0-based index of its decoder layer in the whole model.
+        column: its index among all MoE layers of the model, the L axis of a RouteTable.
+        router: the module.
+        original: the router's class before it was upgraded.
+    """
+
+    chunk: int
+    local: int
+    layer: int
+    column: int
+    router: PredictiveTopKRouter
+    original: type[TopKRouter]
+
+
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DDP, Float16Module and the like (they keep it in `.module`)."""
+    while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def find_routers(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, str, Router]]:
+    """(chunk, name, router) of every router under a decoder; MTP heads and other decoders' heads are not looked into."""
+    found = []
+    for index, chunk in enumerate(chunks):
+        for name, module in unwrapped(chunk).named_modules():
+            if isinstance(module, Router) and name.startswith("decoder."):
+                found.append((index, name, module))
+    return found
+
+
+def check_router(name: str, router: Router) -> None:
+    """Refuses routers that cannot be replayed.
+
+    Raises:
+        AttachError: a custom class, sinkhorn routing, or a router that another replay already holds.
+    """
+    if isinstance(router, PredictiveTopKRouter) and router.attached:
+        raise AttachError(f"{name}: predictive routing replay is already attached; call detach() first")
+    if type(router) not in (TopKRouter, PredictiveTopKRouter):
+        raise AttachError(
+            f"{name}: router class {type(router).__name__} is not Megatron-Core's TopKRouter; derive it from "
+            "megatron_pr2.router.PredictiveTopKRouter or use TopKRouter"
+        )
+    if router.routing_type == "sinkhorn":
+        raise AttachError(f"{name}: moe_router_load_balancing_type='sinkhorn' bypasses replay; use 'none' for RL")
+    if router.router_replay is not None:
+        raise AttachError(
+            f"{name}: Megatron-Core's own router replay is on (moe_enable_routing_replay); set it to False, one replay at a time"
+        )
+    if router.is_aux_loss_enabled() or router.config.moe_z_loss_coeff:
+        logger.warning(
+            "%s: an auxiliary router loss is on; it sees live logits, also under replay, and moves the routers during RL", name
+        )
+
+
+def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], tuple[int, ...]]:
+    """Turns every decoder router into a PredictiveTopKRouter in place.
+
+    Returns:
+        The sites of this rank in ascending layer order, and the 0-based indices of all MoE layers of the model.
+
+    Raises:
+        AttachError: no MoE layer in the whole model, a router that cannot be replayed, or a layer number that the config does not
+            call MoE. Nothing is changed in that case.
+    """
+    config = unwrapped(chunks[0]).config
+    if not config.num_moe_experts:
+        raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
+    moe_layers = moe_layer_indices(config.num_layers, config.moe_layer_freq)
+    found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)
+    seen: dict[int, str] = {}
+    for _, name, router in found:
+        check_router(name, router)
+        layer = router.layer_number - 1
+        if layer not in moe_layers:
+            raise AttachError(
+                f"{name}: layer_number {router.layer_number} is not a MoE layer of moe_layer_freq={config.moe_layer_freq}"
+            )
+        if layer in seen:
+            raise AttachError(f"{name} and {seen[layer]} both claim layer_number {router.layer_number}; is it built twice?")
+        seen[layer] = name
+    sites = []
+    for local, (chunk, _, router) in enumerate(found):
+        # The class is swapped, not the module: optimizers, DDP buffers and checkpoints keep seeing the same parameters.
+        original = type(router)
+        router.__class__ = PredictiveTopKRouter
+        router.attached = True
+        layer = router.layer_number - 1
+        sites.append(RouterSite(chunk, local, layer, moe_layers.index(layer), router, original))
+    return sites, moe_layers
