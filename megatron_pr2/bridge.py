@@ -111,7 +111,10 @@ def load_model(
         )
     for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
         logger.debug("mbridge: %s", line)
-    _check_names(bridge, chunks, path)
+    try:
+        _check_names(bridge, chunks, path)
+    except NotImplementedError as error:
+        raise ConfigError(f"{path}: mbridge cannot name a parameter of this model ({error}); check extra_config") from error
     with torch.no_grad():
         bridge.load_weights(chunks, str(path))
     return bridge, chunks
@@ -181,16 +184,30 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
             raise ConfigError(f"{path}: {error}") from None
         shape = None
     config = bridge_config(source)
-    overrides = config_overrides(config, shape)
+    overrides = {**config_overrides(config, shape), **extra}
     if host.is_enabled():
         overrides.update(host.config_overrides())
-    overrides.update(extra)
     bridge_class = adapted_bridge_class(source.model_type, overrides)
     bridge = bridge_class(config, dtype=dtype)
     bridge.source_config = source
     if host.is_enabled():
         host.adapt_config(bridge.config)
+    _check_expert_gradients(bridge)
     return bridge
+
+
+def _check_expert_gradients(bridge: Any) -> None:
+    """Refuses the one layout in which Megatron-Core 0.16 computes wrong expert gradients.
+
+    With one expert-parallel rank it reduces expert gradients over the data-parallel group, as if experts were sharded like
+    everything else; with a smaller expert-tensor size the copies of an expert on the other tensor-parallel ranks are left out.
+    """
+    sizes = bridge.mpu
+    if bridge.config.num_moe_experts and sizes.ep_size == 1 and sizes.etp_size != sizes.tp_size:
+        raise ConfigError(
+            f"tensor parallel {sizes.tp_size}, expert tensor parallel {sizes.etp_size}, expert parallel 1: Megatron-Core would "
+            f"lose expert gradients; set expert parallel above 1, or expert tensor parallel to {sizes.tp_size}"
+        )
 
 
 def _check_names(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -93,13 +94,19 @@ class _AdaptedBridge:
     source_config: Any
     hf_config: Any
     config: Any
+    TransformerConfigClass: type
     dtype: torch.dtype
     mpu: Any
     _DIRECT_MAPPING: dict[str, str]
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> Any:
+        fields = {field.name for field in dataclasses.fields(self.TransformerConfigClass)}
+        if unknown := sorted(set(self.overrides) - fields):
+            raise ConfigError(f"extra_config: {self.TransformerConfigClass.__name__} has no fields {unknown}")
+        # mbridge passes fields of older Megatron releases (DeepSeek: max_position_embeddings); nothing reads them any more.
+        known = {name: value for name, value in kwargs.items() if name in fields}
         # Into the first build already: some settings decide whether a config is valid at all.
-        return super()._build_base_config(*args, **{**kwargs, **self.overrides})  # type: ignore[misc]
+        return super()._build_base_config(*args, **{**known, **self.overrides})  # type: ignore[misc]
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         if getattr(self.hf_config, "tie_word_embeddings", False):

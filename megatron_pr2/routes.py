@@ -29,11 +29,21 @@ def expert_dtype(num_experts: int) -> np.dtype:
     return np.dtype(np.uint8 if num_experts <= 1 << 8 else np.uint16)
 
 
+def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
+    """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids."""
+    in_range = ((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2))
+    if experts_TLK.shape[2] == 1:
+        return in_range
+    ordered = np.sort(experts_TLK, axis=2)
+    return in_range & (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
+
+
 def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
-    """Which rows can be replayed: every id in [0, E) and, in every layer, K different ids.
+    """Which rows of an engine's ids are routes that it took: those that can be replayed, in layers that it filled.
 
     With K > 1 an all-zero layer is a row of duplicates. With K = 1 zero may be a real choice; a layer that sends *every* token
-    of a sequence of at least 32 to expert 0 while another layer does not is taken for a layer that the engine did not fill.
+    of at least 32 to expert 0 while another layer does not is taken for a layer that the engine did not fill. Rows that cannot
+    be replayed anyway (the last token's, an engine's gaps) do not count as tokens here.
 
     Args:
         experts_TLK: [T, L, K] integer ids, any signed or unsigned dtype.
@@ -42,15 +52,13 @@ def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.
     Returns:
         [T] bool.
     """
-    tokens, layers, topk = experts_TLK.shape
-    in_range = ((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2))
-    if topk > 1:
-        ordered = np.sort(experts_TLK, axis=2)
-        return in_range & (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
-    zero_layers = (experts_TLK == 0).all(axis=(0, 2))
-    if tokens >= 32 and num_experts > 1 and layers > 1 and zero_layers.any() and not zero_layers.all():
-        return np.zeros(tokens, dtype=bool)
-    return in_range
+    _, layers, topk = experts_TLK.shape
+    valid = replayable(experts_TLK, num_experts)
+    if topk == 1 and num_experts > 1 and layers > 1 and np.count_nonzero(valid) >= 32:
+        zero_layers = (experts_TLK[valid] == 0).all(axis=(0, 2))
+        if zero_layers.any() and not zero_layers.all():
+            return np.zeros_like(valid)
+    return valid
 
 
 @dataclass(frozen=True)
@@ -148,9 +156,10 @@ class RouteTable:
                 f"{where}: engine returned routes of shape {list(rows.shape)}, expected {list(expected)} "
                 f"(prompt+generated-1 rows, hidden layers, top-k); check that engine and actor run the same model"
             )
-        ids = np.full((num_tokens, len(moe_layers), topk), -1, dtype=np.int32)
-        ids[:-1] = rows[:, np.asarray(moe_layers, dtype=np.int64), :]
-        return cls.from_ids(ids, num_experts)
+        taken = cls.from_ids(rows[:, np.asarray(moe_layers, dtype=np.int64), :], num_experts)
+        table = cls.missing(num_tokens, len(moe_layers), topk, num_experts)
+        table.experts[:-1], table.valid[:-1] = taken.experts, taken.valid
+        return table
 
     @classmethod
     def missing(cls, num_tokens: int, num_layers: int, topk: int, num_experts: int) -> RouteTable:
@@ -188,6 +197,6 @@ class RouteTable:
         bits = np.frombuffer(payload, dtype=np.uint8, count=bits_bytes, offset=20 + ids_bytes)
         valid = np.unpackbits(bits, count=tokens).astype(bool)
         table = cls(ids.reshape(tokens, layers, topk).astype(dtype, copy=False), valid, num_experts)
-        if not row_validity(table.experts[valid], num_experts).all():
+        if not replayable(table.experts[valid], num_experts).all():
             raise RouteError("route payload marks rows as valid that hold duplicate or out-of-range expert ids")
         return table

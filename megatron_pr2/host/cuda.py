@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from megatron_pr2.host.patches import PatchSet
 
@@ -129,5 +130,8 @@ def patch_cuda(patches: PatchSet) -> None:
     patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
     # The optimizers and clip_grads sort parameters by the string "torch.cuda.FloatTensor" and refuse anything else.
     patches.set(torch.Tensor, "type", _tensor_type(torch.Tensor.type))
+    # `with torch.device(...)` looks functions up in a set that is built once, on first use; it must hold the real ones, or
+    # Transformers' loading on the meta device leaves buffers uninitialized.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         patches.set(torch, name, on_cpu(getattr(torch, name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -9,6 +10,14 @@ import torch
 
 from megatron_pr2.host import cuda
 from megatron_pr2.host.patches import PatchSet
+
+
+class _NoFP8:
+    """The part of Transformer Engine's FP8GlobalStateManager that recomputation asks."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -48,10 +57,16 @@ def patch_megatron(patches: PatchSet) -> None:
     router = importlib.import_module("megatron.core.transformer.moe.router")
     shared_experts = importlib.import_module("megatron.core.transformer.moe.shared_experts")
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    language = importlib.import_module("megatron.core.models.common.language_module.language_module")
 
     # These two go to torch.cuda.default_generators, which is empty without a driver.
     patches.set(random, "_get_cuda_rng_state", cuda.get_rng_state)
     patches.set(random, "_set_cuda_rng_state", cuda.set_rng_state)
+    # CheckpointWithoutOutput (selective recomputation of layernorm, moe_act, ...) takes fp8=False for FP8 and then uses names
+    # that exist only with Transformer Engine (megatron-core 0.16.1).
+    patches.set(random, "FP8GlobalStateManager", _NoFP8)
+    patches.set(random, "fp8_autocast", lambda **kwargs: contextlib.nullcontext())
+    patches.set(random, "activation_recompute_forward", lambda **kwargs: contextlib.nullcontext())
     # Used without Transformer Engine, but defined only with it (megatron-core 0.16.1); None selects torch.mm.
     patches.set(moe_utils, "te_general_gemm", None)
     # all_to_all needs its split sizes as numbers, not as tensors.
@@ -63,6 +78,8 @@ def patch_megatron(patches: PatchSet) -> None:
     # Compiled with torch.compile at import; the host runs it as it is, a compiler is not required.
     compiled = router.TopKRouter._apply_expert_bias
     patches.set(router.TopKRouter, "_apply_expert_bias", getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    # Writes environment variables that choose Transformer Engine's kernels and fails if a model built earlier chose others.
+    patches.set(language.LanguageModule, "_set_attention_backend", lambda self: None)
     # gloo matches messages between two ranks by order alone. With two pipeline stages the previous and the next rank are
     # one, and a batch of sends and receives pairs activations with gradients: under an interleaved schedule the gradients
     # are corrupt and nothing fails. The unbatched functions order them by the parity of the rank.

@@ -95,7 +95,6 @@ def config_overrides() -> dict[str, Any]:
         "moe_router_fusion": False,
         # Overlap needs streams, and on one stream it only reorders.
         "moe_shared_expert_overlap": False,
-        "batch_p2p_comm": False,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from megatron_pr2.report import formats
 from megatron_pr2.report.records import Record, number
 
 NOTICE = (
-    "route agreement: share of the replayed experts that the current router would choose too (mini-steps >= 2). "
-    "lift = agreement of the predicted routes minus agreement of frozen ones, in percentage points; above 0 prediction helps. "
-    "log-prob gap: mean |engine - actor| of the old log-probs. missing routes: tokens that the live router had to decide."
+    "agreement: share of the replayed experts that the current router would choose too; "
+    "lift = agreement predicted - frozen, in percentage points: above 0 prediction helps; "
+    "gap: mean |engine - actor| of the log-probs; missing: tokens that the live router had to decide."
 )
 RECENT_ROWS = 6
 ETA_STEPS = 10
@@ -63,10 +64,6 @@ class LiveDisplay:
         self.total_steps = total_steps
         self.title = title
         self._done = start_step
-        capable = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4) if live or (
-            live is None and capable
-        ) else None
         # Tuples, replaced and never changed in place: the refresh thread reads them at any moment.
         self._rows: tuple[tuple[Text, ...], ...] = ()
         self._rewards: tuple[float, ...] = ()
@@ -74,10 +71,17 @@ class LiveDisplay:
         self._phase = "starting"
         self._phase_since = self._step_since = time.monotonic()
         self._spinner: Spinner | None = Spinner("dots")
+        capable = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._live = (
+            Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+            if live or (live is None and capable)
+            else None
+        )
 
     def __enter__(self) -> LiveDisplay:
         self._phase_since = self._step_since = time.monotonic()
         if self._live is not None:
+            self.console.print(Text(NOTICE, style="dim"))
             self._live.start(refresh=True)
         else:
             self._line(f"{self.title}: {self.total_steps} steps")
@@ -141,7 +145,7 @@ class LiveDisplay:
 
         parts: list[RenderableType] = [Text(self.title, style="bold", no_wrap=True, overflow="ellipsis"), bar, phase]
         if self._rows:
-            parts += [self._table(), self._reward_line(), Text(NOTICE, style="dim")]
+            parts += [self._table(), self._reward_line()]
         return Group(*parts)
 
     def _table(self) -> Table:
@@ -164,17 +168,22 @@ def cells(record: Record) -> tuple[str, ...]:
     """The values of COLUMNS, formatted."""
     step, tokens_per_second = number(record, "step"), number(record, "tokens_per_second")
     return (
-        formats.count(step),
+        whole(step),
         formats.fixed(number(record, "reward")),
         formats.fixed(number(record, "response_length"), 1),
         formats.fixed(number(record, "policy_loss"), 4),
         formats.percent(number(record, "clip_fraction"), 1).replace(" ", ""),
         formats.percent(number(record, "agreement")).replace(" ", ""),
         formats.points(number(record, "lift")).removesuffix(" pp"),
-        formats.count(tokens_per_second),
+        whole(tokens_per_second),
         formats.scientific(number(record, "logprob_gap", "mean")),
-        formats.count(number(record, "routes", "missing")),
+        whole(number(record, "routes", "missing")),
     )
+
+
+def whole(value: float) -> str:
+    """A rounded number without groups, so that the lines stay easy to split."""
+    return f"{value:.0f}" if math.isfinite(value) else formats.ABSENT
 
 
 def styled(values: Sequence[str], record: Record) -> tuple[Text, ...]:
@@ -191,7 +200,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     """The values as at most `width` bars between their minimum and maximum, means of neighbours where there are more values."""
     groups = min(width, len(values))
     edges = [round(i * len(values) / groups) for i in range(groups + 1)] if groups else [0]
-    chunks = [[v for v in values[a:b] if math.isfinite(v)] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [[v for v in values[a:b] if math.isfinite(v)] for a, b in itertools.pairwise(edges)]
     means = [sum(chunk) / len(chunk) if chunk else math.nan for chunk in chunks]
     known = [m for m in means if math.isfinite(m)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)

@@ -65,7 +65,7 @@ class MetricsLog:
             )
         self._last_step = -1
         self.truncate(0 if resume_step is None else resume_step)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115: lives as long as the log
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step, flush_secs=10)
@@ -111,7 +111,7 @@ class MetricsLog:
             self._file.close()
         replace_atomically(self.path, content)
         if reopen:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115: lives as long as the log
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
 
     def close(self) -> None:
         """Closes both outputs; may be called more than once."""

@@ -159,4 +159,4 @@ def _quietly(reduce: Callable[..., Any], values: Array, axis: int | None) -> Any
     """A NaN-aware reduction; an all-NaN slice is an answer here, not something to warn about."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return reduce(values, axis=axis) if values.size else np.float64(np.nan)
+        return reduce(values, axis=axis)

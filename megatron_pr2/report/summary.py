@@ -68,7 +68,7 @@ def judge(records: Sequence[Record]) -> Verdict:
         return Verdict(
             "absent",
             "Prediction could not be judged",
-            "No mini-step after the first one has a lift: with one mini-step per rollout the policy is never newer than its routes.",
+            "No mini-step after the first has a lift: with one mini-step per rollout the policy is never newer than its routes.",
         )
     lift, error = float(lifts.mean()), standard_error(lifts)
     mismatch = 1.0 - float(mean([number(r, "frozen_agreement") for r in records]))

@@ -1,10 +1,11 @@
-"""The quickstart's task: running sums of one-digit numbers, made up from a seed and checked by exact match.
+"""The quickstart's task: sums of one-digit numbers, made up from a seed and checked by exact match.
 
-    prompt    "8+7-5+9="
-    response  "15 10 19" and the end-of-text token: the running sums; the last number is the answer
+    prompt     "8+7+5+9="
+    worked     "15 20 29"   the running sums; the last number is the answer
+    guessed    "~27"        the sum at a glance, mostly a little off
 
-A response has one number per operator, so its length varies from 2 to 4 numbers with the prompt, and a slip on the way can
-still be noticed (or be repeated) in the next one. Only the answer is rewarded; the worked form is what warm-start teaches.
+Warm-start shows the policy both kinds of response, so it samples both; only the answer is rewarded. RL therefore has something
+to find that shows in the text as well as in the reward: working it out pays. Response lengths vary with the prompt and the kind.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_pr2.errors import ConfigError
 SPLITS = ("warmstart", "train", "eval")
 # Every prompt belongs to exactly one split, decided by a checksum of its text: 4/10 warm-start, 5/10 train, 1/10 eval.
 _BUCKETS = ("warmstart",) * 4 + ("train",) * 5 + ("eval",)
+GUESS_MARK = "~"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt, the worked response that warm-start imitates, and the answer that RL rewards."""
+    """One prompt, the worked response, and the answer that RL rewards."""
 
     prompt: str
     worked: str
@@ -60,14 +62,14 @@ def split_of(prompt: str) -> str:
 
 def draw_problem(config: TaskConfig, rng: random.Random) -> Problem:
     """One problem of any split."""
-    total = rng.randint(0, config.max_digit)
-    prompt, sums = str(total), []
-    for _ in range(rng.randint(config.min_terms, config.max_terms) - 1):
-        sign, term = rng.choice("+-"), rng.randint(0, config.max_digit)
-        total += term if sign == "+" else -term
-        prompt += f"{sign}{term}"
-        sums.append(str(total))
-    return Problem(prompt + "=", " ".join(sums), str(total))
+    terms = [rng.randint(0, config.max_digit) for _ in range(rng.randint(config.min_terms, config.max_terms))]
+    sums = [sum(terms[: count + 1]) for count in range(1, len(terms))]
+    return Problem("+".join(map(str, terms)) + "=", " ".join(map(str, sums)), str(sums[-1]))
+
+
+def guess(problem: Problem, spread: int, rng: random.Random) -> str:
+    """A guessed response: the answer moved by -spread..spread, never below 0."""
+    return f"{GUESS_MARK}{max(0, int(problem.answer) + rng.randint(-spread, spread))}"
 
 
 def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list[Problem]:

@@ -88,6 +88,10 @@ class Trainer:
             logger.info("resumed at step %d", self._step)
         return self._step
 
+    def watch(self, monitor: Monitor) -> None:
+        """Reports to `monitor` from now on; on rank 0."""
+        self._monitor = monitor
+
     def run(self) -> None:
         """Trains to the configured number of steps and writes the policy to RUN/final in Hugging Face format."""
         if self._config.rollout.handshake and self._config.pr2_needs_engine_routes:

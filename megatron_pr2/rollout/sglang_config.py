@@ -90,7 +90,7 @@ class SGLangConfig:
                 raise ConfigError(f"sglang.extra_flags: {flag.split('=')[0]} is set by the engine; use the field of SGLangConfig")
 
     def resolved_device(self) -> str:
-        """"cpu" or "cuda".
+        """Where the own server runs: "cpu" or "cuda".
 
         Raises:
             ConfigError: device="cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where it is not.

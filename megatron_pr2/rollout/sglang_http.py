@@ -101,9 +101,7 @@ class HttpClient:
         Raises:
             RolloutError: additionally, if the answer is not JSON.
         """
-        text = await self.text(
-            method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s
-        )
+        text = await self.text(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
         try:
             return json.loads(text)
         except ValueError as error:
@@ -168,9 +166,7 @@ class HttpClient:
         if reason is not None:
             raise RolloutError(f"{where}: {problem}; the engine died: {reason}")
 
-    async def _attempt(
-        self, method: str, path: str, payload: Mapping[str, Any] | None, max_bytes: int
-    ) -> tuple[int, str]:
+    async def _attempt(self, method: str, path: str, payload: Mapping[str, Any] | None, max_bytes: int) -> tuple[int, str]:
         async with self._client.stream(method, self._url + path, json=payload) as response:
             chunks: list[bytes] = []
             size = 0

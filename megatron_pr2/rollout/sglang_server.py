@@ -28,7 +28,8 @@ from megatron_pr2.rollout.sglang_config import SGLangConfig, server_environment
 logger = logging.getLogger(__name__)
 
 LAUNCHER = "megatron_pr2.rollout.sglang_cpu.launch"
-_STOP_GRACE_S = 5.0
+# SGLang looks for a SIGTERM every 5 s and then releases GPU memory and shared memory, which a SIGKILL would leave behind.
+_STOP_GRACE_S = 15.0
 _LOG_LINES = 20
 
 
@@ -45,7 +46,7 @@ class SGLangServer:
     Attributes:
         url: base URL, valid after start().
         api_key: what clients have to present.
-        log_path: where its output goes; appended to on a restart.
+        log_path: where its output goes, a temporary file from start() on if the config names none; a restart appends.
     """
 
     def __init__(self, config: SGLangConfig) -> None:
@@ -53,8 +54,7 @@ class SGLangServer:
         self.device = config.resolved_device()
         self.url = ""
         self.api_key = config.read_api_key() or secrets.token_urlsafe(24)
-        self._keep_log = config.log_path is not None
-        self.log_path = Path(config.log_path) if config.log_path else _temporary_log()
+        self.log_path = Path(config.log_path) if config.log_path else None
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
 
@@ -93,6 +93,8 @@ class SGLangServer:
         if self.alive():
             return
         self.stop()
+        if self.log_path is None:
+            self.log_path = _temporary_log()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         began = time.monotonic()
@@ -109,6 +111,8 @@ class SGLangServer:
         env = server_environment(self.config)
         env["MEGATRON_PR2_SGLANG_API_KEY"] = self.api_key
         env["MEGATRON_PR2_SGLANG_PARENT"] = str(os.getpid())
+        log_path = self.log_path
+        assert log_path is not None
         started = threading.Event()
         failure: list[OSError] = []
         self._ended = ended = threading.Event()
@@ -116,7 +120,7 @@ class SGLangServer:
         def run() -> None:
             # PR_SET_PDEATHSIG fires when the *thread* that forked ends: this one lives exactly as long as the server.
             try:
-                with self.log_path.open("ab") as log:
+                with log_path.open("ab") as log:
                     process = subprocess.Popen(
                         self.command(port),
                         stdin=subprocess.DEVNULL,
@@ -166,6 +170,8 @@ class SGLangServer:
 
     def describe_log(self, lines: int = _LOG_LINES) -> str:
         """The last lines of the log, ready to be appended to an error message."""
+        if self.log_path is None:
+            return ""
         tail = log_tail(self.log_path, lines).replace(self.api_key, "<redacted>")
         return f" Last lines of {self.log_path}:\n{tail}" if tail else f" Its log {self.log_path} is empty."
 
@@ -174,17 +180,22 @@ class SGLangServer:
         process, self._process = self._process, None
         if process is None:
             return
-        if not self._ended.is_set():
-            _signal_group(process.pid, signal.SIGTERM)
-            if not self._ended.wait(_STOP_GRACE_S):
+        atexit.unregister(self.stop)
+        if self._ended.is_set():
+            return
+        try:
+            os.kill(process.pid, signal.SIGTERM)
+            self._ended.wait(_STOP_GRACE_S)
+        finally:  # also when the user does not want to wait
+            if not self._ended.is_set():
                 _signal_group(process.pid, signal.SIGKILL)
                 self._ended.wait(_STOP_GRACE_S)
-        atexit.unregister(self.stop)
 
     def remove_log(self) -> None:
         """Removes the log if it is a temporary one."""
-        if not self._keep_log:
+        if self.config.log_path is None and self.log_path is not None:
             self.log_path.unlink(missing_ok=True)
+            self.log_path = None
 
 
 def _signal_group(pgid: int, number: signal.Signals) -> None:

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron_pr2.host.vision import make_torchvision_importable
+
+make_torchvision_importable()
+
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,

@@ -65,12 +65,8 @@ def register_hooks() -> None:
     """Registers all of the above with SGLang's HookRegistry."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(
-        "sglang.srt.state_capturer.base.BaseHostCache.__init__", init_host_cache, HookType.REPLACE
-    )
-    HookRegistry.register(
-        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", mask_foreign_experts, HookType.BEFORE
-    )
+    HookRegistry.register("sglang.srt.state_capturer.base.BaseHostCache.__init__", init_host_cache, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", mask_foreign_experts, HookType.BEFORE)
     HookRegistry.register(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
         set_seq_len_fill_value,

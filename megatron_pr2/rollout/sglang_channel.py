@@ -30,6 +30,7 @@ from megatron_pr2.errors import RolloutError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.001
+_CONNECT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class WeightChannel:
         world_size: 1 + number of SGLang ranks.
         backend: "gloo" or "nccl".
         device: where SGLang receives: a CPU device, or with either backend a GPU of this process.
-        timeout_s: for connecting and for one bucket.
+        timeout_s: for one bucket; also for connecting, if it is less than a minute.
     """
 
     def __init__(
@@ -109,9 +110,11 @@ class WeightChannel:
         self._timeout_s = timeout_s
         self.device = device
         self.broken = False
+        if backend == "nccl" and not dist.is_nccl_available():
+            raise RolloutError("weight update: this torch has no NCCL; set weight_backend='gloo'")
         # A new name each time: a server that did not notice the end of the previous group must not confuse the two.
         self._name = f"megatron_pr2_{uuid.uuid4().hex[:12]}"
-        timeout = timedelta(seconds=timeout_s)
+        connect_s = min(timeout_s, _CONNECT_TIMEOUT_S)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -121,7 +124,7 @@ class WeightChannel:
                 port,
                 is_master=True,
                 wait_for_workers=False,
-                timeout=timeout,
+                timeout=timedelta(seconds=connect_s),
                 master_listen_fd=listener.detach(),
             )
         joined = post(
@@ -136,12 +139,12 @@ class WeightChannel:
             },
         )
         try:
-            self._group = self._connect(backend, world_size, timeout)
+            self._group = self._connect(backend, world_size, timedelta(seconds=timeout_s))
         except RuntimeError as error:
             self.broken = True
             reply = joined.exception() or joined.result() if joined.done() else "no reply"
             raise RolloutError(f"weight update: no {backend} connection to the server ({error}); server: {reply}") from error
-        check_reply("/init_weights_update_group", joined.result(timeout_s))
+        check_reply("/init_weights_update_group", joined.result(connect_s))
 
     def _connect(self, backend: str, world_size: int, timeout: timedelta) -> Any:
         # SGLang prefixes the name, torch's helper prefixes it again and then adds the device: three nested stores.
@@ -150,15 +153,12 @@ class WeightChannel:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             return dist.ProcessGroupNCCL(dist.PrefixStore("cuda/", store), 0, world_size, options)
-        group = None
-        for name in dist.BackendConfig(dist.Backend("gloo")).get_device_backend_map():
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = timeout
-            candidate = dist.ProcessGroupGloo(dist.PrefixStore(f"{name}/", store), 0, world_size, options)
-            # torch makes one gloo group per device type; all have to be joined, one is used.
-            group = candidate if name == self.device.type else group
-        return group
+        # torch makes one gloo group for all device types and names its store after the first of them.
+        first_device = next(iter(dist.BackendConfig(dist.Backend(backend)).get_device_backend_map()))
+        gloo = dist.ProcessGroupGloo._Options()
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        gloo._timeout = timeout
+        return dist.ProcessGroupGloo(dist.PrefixStore(f"{first_device}/", store), 0, world_size, gloo)
 
     def send(self, bucket: Bucket, *, weight_version: str, flush_cache: bool) -> None:
         """Sends one bucket and waits until the server has loaded it.
@@ -222,18 +222,3 @@ def check_reply(path: str, reply: Any) -> None:
     if not isinstance(reply, dict) or reply.get("success") is not True:
         message = reply.get("message", reply) if isinstance(reply, dict) else reply
         raise RolloutError(f"weight update: {path} was refused: {str(message)[:500]}")
-
-
-def weight_group_size(server_info: dict[str, Any]) -> int:
-    """1 + the ranks of the server that join the group.
-
-    Raises:
-        RolloutError: the server has data-parallel replicas or pipeline stages, for which SGLang has no such update.
-    """
-    sizes = {name: int(server_info.get(name) or 1) for name in ("tp_size", "pp_size", "dp_size")}
-    if sizes["pp_size"] > 1 or (sizes["dp_size"] > 1 and not server_info.get("enable_dp_attention")):
-        raise RolloutError(
-            f"SGLang server runs with {', '.join(f'{k}={v}' for k, v in sizes.items())}; weights can be pushed to tensor-parallel "
-            "servers only (DP attention included): start one server per replica"
-        )
-    return 1 + sizes["tp_size"]

@@ -1,0 +1,142 @@
+"""Starts the training ranks of one machine and tells a person plainly why one of them failed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import uuid
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_pr2.errors import ConfigError, PR2Error
+from megatron_pr2.host.vision import make_torchvision_importable
+from megatron_pr2.report.metrics_log import FILE_NAME, read_records
+from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl.data import load_examples
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+# What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
+_MAY_CHANGE = ("steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.url")
+
+
+class TrainingFailed(PR2Error, RuntimeError):
+    """A rank failed; the message is its error."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the whole job on this machine: model and data if they are not given, the ranks, the report.
+
+    A run directory that holds an unfinished run of the same configuration is continued; a finished one is moved aside.
+
+    Returns:
+        The run directory: config.yaml, metrics.jsonl, tensorboard/, report.html, checkpoints/, final/ (Hugging Face format).
+
+    Raises:
+        ConfigError: contradicting settings, or the directory holds a run of another configuration.
+        DataError: unusable data.
+        TrainingFailed: a rank failed.
+    """
+    directory = Path(config.run)
+    _claim(directory, config)
+    model_path = config.model.path or str(_warm_start(config))
+    data_path = config.data or str(_task_file(config, Path(model_path)))
+    load_examples(data_path)  # a bad line is reported here, before anything is started
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.parallel.processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(launch, _rank)(config, model_path, data_path)
+    except ChildFailedError as error:
+        raise TrainingFailed(_reason(error)) from error
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+    finally:
+        _report(directory)
+    return directory
+
+
+@record
+def _rank(config: TrainConfig, model_path: str, data_path: str) -> None:
+    from megatron_pr2.rl import worker
+
+    worker.run(config, model_path, data_path)
+
+
+def _claim(directory: Path, config: TrainConfig) -> None:
+    """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there.
+
+    A finished run is moved aside, so that the same command runs again and nothing is lost.
+    """
+    file = directory / CONFIG_FILE
+    new = OmegaConf.structured(config)
+    if (directory / "final").exists() and len(read_records(directory)) >= config.steps:
+        number = next(n for n in itertools.count(1) if not directory.with_name(f"{directory.name}.{n}").exists())
+        directory.rename(directory.with_name(f"{directory.name}.{number}"))
+        logger.warning("%s holds a finished run: moved it to %s.%d", directory, directory, number)
+    if file.exists() and (directory / FILE_NAME).exists():
+        old = OmegaConf.load(file)
+        for key in _MAY_CHANGE:
+            OmegaConf.update(old, key, OmegaConf.select(new, key))
+        if OmegaConf.to_container(old) != OmegaConf.to_container(new):
+            changed = sorted(_differences(OmegaConf.to_container(old), OmegaConf.to_container(new)))
+            raise ConfigError(
+                f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
+                "or remove that one to start over"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    OmegaConf.save(new, temporary)
+    temporary.rename(file)
+
+
+def _differences(old: object, new: object, prefix: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = set(old) | set(new)
+        return {name for key in keys for name in _differences(old.get(key), new.get(key), f"{prefix}{key}.")}
+    return set() if old == new else {prefix.rstrip(".")}
+
+
+def _warm_start(config: TrainConfig) -> Path:
+    """The quickstart's policy: tiny, made here, warm-started on the arithmetic task, cached."""
+    make_torchvision_importable()
+    from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
+
+    return ensure_warm_start(Path(config.model.cache) / f"seed_{config.seed}", WarmStartConfig(seed=config.seed))
+
+
+def _task_file(config: TrainConfig, model_path: Path) -> Path:
+    from megatron_pr2.rl.task import TaskConfig, make_problems, write_problems
+
+    return write_problems(make_problems(TaskConfig(), "train", 2048, config.seed), Path(config.run) / "train.jsonl")
+
+
+def _report(directory: Path) -> None:
+    """Renders what there is, also of a run that was interrupted."""
+    from megatron_pr2.report.html import write_report
+
+    if (directory / FILE_NAME).exists() and (directory / FILE_NAME).stat().st_size:
+        write_report(directory)
+
+
+def _reason(error: ChildFailedError) -> str:
+    rank, failure = error.get_first_failure()
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    return f"rank {rank}: {message}"

@@ -1,0 +1,39 @@
+"""Fixtures that the whole test session shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from megatron_pr2 import host
+
+settings.register_profile("megatron_pr2", deadline=None, max_examples=60)
+settings.load_profile("megatron_pr2")
+
+
+@pytest.fixture(scope="session")
+def host_platform() -> None:
+    """Megatron-Core on the CPU of this process; stays on for the session."""
+    host.enable()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(host_platform: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE in fp32: 2 layers, 8 experts, top-2, hidden 32; router logits spread by about 1."""
+    from megatron_pr2.rl.tiny import TinyModelConfig, make_tiny_checkpoint
+
+    config = TinyModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=128,
+        router_std=0.2,
+    )
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), config, seed=1)

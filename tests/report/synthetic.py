@@ -1,0 +1,130 @@
+"""Synthetic metrics records that look like a real run's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+LAYERS = 6
+
+
+def record(
+    step: int, total: int = 60, preset: str = "pr2", kappa: int = 4, layers: int = LAYERS, gain: float = 0.3, seed: int = 0
+) -> dict[str, Any]:
+    """A record of the metrics schema.
+
+    Args:
+        gain: share of the frozen mismatches that prediction removes at the end of the run; negative adds mismatches.
+    """
+    rng = np.random.default_rng([seed, step])
+    done = step / max(1, total - 1)
+    learned = preset == "pr2"
+    replay = preset != "grpo"
+    learning = (1 - math.exp(-4 * done)) * gain if learned else 0.0
+    mini_steps = []
+    for i in range(kappa):
+        stale = 0.004 + 0.006 * i
+        depth = np.linspace(1.4, 0.6, layers)
+        frozen = 1 - (0.0 if i == 0 else 1.0) * stale * depth * rng.uniform(0.9, 1.1, layers)
+        cost = stale * depth * (learning if i else -0.3 * abs(learning))
+        agreement = frozen + cost * rng.uniform(0.7, 1.3, layers)
+        kl_frozen = stale**2 * 20 * rng.uniform(0.8, 1.2, layers) * (i > 0)
+        kl_predicted = kl_frozen * (1 - learning) + 1e-5
+        gap = 0.03 * (1 - agreement)
+        miss = float(1 - agreement.mean()) * 4
+        drift = {
+            "changed": [1 - miss, 0.93 * miss, 0.06 * miss, 0.01 * miss],
+            "agreement": float(agreement.mean()),
+            "frozen_agreement": float(frozen.mean()),
+            "lift": float((agreement - frozen).mean()),
+            "kl_predicted": float(kl_predicted.mean()),
+            "kl_frozen": float(kl_frozen.mean()),
+            "coverage_gap": float(gap.mean()),
+            "outside_mass": float(0.2 + gap.mean()),
+            "per_layer": {
+                "agreement": agreement.tolist(),
+                "lift": (agreement - frozen).tolist(),
+                "kl_predicted": kl_predicted.tolist(),
+                "kl_frozen": kl_frozen.tolist(),
+                "coverage_gap": gap.tolist(),
+            },
+        }
+        if not replay:
+            drift = {name: None for name in drift} | {"per_layer": {name: [] for name in drift["per_layer"]}}
+        mini_steps.append(
+            {
+                "mini_step": i + 1,
+                "loss": float(rng.normal(-0.003, 0.002)),
+                "clip_fraction": float(0.004 * i * rng.uniform(0.6, 1.4)),
+                "grad_norm": float(rng.lognormal(-0.3, 0.25)),
+                "ratio_mean": float(rng.normal(1, 0.002)),
+                "ratio_std": float(0.02 + 0.012 * i * rng.uniform(0.8, 1.2)),
+                "ratio_min": float(0.8 - 0.04 * i * rng.uniform(0.8, 1.2)),
+                "ratio_max": float(1.25 + 0.08 * i * rng.uniform(0.8, 1.6)),
+                "approx_kl": float(2e-4 * (1 + i)),
+                **drift,
+            }
+        )
+    later = mini_steps[1:] if replay else []
+
+    def over_later(name: str) -> float | None:
+        return float(np.mean([entry[name] for entry in later])) if later else None
+
+    success = 0.15 + 0.7 / (1 + math.exp(-8 * (done - 0.45)))
+    tokens = 4000 + int(rng.integers(-200, 200))
+    return {
+        "step": step,
+        "seed": seed,
+        "preset": preset,
+        "wall_seconds": 5.9,
+        "reward": float(np.clip(success + rng.normal(0, 0.04), 0, 1)),
+        "reward_std": float(math.sqrt(success * (1 - success))),
+        "response_length": float(7.5 + 3 * done + rng.normal(0, 0.3)),
+        "truncated": float(max(0, 0.05 - 0.05 * done + rng.normal(0, 0.005))),
+        "policy_loss": float(rng.normal(-0.003, 0.002)),
+        "clip_fraction": float(np.mean([entry["clip_fraction"] for entry in mini_steps])),
+        "grad_norm": float(rng.lognormal(-0.3, 0.25)),
+        "lr": 3e-4,
+        "tokens_per_second": float(rng.normal(2100, 60)),
+        "agreement": over_later("agreement"),
+        "frozen_agreement": over_later("frozen_agreement"),
+        "lift": over_later("lift"),
+        "logprob_gap": {
+            "mean": float(rng.lognormal(-9, 0.2)),
+            "max": float(rng.lognormal(-6, 0.3)),
+            "kl": float(rng.lognormal(-16, 0.3)),
+        },
+        "routes": {
+            "tokens": tokens if replay else 0,
+            "missing": int(step % 17 == 5) * 3 if replay else 0,
+            "missing_share": (step % 17 == 5) * 3 / tokens if replay else 0.0,
+            "sampled": 900 if replay else 0,
+            "dropped_sequences": 0,
+            "features_absent": 0,
+        },
+        "predictor": {
+            "weight_norm": 0.4 * (1 - math.exp(-3 * done)) + 0.001 if learned else 0.0,
+            "grad_norm": float(rng.lognormal(-4, 0.3)) if learned else 0.0,
+            "tokens": 12000 if learned else 0,
+        },
+        "seconds": {
+            "push": 0.2,
+            "rollout": float(3 + 0.5 * done + rng.normal(0, 0.1)),
+            "old_logprobs": 0.4,
+            "update": float(2 + rng.normal(0, 0.05)),
+            "checkpoint": 0.8 if step % 10 == 9 else 0.0,
+        },
+        "bytes": {
+            "routes": 123456 if replay else 0,
+            "features": 234567 if learned else 0,
+            "weights": 3456789,
+        },
+        "mini_steps": mini_steps,
+    }
+
+
+def run(total: int = 60, **options: Any) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [record(step, total, **options) for step in range(total)]

@@ -1,0 +1,190 @@
+"""The report: one page that is complete, needs no network and says what happened."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_pr2.errors import DataError
+from megatron_pr2.report import theme
+from megatron_pr2.report.html import write_report
+from tests.report.synthetic import run
+
+CONFIG = "pr2:\n  routes: engine\n  note: '<script>alert(1)</script> & \"quotes\"'\n"
+ROUTE_PLOTS = {"lift", "mismatch", "agreement", "changed", "kl", "coverage", "layer-profile", "layer-agreement", "layer-lift"}
+COMMON_PLOTS = {"reward", "length", "ratio", "clip", "gradient", "gap", "seconds", "bytes"}
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Text, figures, ids and links of a page; fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.source, self.stack, self.words = text, [], []
+        self.ids, self.references, self.links, self.tags, self.captions = [], set(), [], set(), {}
+        self.feed(text)
+        assert not self.stack, f"unclosed: {self.stack}"
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.stack.append((tag, dict(attributes).get("id")))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "href", "xlink:href", "srcset", "poster", "data", "action"):
+                self.links.append(value)
+            self.references |= set(re.findall(r"url\(#([^)]+)\)", value or ""))
+
+    def handle_endtag(self, tag):
+        opened, _ = self.stack.pop()
+        assert opened == tag, f"</{tag}> closes <{opened}>"
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1][0] not in ("style", "text"):
+            self.words.append(data)
+        if self.stack and self.stack[-1][0] == "figcaption":
+            self.captions[next(i for tag, i in self.stack[::-1] if tag == "figure").removeprefix("plot-")] = data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def plots(self):
+        return {i.removeprefix("plot-") for i in self.ids if i.startswith("plot-")}
+
+
+def report(run_dir, records, config=CONFIG):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if config is not None:
+        (run_dir / "config.yaml").write_text(config)
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pr2_page(tmp_path_factory):
+    return report(tmp_path_factory.mktemp("runs") / "my-run", run(30))
+
+
+def test_headline(pr2_page):
+    text = pr2_page.text
+    assert text.index("Prediction helped") < text.index("Learning Reward")
+    for label in ("my-run", "Reward", "Response length", "Steps", "Agreement", "Lift", "Missing routes", "Log-prob gap"):
+        assert label in text
+    rewards = [r["reward"] for r in run(30)]
+    assert f"{sum(rewards[:6]) / 6:.3f} → {sum(rewards[-6:]) / 6:.3f}" in text
+    assert "pr2 : the rollout engine samples with predicted routes" in text
+
+
+def test_every_plot_is_there_with_a_caption(pr2_page):
+    assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | {"predictor", "missing"}
+    assert set(pr2_page.captions) == pr2_page.plots
+    for caption in pr2_page.captions.values():
+        assert caption.endswith(".")
+        assert len(caption) > 40
+    assert pr2_page.source.count("<svg") == len(pr2_page.plots)
+    assert "paper: frozen, off-2" in pr2_page.source
+    assert "76.9 % unchanged" in pr2_page.source
+    assert "92.2 % unchanged" in pr2_page.source
+
+
+def test_page_needs_no_network(pr2_page):
+    outside = [link for link in pr2_page.links if not link.startswith(("#", "data:image/png;base64,"))]
+    assert outside == ["https://arxiv.org/abs/2606.00395"]
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & pr2_page.tags
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", pr2_page.source)) == {"https://arxiv.org/abs/2606.00395"}
+    assert "@import" not in pr2_page.source
+
+
+def test_ids_are_unique_and_resolve(pr2_page):
+    assert len(pr2_page.ids) == len(set(pr2_page.ids))
+    used = {link[1:] for link in pr2_page.links if link.startswith("#")} | pr2_page.references
+    assert used <= set(pr2_page.ids)
+    assert any(i.startswith("reward-") for i in pr2_page.references)
+
+
+def test_page_follows_width_and_colour_scheme(pr2_page):
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in pr2_page.source
+    assert "prefers-color-scheme: dark" in pr2_page.source
+    figures = pr2_page.source[pr2_page.source.index("<svg") :]
+    for light, _ in theme.COLOURS.values():
+        assert light not in figures
+    used = set(re.findall(r"var\(--(\w+)\)", pr2_page.source))
+    assert used <= set(theme.COLOURS) | set(theme.PAGE) | {"tone"}
+    assert len({light for light, _ in theme.COLOURS.values()}) == len(theme.COLOURS)
+
+
+def test_config_and_names_are_escaped(tmp_path):
+    records = [r | {"preset": "<img src=x onerror=alert(2)>"} for r in run(2)]
+    page = report(tmp_path / "<b>&run", records)
+    assert "<script>" not in page.source
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34;" in page.source
+    assert "&lt;b&gt;&amp;run" in page.source
+    assert "img" not in page.tags
+    assert "<script>alert(1)</script>" in page.text
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r2", "r3", "pr2"])
+@pytest.mark.parametrize("total", [1, 7])
+def test_every_preset(tmp_path, preset, total):
+    page = report(tmp_path / preset, run(total, preset=preset, kappa=2, layers=3), config=None)
+    expected = COMMON_PLOTS | (ROUTE_PLOTS | {"missing"} if preset != "grpo" else set())
+    assert page.plots == expected | ({"predictor"} if preset == "pr2" else set())
+    assert ("Nothing was replayed in this run" in page.text) == (preset == "grpo")
+    assert ("Nothing was predicted" in page.text) == (preset != "pr2")
+    assert "The run directory has no config.yaml." in page.text
+    assert not re.search(r"\bnan\b", page.source, re.I)
+
+
+def test_one_mini_step_has_no_lift(tmp_path):
+    page = report(tmp_path / "off1", run(6, kappa=1))
+    assert "Prediction could not be judged" in page.text
+    assert not {"lift", "kl", "coverage", "layer-lift"} & page.plots
+
+
+def test_records_with_nothing_but_a_step(tmp_path):
+    page = report(tmp_path / "bare", [{"step": 0}, {"step": 1, "reward": None, "mini_steps": None, "seconds": None}])
+    assert page.plots == set()
+    assert "This run has no numbers for this section." in page.text
+
+
+def test_long_runs_are_thinned_and_say_so(tmp_path):
+    page = report(tmp_path / "long", run(801, kappa=2, layers=2))
+    assert "each point of the plots joins 3 rollouts" in page.text
+    assert len(page.source) < 700_000
+
+
+def test_empty_run_is_a_clear_error(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no records yet"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_other_path_and_the_same_page_twice(tmp_path):
+    report(tmp_path / "run", run(3))
+    other = write_report(tmp_path / "run", tmp_path / "elsewhere" / "page.html")
+    assert other == tmp_path / "elsewhere" / "page.html"
+    assert other.read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
+    assert [p.name for p in other.parent.iterdir()] == ["page.html"]
+
+
+def test_matplotlib_settings_of_the_host_are_left_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    report(tmp_path / "run", run(2))
+    assert dict(matplotlib.rcParams) == before
