@@ -192,8 +192,16 @@ class PR2:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         self._learning = self.predictor is not None and mini_step >= 2
         mode = "replay" if self.config.replays else "live"
-        with self._session(micro_batches, mode, self._measure, None) as session:
-            yield session
+        try:
+            with self._session(micro_batches, mode, self._measure, None) as session:
+                yield session
+        except BaseException:
+            # What a failed pass gathered belongs to no mini-step.
+            self._learning, self._features_absent = False, 0
+            self._drift.discard()
+            if self.predictor is not None:
+                self.predictor.discard()
+            raise
 
     def step(self, lr: float) -> dict[str, Any]:
         """Ends a mini-step: updates the predictor (if it was learning) with alpha * lr and reads the drift metrics.

@@ -52,9 +52,10 @@ def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
     """
     if shape is None:
         return {}
-    overrides: dict[str, Any] = {
-        "moe_layer_freq": [int(index in shape.moe_layers) for index in range(shape.num_hidden_layers)],
-    }
+    overrides: dict[str, Any] = {}
+    if len(shape.moe_layers) < shape.num_hidden_layers:
+        # Only where layers differ: Megatron saves a model with a list layer by layer, one without as stacked layers.
+        overrides["moe_layer_freq"] = [int(index in shape.moe_layers) for index in range(shape.num_hidden_layers)]
     if config.model_type in ("qwen2_moe", "qwen3_moe"):
         # Softmax over the selected experts only is what normalizing the selected probabilities gives.
         overrides["moe_router_pre_softmax"] = not config.norm_topk_prob

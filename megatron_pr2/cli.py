@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,9 @@ def _print_result(directory: Path, report_path: Path | None = None) -> None:
     }
     if (directory / "final").exists():
         result["checkpoint"] = str(directory / "final")
-    typer.echo(json.dumps(result))
+    # JSON has no NaN: a run without replay has no agreement.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+    typer.echo(json.dumps(finite, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class PR2Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f.name, getattr(self, f.name), type(f.default))
         _one_of("routes", self.routes, ROUTES)
         _one_of("predictor", self.predictor, PREDICTORS)
         _one_of("target", self.target, TARGETS)
@@ -72,7 +74,9 @@ class PR2Config:
             raise ConfigError(f"pr2.sample_fraction={self.sample_fraction}: expected a share in (0, 1]")
         if self.feature_bytes < 0:
             raise ConfigError(f"pr2.feature_bytes={self.feature_bytes}: expected a number of bytes >= 0")
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if self.seed < 0:
+            raise ConfigError(f"pr2.seed={self.seed}: expected an integer >= 0")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"pr2.betas={self.betas}: expected two numbers in [0, 1)")
 
     @classmethod
@@ -92,8 +96,7 @@ class PR2Config:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown pr2 setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        values = {**values, **({"betas": tuple(values["betas"])} if "betas" in values else {})}
-        return replace(cls(), **values)
+        return replace(cls(), **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     @property
     def replays(self) -> bool:
@@ -104,6 +107,23 @@ class PR2Config:
     def learns(self) -> bool:
         """Whether a predictor is trained."""
         return self.predictor == "learned"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """Refuses values of another kind than the default's: settings come from YAML, where `maybe` is a text and not a switch."""
+    right, expected = {
+        bool: (isinstance(value, bool), "true or false"),
+        int: (isinstance(value, int) and not isinstance(value, bool), "an integer"),
+        float: (_is_number(value), "a number"),
+        tuple: (isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)), "two numbers in [0, 1)"),
+    }.get(kind, (True, ""))
+    if not right:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"pr2.{name}={shown!r}: expected {expected}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -81,6 +81,10 @@ class DriftMetrics:
         """Adds one micro-batch's sums of one local layer."""
         self._sums_LC[layer] += columns_C
 
+    def discard(self) -> None:
+        """Forgets what was added since the last read."""
+        self._sums_LC.zero_()
+
     def read(self, group: dist.ProcessGroup | None) -> dict[str, list[float]]:
         """Reduces over `group` (every rank of it calls), returns per-layer means and `tokens`, and starts anew.
 

@@ -120,6 +120,10 @@ class RoutePredictor:
         )
         self.token_count_L[layer] += h_old_SH.shape[0]
 
+    def discard(self) -> None:
+        """Forgets what was accumulated since the last step."""
+        self._sums.zero_()
+
     @torch.no_grad()
     def step(self, lr: float, group: dist.ProcessGroup | None) -> dict[str, float]:
         """Reduces, averages and applies the accumulated gradient, then clears it.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.router import Router, TopKRouter
 
 from megatron_pr2.errors import AttachError
@@ -62,7 +64,7 @@ def check_router(name: str, router: Router) -> None:
     """
     if isinstance(router, PredictiveTopKRouter) and router.attached:
         raise AttachError(f"{name}: predictive routing replay is already attached; call detach() first")
-    if type(router) not in (TopKRouter, PredictiveTopKRouter):
+    if type(router) is not TopKRouter and not isinstance(router, PredictiveTopKRouter):
         raise AttachError(
             f"{name}: router class {type(router).__name__} is not Megatron-Core's TopKRouter; derive it from "
             "megatron_pr2.router.PredictiveTopKRouter or use TopKRouter"
@@ -79,6 +81,27 @@ def check_router(name: str, router: Router) -> None:
         )
 
 
+def check_all_found(layers: set[int], moe_layers: Sequence[int]) -> None:
+    """Refuses a model of which some MoE layer's router was not found on any pipeline rank: it would silently not be replayed.
+
+    Collective over the pipeline group; a pipeline rank without any MoE layer is fine.
+
+    Raises:
+        AttachError: naming the layers.
+    """
+    found = set(layers)
+    if mpu.model_parallel_is_initialized() and mpu.get_pipeline_model_parallel_world_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        parts: list[set[int]] = [set()] * dist.get_world_size(group)
+        dist.all_gather_object(parts, layers, group=group)
+        found = set().union(*parts)
+    if absent := sorted(set(moe_layers) - found):
+        raise AttachError(
+            f"no router found for the MoE layers {absent} (0-based) of {len(moe_layers)}; attach() looks under the `decoder` of "
+            "the model chunks it is given: pass every chunk of this rank, and of a multi-modal model its language model"
+        )
+
+
 def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], tuple[int, ...]]:
     """Turns every decoder router into a PredictiveTopKRouter in place.
 
@@ -86,8 +109,8 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
         The sites of this rank in ascending layer order, and the 0-based indices of all MoE layers of the model.
 
     Raises:
-        AttachError: no MoE layer in the whole model, a router that cannot be replayed, or a layer number that the config does not
-            call MoE. Nothing is changed in that case.
+        AttachError: no MoE layer in the whole model, a router that cannot be replayed, a MoE layer whose router is nowhere, or a
+            layer number that the config does not call MoE. Nothing is changed in that case.
     """
     config = unwrapped(chunks[0]).config
     if not config.num_moe_experts:
@@ -105,11 +128,13 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
         if layer in seen:
             raise AttachError(f"{name} and {seen[layer]} both claim layer_number {router.layer_number}; is it built twice?")
         seen[layer] = name
+    check_all_found(set(seen), moe_layers)
     sites = []
     for local, (chunk, _, router) in enumerate(found):
         # The class is swapped, not the module: optimizers, DDP buffers and checkpoints keep seeing the same parameters.
         original = type(router)
-        router.__class__ = PredictiveTopKRouter
+        if original is TopKRouter:
+            router.__class__ = PredictiveTopKRouter
         router.attached = True
         layer = router.layer_number - 1
         sites.append(RouterSite(chunk, local, layer, moe_layers.index(layer), router, original))

@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing as mp
 import os
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -36,12 +37,14 @@ def _work(rank: int, world_size: int, pipe: Connection) -> None:
 
     from megatron_pr2 import host
 
+    # Its own process group, so that close() also ends what a function has started.
+    os.setsid()
     torch.set_num_threads(1)
     host.enable()
     while True:
         try:
             job = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         if job is None:
             return
@@ -129,6 +132,8 @@ class Pool:
         """Ends the workers; the next run() starts new ones."""
         for process, pipe in self._workers:
             pipe.close()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
         self._workers = []
@@ -137,7 +142,7 @@ class Pool:
         context = _fork_server()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world_size, theirs), daemon=True)
+            process = context.Process(target=_work, args=(rank, self.world_size, theirs))
             process.start()
             theirs.close()
             self._workers.append((process, ours))

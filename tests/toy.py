@@ -50,6 +50,7 @@ def toy_config(**changes: Any) -> TransformerConfig:
         "num_layers": LAYERS,
         "hidden_size": HIDDEN,
         "num_attention_heads": 2,
+        "moe_ffn_hidden_size": HIDDEN,
         "num_moe_experts": EXPERTS,
         "moe_router_topk": TOPK,
         "moe_router_load_balancing_type": "none",
@@ -98,13 +99,21 @@ class ToyChunk(nn.Module):
         router_class: type[TopKRouter] = TopKRouter,
         seed: int = 0,
         mtp: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> None:
+        """Args:
+        recompute: full activation recomputation, layer by layer.
+        router_class: of all routers.
+        mtp: adds a multi-token-prediction head, which no forward uses.
+        layers: 1-based numbers of the layers of this chunk; None for all.
+        """
         super().__init__()
         self.config, self.recompute = config, recompute
         moe = layout.moe_layer_indices(config.num_layers, config.moe_layer_freq)
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList(
-            ToyLayer(config, i + 1, i in moe, router_class) for i in range(config.num_layers)
+            ToyLayer(config, number, number - 1 in moe, router_class)
+            for number in (range(1, config.num_layers + 1) if layers is None else layers)
         )
         if mtp:  # restarts the numbering at 1, as Megatron-Core's heads do
             self.mtp = nn.Module()
@@ -192,18 +201,20 @@ def sequences(lengths: dict[int, int], tables: dict[int, RouteTable] | None, pro
     ]
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of one router.
 
     Attributes:
         layer: 0-based.
         recomputed: whether it ran inside autograd's backward.
+        number: counts the calls of this layer, forward and recomputed ones apart.
         hidden_TH, probs_TE, map_TE: input and outputs.
     """
 
     layer: int
     recomputed: bool
+    number: int
     hidden_TH: Tensor
     probs_TE: Tensor
     map_TE: Tensor
@@ -218,7 +229,9 @@ def observed(model: nn.Module) -> Any:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
             hidden = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).clone()
             recomputed = torch._C._current_graph_task_id() != -1
-            calls.append(Call(router.layer_number - 1, recomputed, hidden, outputs[0].detach(), outputs[1].detach()))
+            layer = router.layer_number - 1
+            number = sum(call.layer == layer and call.recomputed == recomputed for call in calls)
+            calls.append(Call(layer, recomputed, number, hidden, outputs[0].detach(), outputs[1].detach()))
 
         return keep
 

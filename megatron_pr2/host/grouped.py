@@ -58,8 +58,14 @@ class HostGroupedLinear(torch.nn.Module):
             # Expert gradients are reduced over the expert data-parallel group, not over all data-parallel ranks.
             weight.allreduce = config.expert_model_parallel_size <= 1  # type: ignore[attr-defined]
             self.register_parameter(f"weight{index}", weight)
+        # A distributed checkpoint holds one (empty) extra state per expert, a module has one.
+        self._register_load_state_dict_pre_hook(self._drop_extra_states)
         if config.perform_initialization:
             self._initialize(output_size, input_size, init_method)
+
+    def _drop_extra_states(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for index in range(1, self.num_gemms):
+            state_dict.pop(f"{prefix}_extra_state{index}", None)
 
     def _initialize(self, output_size: int, input_size: int, init_method: InitMethod) -> None:
         """Draws all experts in global order on every rank, so that an expert does not depend on the parallel layout."""

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # What Megatron-Core says on import and construction about packages and settings that mean nothing without a GPU.
 _NOISE = (
     "Apex is not installed",
+    "full scope is deprecated",
+    "will be removed in this file",
     "Transformer Engine and Apex are not installed",
     "When using sequence parallelism it is recommended to set the environment variable",
     "When using async grad allreduce it is recommended to set the environment variable",

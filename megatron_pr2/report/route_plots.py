@@ -154,7 +154,7 @@ def coverage(data: RunData) -> Plot | None:
     if exists(layers):
         line(axes, data, np.array([np.nanmax(c) if exists(c) else np.nan for c in layers.T]), "orange", "worst layer", linewidth=1)
     line(axes, data, average, "blue", "mean of layers")
-    axes.axhline(PAPER_COVERAGE_GAP, color=LIGHT["muted"], linewidth=1, linestyle="--", label="paper's maximum")
+    axes.axhline(PAPER_COVERAGE_GAP, color=LIGHT["muted"], linewidth=1, linestyle="--", label="paper's max")
     axes.set_ylim(bottom=0)
     label_y(axes, "coverage gap")
     legend(axes)

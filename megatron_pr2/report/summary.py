@@ -81,7 +81,7 @@ def judge(records: Sequence[Record]) -> Verdict:
         return Verdict("early", "Too few rollouts to judge prediction", detail, lift, error, removed)
     significant = abs(lift) > 2 * error and (abs(removed) >= SMALLEST_EFFECT or math.isnan(removed)) and lift != 0
     if not significant:
-        detail = f"Replayed routes matched the updated routers as well as frozen ones would have ({numbers})."
+        detail = f"Replayed routes matched the updated routers about as well as frozen ones would have ({numbers})."
         return Verdict("same", "Prediction made no difference", detail, lift, error, removed)
     if lift > 0:
         detail = f"It removed {100 * removed:.1f} % of the route mismatches that frozen routes would have had ({numbers})."

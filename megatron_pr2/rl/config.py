@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -111,32 +112,46 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or settings that contradict each other.
     """
-    merged = OmegaConf.structured(TrainConfig)
-    sources = []
-    try:
-        if path is not None:
-            loaded = OmegaConf.load(path)
-            if not isinstance(loaded, DictConfig):
-                raise ConfigError(f"{path}: expected a mapping of settings")
-            sources.append((str(path), loaded))
-        if overrides:
-            if bad := [item for item in overrides if "=" not in item]:
-                raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
+    sources: list[tuple[str, Any]] = []
+    if path is not None:
+        sources.append((str(path), _read(path)))
+    if overrides:
+        if bad := [item for item in overrides if "=" not in item]:
+            raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
+        try:
             sources.append(("command line", OmegaConf.from_dotlist(list(overrides))))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: {_one_line(error)}; expected key=value with a YAML value") from error
+    merged, name = OmegaConf.structured(TrainConfig), "defaults"
+    try:
         for name, source in sources:
-            try:
-                merged = OmegaConf.merge(merged, source)
-            except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"{name}: {reason} (setting {error.full_key or error.key!r}); see docs/config.md") from error
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
+            merged = OmegaConf.merge(merged, source)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'command line'}: {error}") from error
-    config = OmegaConf.to_object(merged)
+        key = error.full_key or error.key
+        setting = f" (setting {key!r})" if key else ""
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}{setting}; see docs/config.md") from error
     assert isinstance(config, TrainConfig)
     validate(config)
     return config
+
+
+def _read(path: str | Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not YAML ({_one_line(error)})") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of settings")
+    return loaded
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def validate(config: TrainConfig) -> None:
@@ -162,11 +177,20 @@ def validate(config: TrainConfig) -> None:
     }.items():
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
+    for name, value in {"seed": config.seed, "rollout.restarts": rollout.restarts}.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value}: expected at least 0")
+    if not 0.0 <= algorithm.clip_low < 1.0:
+        raise ConfigError(f"algorithm.clip_low={algorithm.clip_low}: expected a number in [0, 1)")
+    if not algorithm.clip_high >= 0.0:
+        raise ConfigError(f"algorithm.clip_high={algorithm.clip_high}: expected a number >= 0")
+    if not config.optimizer.lr >= 0.0:
+        raise ConfigError(f"optimizer.lr={config.optimizer.lr}: expected a number >= 0")
     if rollout.engine not in ("megatron", "sglang"):
         raise ConfigError(f"rollout.engine={rollout.engine!r}: expected megatron or sglang")
     if rollout.url and rollout.engine != "sglang":
         raise ConfigError(f"rollout.url={rollout.url!r} needs rollout.engine=sglang, not {rollout.engine!r}")
-    if rollout.temperature <= 0:
+    if not rollout.temperature > 0:
         raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype={config.model.dtype!r}: expected float32 or bfloat16")

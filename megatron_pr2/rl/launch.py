@@ -8,13 +8,14 @@ import os
 import uuid
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError, PR2Error
-from megatron_pr2.host.vision import make_torchvision_importable
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import load_examples
@@ -22,6 +23,7 @@ from megatron_pr2.rl.data import load_examples
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+ERRORS_FILE = "errors.log"
 # What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
 _MAY_CHANGE = ("steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.url")
 
@@ -45,7 +47,12 @@ def train(config: TrainConfig) -> Path:
     """
     directory = Path(config.run)
     _claim(directory, config)
+    # A failed rank is told by TrainingFailed and in full by errors.log; torch's own report of it would bury the reason.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if not torch.cuda.is_available():
+        host.enable()  # Megatron-Core and Transformers are imported here too, to look at the model
     model_path = config.model.path or str(_warm_start(config))
+    _check_model(model_path)
     data_path = config.data or str(_task_file(config, Path(model_path)))
     load_examples(data_path)  # a bad line is reported here, before anything is started
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,7 +70,7 @@ def train(config: TrainConfig) -> Path:
     try:
         elastic_launch(launch, _rank)(config, model_path, data_path)
     except ChildFailedError as error:
-        raise TrainingFailed(_reason(error)) from error
+        raise TrainingFailed(_reason(error, directory / ERRORS_FILE)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
     finally:
@@ -114,7 +121,6 @@ def _differences(old: object, new: object, prefix: str = "") -> set[str]:
 
 def _warm_start(config: TrainConfig) -> Path:
     """The quickstart's policy: tiny, made here, warm-started on the arithmetic task, cached."""
-    make_torchvision_importable()
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
     return ensure_warm_start(Path(config.model.cache) / f"seed_{config.seed}", WarmStartConfig(seed=config.seed))
@@ -134,9 +140,28 @@ def _report(directory: Path) -> None:
         write_report(directory)
 
 
-def _reason(error: ChildFailedError) -> str:
+def _reason(error: ChildFailedError, log: Path) -> str:
+    """What the first failed rank said, in a line; every rank's traceback goes to `log`."""
+    with log.open("a", encoding="utf-8") as file:
+        for rank, failure in error.failures.items():
+            file.write(f"--- rank {rank}, exit code {failure.exitcode}, {failure.timestamp_isoformat()}\n")
+            file.write(f"{_field(failure.message, 'extraInfo') or failure.message}\n")
     rank, failure = error.get_first_failure()
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-    return f"rank {rank}: {message}"
+    return f"rank {rank}: {_field(failure.message, 'message') or failure.message} (tracebacks: {log})"
+
+
+def _field(message: object, name: str) -> str:
+    """A field of torchelastic's error file, whose message is a dict or, where a rank was killed, a plain text."""
+    value = message.get(name, "") if isinstance(message, dict) else ""
+    return value.get("py_callstack", str(value)) if isinstance(value, dict) else str(value)
+
+
+def _check_model(path: str) -> None:
+    """Refuses a checkpoint that is absent or has no experts before any process is started."""
+    from transformers import AutoConfig
+
+    from megatron_pr2.bridge import model_shape
+
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path={path}: no config.json there; expected a Hugging Face model directory")
+    model_shape(AutoConfig.from_pretrained(path))

@@ -96,8 +96,8 @@ def _log_above(display: LiveDisplay) -> None:
     """Log lines go above the live table instead of through it."""
     from rich.logging import RichHandler
 
-    root = logging.getLogger()
-    root.handlers = [RichHandler(console=display.console, show_path=False, show_time=False)]
+    if display.console.is_terminal:
+        logging.getLogger().handlers = [RichHandler(console=display.console, show_path=False, show_time=False)]
     logging.getLogger("megatron_pr2").setLevel(logging.INFO)
 
 

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.001
 _CONNECT_TIMEOUT_S = 60.0
+_CAUSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,6 @@ class WeightChannel:
         post: sends one POST to the server without waiting: (path, payload) to a future of the parsed reply.
         world_size: 1 + number of SGLang ranks.
         backend: "gloo" or "nccl".
-        device: where SGLang receives: a CPU device, or with either backend a GPU of this process.
         timeout_s: for one bucket; also for connecting, if it is less than a minute.
     """
 
@@ -103,12 +104,10 @@ class WeightChannel:
         *,
         world_size: int,
         backend: str,
-        device: torch.device,
         timeout_s: float,
     ) -> None:
         self._post = post
         self._timeout_s = timeout_s
-        self.device = device
         self.broken = False
         if backend == "nccl" and not dist.is_nccl_available():
             raise RolloutError("weight update: this torch has no NCCL; set weight_backend='gloo'")
@@ -144,7 +143,11 @@ class WeightChannel:
             self.broken = True
             reply = joined.exception() or joined.result() if joined.done() else "no reply"
             raise RolloutError(f"weight update: no {backend} connection to the server ({error}); server: {reply}") from error
-        check_reply("/init_weights_update_group", joined.result(connect_s))
+        try:
+            check_reply("/init_weights_update_group", joined.result(connect_s))
+        except FutureTimeoutError as error:
+            self.broken = True
+            raise RolloutError(f"weight update: no reply to the connection within {connect_s:g} s") from error
 
     def _connect(self, backend: str, world_size: int, timeout: timedelta) -> Any:
         # SGLang prefixes the name, torch's helper prefixes it again and then adds the device: three nested stores.
@@ -185,24 +188,26 @@ class WeightChannel:
         try:
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
-            work = self._group.broadcast([bucket.flat], options)
-            self._wait(work, reply)
+            self._wait(self._group.broadcast([bucket.flat], options), reply)
+        except (RolloutError, RuntimeError) as error:
+            self.broken = True
+            raise RolloutError(
+                f"weight update: the bucket from {bucket.names[0]} on was not taken: {_cause(error, reply)}"
+            ) from error
+        try:
             check_reply("/update_weights_from_distributed", reply.result(self._timeout_s))
-        except RolloutError:
+        except FutureTimeoutError as error:
             self.broken = True
-            raise
-        except (RuntimeError, TimeoutError) as error:
-            self.broken = True
-            raise RolloutError(f"weight update: bucket from {bucket.names[0]} on was not taken: {error}") from error
+            raise RolloutError(f"weight update: no reply within {self._timeout_s:g} s of a bucket that was taken") from error
 
     def _wait(self, work: Any, reply: Future[Any]) -> None:
-        """Waits for the broadcast; a reply that comes first means that the server did not join in."""
+        """Waits for the broadcast; a reply that comes before its end means that the server does not take part."""
         deadline = time.monotonic() + self._timeout_s
         while not work.is_completed():
-            if reply.done():
+            if reply.done() and not work.is_completed():
                 check_reply("/update_weights_from_distributed", reply.result())
             if time.monotonic() > deadline:
-                raise RolloutError(f"weight update: a bucket was not taken within {self._timeout_s:g} s")
+                raise RolloutError(f"not within {self._timeout_s:g} s")
             time.sleep(_POLL_S)
         work.wait()
 
@@ -213,8 +218,17 @@ class WeightChannel:
         self.broken = True
         try:
             self._post("/destroy_weights_update_group", {"group_name": self._name}).result(10.0)
-        except (RolloutError, TimeoutError) as error:
+        except (RolloutError, FutureTimeoutError) as error:
             logger.info("the server did not leave the weight update group: %s", error)
+
+
+def _cause(error: Exception, reply: Future[Any]) -> Exception:
+    """What the server's reply says, where there is one: a broken connection alone does not tell why it broke."""
+    try:
+        check_reply("/update_weights_from_distributed", reply.result(_CAUSE_TIMEOUT_S))
+    except (RolloutError, FutureTimeoutError) as told:
+        return told if isinstance(told, RolloutError) else error
+    return error
 
 
 def check_reply(path: str, reply: Any) -> None:

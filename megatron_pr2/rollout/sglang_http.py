@@ -24,6 +24,19 @@ T = TypeVar("T")
 _RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
+class RefusedError(RolloutError):
+    """The server understood and refused: an HTTP status other than 200 that is not worth a retry.
+
+    Attributes:
+        status, body: of the answer.
+    """
+
+    def __init__(self, message: str, status: int, body: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body
+
+
 class HttpClient:
     """Client of one base URL.
 
@@ -127,6 +140,7 @@ class HttpClient:
             timeout_s: of one attempt, the client's default if None.
 
         Raises:
+            RefusedError: another HTTP status than 200, 429 and 5xx.
             RolloutError: no usable answer, and why.
         """
         attempts = 1 + (self._retries if retry else 0)
@@ -154,7 +168,7 @@ class HttpClient:
                     return body
                 problem = f"HTTP {status}: {body[:500]}"
                 if status not in _RETRIED_STATUS:
-                    raise RolloutError(f"{where}: {path} was refused with {problem}")
+                    raise RefusedError(f"{where}: {path} was refused with {problem}", status, body)
             logger.info("%s: %s, attempt %d of %d: %s", where, path, attempt + 1, attempts, problem)
         if not retry:
             await asyncio.sleep(self._backoff_s)  # the end of a dying process takes a moment to be seen

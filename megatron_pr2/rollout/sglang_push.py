@@ -11,11 +11,13 @@ import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang_channel import WeightChannel, buckets, check_reply
-from megatron_pr2.rollout.sglang_http import HttpClient
+from megatron_pr2.rollout.sglang_http import HttpClient, RefusedError
 
 logger = logging.getLogger(__name__)
 
 _WHERE = "weight update"
+# A server that is stuck in a transfer answers nothing until the transfer times out.
+_ABANDON_TIMEOUT_S = 10.0
 
 
 class WeightPusher:
@@ -77,7 +79,6 @@ class WeightPusher:
                 self._post,
                 world_size=self._world_size,
                 backend=self._backend,
-                device=self._device,
                 timeout_s=self._timeout_s,
             )
         return self._channel
@@ -88,27 +89,28 @@ class WeightPusher:
             return
         try:
             reply = self._call("/begin_weight_update")
-        except RolloutError as error:
-            if "HTTP 404" not in str(error):
+        except RefusedError as error:
+            if error.status == 404:
+                self._has_sessions = False
+                return
+            if "already open" not in error.body:
                 raise
-            self._has_sessions = False
-            return
-        if "already open" in str(reply):  # left behind by somebody who died in the middle
+            # Left behind by somebody who died in the middle.
             check_reply("/end_weight_update", self._call("/end_weight_update"))
             reply = self._call("/begin_weight_update")
         check_reply("/begin_weight_update", reply)
 
     def _abandon_session(self) -> None:
         """Closes the session after a failure if the server still can; the failure itself is what the caller hears of."""
-        if not self._has_sessions or (self._channel is not None and self._channel.broken):
+        if not self._has_sessions:
             return
         try:
-            check_reply("/end_weight_update", self._call("/end_weight_update"))
+            check_reply("/end_weight_update", self._call("/end_weight_update", timeout_s=_ABANDON_TIMEOUT_S))
         except RolloutError as error:
             logger.info("the weight update session stays open: %s", error)
 
-    def _call(self, path: str) -> Any:
-        return self._http.run(self._http.json("POST", path, {}, where=_WHERE, retry=False))
+    def _call(self, path: str, timeout_s: float | None = None) -> Any:
+        return self._http.run(self._http.json("POST", path, {}, where=_WHERE, retry=False, timeout_s=timeout_s))
 
     def _post(self, path: str, payload: dict[str, Any]) -> Future[Any]:
         return self._http.submit(self._http.json("POST", path, payload, where=_WHERE, retry=False, timeout_s=self._timeout_s))

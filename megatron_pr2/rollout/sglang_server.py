@@ -31,6 +31,8 @@ LAUNCHER = "megatron_pr2.rollout.sglang_cpu.launch"
 # SGLang looks for a SIGTERM every 5 s and then releases GPU memory and shared memory, which a SIGKILL would leave behind.
 _STOP_GRACE_S = 15.0
 _LOG_LINES = 20
+# Lines that follow every end of SGLang and would push its last words out of an error message.
+_LOG_NOISE = ("nanobind:", " - leaked ", " - ... skipped", "See https://nanobind", "Ignore import error")
 
 
 def free_port() -> int:
@@ -213,7 +215,7 @@ def _temporary_log() -> Path:
 
 
 def log_tail(path: Path, lines: int) -> str:
-    """Last `lines` lines of a file, each cut at 400 characters; "" if there is none."""
+    """Last `lines` telling lines of a file, each cut at 400 characters; "" if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -221,4 +223,5 @@ def log_tail(path: Path, lines: int) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
-    return "\n".join(line[:400] for line in text.splitlines()[-lines:])
+    telling = [line for line in text.splitlines() if line.strip() and not any(noise in line for noise in _LOG_NOISE)]
+    return "\n".join(line[:400] for line in telling[-lines:])

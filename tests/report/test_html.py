@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
 
 from megatron_pr2.errors import DataError
@@ -182,9 +183,8 @@ def test_other_path_and_the_same_page_twice(tmp_path):
     assert [p.name for p in other.parent.iterdir()] == ["page.html"]
 
 
-def test_matplotlib_settings_of_the_host_are_left_alone(tmp_path):
-    import matplotlib
-
+def test_matplotlib_settings_of_the_host_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 17.0)
     before = dict(matplotlib.rcParams)
-    report(tmp_path / "run", run(2))
+    report(tmp_path / "run", run(1))
     assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,226 @@
+"""The real engine against Transformers in fp32: routes, log-probs, seeds, weight pushes, scoring."""
+
+from __future__ import annotations
+
+import random
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
+from megatron_pr2.rollout.sglang import SGLangEngine
+from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.sglang.conftest import SHAPE, TinyModel
+
+pytestmark = pytest.mark.sglang
+
+
+def make_requests(count: int, seed: int = 0) -> list[RolloutRequest]:
+    rng = random.Random(seed)
+    return [RolloutRequest(tuple(rng.randrange(3, 260) for _ in range(rng.randrange(2, 24))), 100 + i) for i in range(count)]
+
+
+def assert_matches(responses, tiny: TinyModel, gates=None, temperature: float = 1.0) -> None:
+    """All routes equal, log-probs to 1e-4."""
+    for response in responses:
+        routes, logprobs = tiny.routes_and_logprobs(list(response.token_ids), gates, temperature)
+        assert response.routes is not None
+        assert response.routes.valid.tolist() == [True] * (len(response.token_ids) - 1) + [False]
+        got = np.sort(response.routes.experts[:-1], axis=-1)
+        assert (got == routes[:-1].numpy()).all()
+        np.testing.assert_allclose(response.logprobs, logprobs[len(response.prompt_ids) - 1 :], atol=1e-4)
+
+
+def test_routes_and_logprobs_equal_transformers(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    responses, stats = fresh.generate(make_requests(24), SamplingParams(16), return_routes=True)
+    assert_matches(responses, tiny)
+    assert stats.generated_tokens == 24 * 16
+    assert stats.extra["invalid_rows"] == 0
+    tokens = sum(len(r.token_ids) - 1 for r in responses)
+    assert stats.route_bytes >= tokens * 4 * 4 * 4 * 4 / 3
+    assert {r.finish_reason for r in responses} == {"length"}
+    assert [r.prompt_ids for r in responses] == [r.prompt_ids for r in make_requests(24)]
+
+
+def test_logprobs_are_those_of_the_sampling_temperature(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    responses, _ = fresh.generate(make_requests(4), SamplingParams(8, temperature=0.7), return_routes=True)
+    assert_matches(responses, tiny, temperature=0.7)
+
+
+def test_without_routes(fresh: SGLangEngine) -> None:
+    responses, stats = fresh.generate(make_requests(2), SamplingParams(4), return_routes=False)
+    assert all(r.routes is None for r in responses)
+    assert stats.route_bytes == 0
+
+
+def test_stop_tokens_end_the_response_and_belong_to_it(fresh: SGLangEngine) -> None:
+    stops = tuple(range(100, 200))
+    responses, _ = fresh.generate(make_requests(8), SamplingParams(64, stop_token_ids=stops), return_routes=False)
+    stopped = [r for r in responses if r.finish_reason == "stop"]
+    assert stopped
+    for response in stopped:
+        assert response.response_ids[-1] in stops
+        assert not set(response.response_ids[:-1]) & set(stops)
+
+
+def test_same_seeds_give_the_same_tokens_in_any_batch(fresh: SGLangEngine) -> None:
+    requests = make_requests(16) + [RolloutRequest(r.prompt_ids, r.seed + 1000) for r in make_requests(16)]
+    together, _ = fresh.generate(requests, SamplingParams(12), return_routes=True)
+    order = random.Random(1).sample(range(len(requests)), len(requests))
+    shuffled, _ = fresh.generate([requests[i] for i in order], SamplingParams(12), return_routes=True)
+    few, _ = fresh.generate(requests[:3], SamplingParams(12), return_routes=True)
+    for position, index in enumerate(order):
+        assert shuffled[position].response_ids == together[index].response_ids
+    assert [r.response_ids for r in few] == [r.response_ids for r in together[:3]]
+    assert together[0].response_ids != together[16].response_ids  # another seed, another sample
+
+
+def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    prompt, draws = (5, 6, 7), 2000
+    responses, _ = fresh.generate([RolloutRequest(prompt, s) for s in range(draws)], SamplingParams(1), return_routes=False)
+    counts = np.bincount([r.response_ids[0] for r in responses], minlength=260)
+    with torch.no_grad():
+        p = tiny.model(torch.tensor([prompt])).logits[0, -1].softmax(-1).double().numpy()
+    likely = p * draws > 5
+    statistic = ((counts - p * draws) ** 2 / (p * draws))[likely].sum()
+    degrees = likely.sum()
+    assert degrees > 20
+    # Fixed seeds: this is one number. A sampler that ignores p is off by thousands.
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+
+
+def test_merged_push_changes_routes_of_a_repeated_prompt(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    requests = make_requests(6, seed=3)
+    before, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    assert {r.weight_version for r in before} == {1}
+    merged = tiny.merged_gates(seed=7)
+    fresh.update_weights(merged.items(), 5)
+    after, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    assert {r.weight_version for r in after} == {5}
+    assert_matches(after, tiny, merged)
+    prompt_rows = [slice(0, len(r.prompt_ids)) for r in requests]
+    changed = [
+        (b.routes.experts[s] != a.routes.experts[s]).any(-1).mean() for a, b, s in zip(after, before, prompt_rows, strict=True)
+    ]
+    assert min(changed) > 0.5  # nothing came from the prefix cache of the old weights
+    fresh.update_weights(tiny.gates().items(), 6)
+    again, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    assert [r.response_ids for r in again] == [r.response_ids for r in before]
+
+
+def test_full_push_in_many_buckets(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    """A whole other model, names as save_pretrained writes them, in buckets smaller than its largest tensors."""
+    from safetensors.torch import load_file
+
+    original = load_file(f"{tiny.path}/model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    scaled = {name: w * (1 + 0.2 * torch.rand(w.shape, generator=generator)) for name, w in original.items()}
+    fresh.update_weights(iter(scaled.items()), 8)
+    responses, _ = fresh.generate(make_requests(4), SamplingParams(8), return_routes=True)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        from safetensors.torch import save_file
+
+        other = type(tiny.model)(tiny.model.config).eval()
+        target = f"{tiny.path}/scaled"
+        other.save_pretrained(target)
+        save_file(scaled, f"{target}/model.safetensors", metadata={"format": "pt"})
+        reference = TinyModel(target, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
+        assert_matches(responses, reference)
+    finally:
+        fresh.update_weights(iter(original.items()), 9)
+
+
+def test_score_returns_logprobs_and_routes_of_every_token(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    ids = [random.Random(4).randrange(3, 260) for _ in range(100)]
+    fresh.generate([RolloutRequest(tuple(ids), 0)], SamplingParams(1), return_routes=False)  # warms the prefix cache
+    logprobs, table = fresh.score(ids)
+    routes, want = tiny.routes_and_logprobs(ids)
+    assert table.num_missing == 0
+    assert (np.sort(table.experts, axis=-1) == routes.numpy()).all()
+    assert logprobs.dtype == np.float32
+    np.testing.assert_allclose(logprobs, want, atol=1e-4)
+
+
+def test_empty_push_is_refused_and_blocks_sampling(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    with pytest.raises(RolloutError, match="no tensors were given"):
+        fresh.update_weights([], 3)
+    with pytest.raises(RolloutError, match="call update_weights"):
+        fresh.generate(make_requests(1), SamplingParams(1), return_routes=True)
+    fresh.update_weights(tiny.gates().items(), 4)
+    fresh.generate(make_requests(1), SamplingParams(1), return_routes=True)
+
+
+def test_failing_exporter_leaves_a_server_that_can_be_pushed_again(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    def broken():
+        yield from list(tiny.merged_gates(1).items())[:2]
+        raise KeyError("exporter broke")
+
+    with pytest.raises(KeyError, match="exporter broke"):
+        fresh.update_weights(broken(), 3)
+    fresh.update_weights(tiny.gates().items(), 4)
+    responses, _ = fresh.generate(make_requests(2), SamplingParams(4), return_routes=True)
+    assert_matches(responses, tiny)
+
+
+def test_weights_of_a_wrong_shape_are_refused(fresh: SGLangEngine, tiny: TinyModel) -> None:
+    name = next(iter(tiny.gates()))
+    with pytest.raises(RolloutError, match="was refused"):
+        fresh.update_weights([(name, torch.zeros(3, 64))], 3)
+    with pytest.raises(RolloutError, match="failed and may have replaced"):
+        fresh.generate(make_requests(1), SamplingParams(1), return_routes=True)
+    fresh.update_weights(tiny.gates().items(), 4)
+
+
+def test_ids_outside_the_vocabulary_never_reach_the_server(fresh: SGLangEngine) -> None:
+    with pytest.raises(RolloutError, match=r"request 1.*0\.\.259"):
+        fresh.generate([RolloutRequest((3,), 0), RolloutRequest((3, 260), 0)], SamplingParams(1), return_routes=True)
+    fresh.ensure_alive()
+
+
+def test_too_long_prompt_is_refused_by_name(fresh: SGLangEngine) -> None:
+    with pytest.raises(RolloutError, match=r"request 0 .*HTTP 400.*512"):
+        fresh.generate([RolloutRequest((3,) * 600, 0)], SamplingParams(1), return_routes=True)
+
+
+def test_server_wants_the_key_and_keeps_it_to_itself(engine: SGLangEngine) -> None:
+    server = engine.server
+    assert server is not None
+    assert server.log_path is not None
+    assert httpx.get(f"{server.url}/server_info", trust_env=False).status_code == 401
+    assert server.api_key not in server.log_path.read_text()
+    with open(f"/proc/{server.pid}/cmdline") as cmdline:
+        assert server.api_key not in cmdline.read()
+
+
+def test_attach_to_a_running_server_and_leave_it_running(fresh: SGLangEngine, tiny: TinyModel, tmp_path) -> None:
+    assert fresh.server is not None
+    key = tmp_path / "key"
+    key.write_text(fresh.server.api_key + "\n")
+    guest = SGLangEngine(SGLangConfig(url=fresh.server.url, api_key_file=str(key)), SHAPE)
+    guest.start()
+    assert guest.weight_version == 1
+    merged = tiny.merged_gates(seed=2)
+    guest.update_weights(merged.items(), 2)
+    responses, _ = guest.generate(make_requests(3), SamplingParams(4), return_routes=True)
+    assert_matches(responses, tiny, merged)
+    guest.close()
+    with pytest.raises(RolloutError, match="weights of version 2, expected 1"):
+        fresh.generate(make_requests(1), SamplingParams(1), return_routes=True)
+    fresh.update_weights(tiny.gates().items(), 3)
+    fresh.generate(make_requests(1), SamplingParams(1), return_routes=True)
+
+
+def test_attach_with_a_wrong_shape_is_refused_at_once(engine: SGLangEngine, tmp_path) -> None:
+    from dataclasses import replace
+
+    assert engine.server is not None
+    key = tmp_path / "key"
+    key.write_text(engine.server.api_key)
+    guest = SGLangEngine(SGLangConfig(url=engine.server.url, api_key_file=str(key)), replace(SHAPE, topk=8))
+    with pytest.raises(RolloutError, match=r"probe after the start failed.*top-8"):
+        guest.start()

@@ -1,0 +1,363 @@
+"""attach(): what it accepts, what it refuses, what it leaves behind, and the life of a rollout batch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_pr2.attach import ReplaySequence, attach
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import AttachError, ConfigError, RouteError
+from megatron_pr2.router import PredictiveTopKRouter
+from megatron_pr2.routes import RouteTable
+from tests import toy
+
+pytestmark = pytest.mark.usefixtures("host_platform")
+
+PR2_CONFIG = PR2Config.preset("pr2", sample_fraction=0.5)
+LENGTHS = {0: 40, 1: 60}
+
+
+class CustomRouter(TopKRouter):
+    """Somebody's router with a selection of its own."""
+
+
+class DerivedRouter(PredictiveTopKRouter):
+    """Somebody's router on the class that the error message recommends."""
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "router_class", "message"),
+    [
+        ({"moe_router_load_balancing_type": "sinkhorn"}, TopKRouter, "sinkhorn"),
+        ({"moe_enable_routing_replay": True}, TopKRouter, "moe_enable_routing_replay"),
+        ({}, CustomRouter, "router class CustomRouter .* derive it from megatron_pr2.router.PredictiveTopKRouter"),
+    ],
+)
+def test_routers_that_cannot_be_replayed(changes: dict[str, Any], router_class: type, message: str) -> None:
+    chunk = toy.ToyChunk(toy.toy_config(**changes), router_class=router_class)
+    with pytest.raises(AttachError, match=f"decoder.layers.0.mlp.router: .*{message}"):
+        attach(chunk, PR2_CONFIG)
+    assert all(type(router) is router_class for router in toy.routers(chunk))
+
+
+def test_nothing_is_changed_when_a_later_router_is_refused() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.decoder.layers[1].mlp.router.__class__ = CustomRouter
+    with pytest.raises(AttachError, match="layers.1"):
+        attach(chunk, PR2_CONFIG)
+    assert type(toy.routers(chunk)[0]) is TopKRouter
+
+
+def test_attaching_twice() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, PR2_CONFIG)
+    with pytest.raises(AttachError, match=r"already attached; call detach\(\)"):
+        attach(chunk, PR2_CONFIG)
+    pr2.detach()
+    attach(chunk, PR2_CONFIG)
+
+
+def test_models_without_experts_and_no_model() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.config = toy.toy_config(num_moe_experts=None, moe_ffn_hidden_size=None)
+    with pytest.raises(AttachError, match="num_moe_experts is not set"):
+        attach(chunk, PR2_CONFIG)
+    with pytest.raises(AttachError, match="no model chunk"):
+        attach([], PR2_CONFIG)
+
+
+def test_wrong_or_repeated_layer_numbers() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    toy.routers(chunk)[1].set_layer_number(1)
+    with pytest.raises(AttachError, match="both claim layer_number 1"):
+        attach(chunk, PR2_CONFIG)
+    chunk = toy.ToyChunk(toy.toy_config())
+    toy.routers(chunk)[1].set_layer_number(3)
+    with pytest.raises(AttachError, match="layer_number 3 is not a MoE layer"):
+        attach(chunk, PR2_CONFIG)
+
+
+def test_routers_that_are_nowhere_are_missed() -> None:
+    """A vision-language wrapper, or a forgotten chunk: silently replaying nothing is what happened elsewhere."""
+    wrapper = torch.nn.Module()
+    wrapper.config = toy.toy_config()
+    wrapper.language_model = toy.ToyChunk(wrapper.config)
+    with pytest.raises(AttachError, match=r"no router found for the MoE layers \[0, 1\]"):
+        attach(wrapper, PR2_CONFIG)
+    with pytest.raises(AttachError, match=r"no router found for the MoE layers \[0\]"):
+        attach(toy.ToyChunk(toy.toy_config(), layers=[2]), PR2_CONFIG)
+    attach(wrapper.language_model, PR2_CONFIG)
+
+
+# ---- what is found ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frequency", "layers"), [(1, [0, 1, 2, 3]), (2, [0, 2]), ([0, 1, 1, 1], [1, 2, 3]), ([0, 0, 1, 0], [2])]
+)
+def test_layers_are_numbered_globally(frequency: Any, layers: list[int]) -> None:
+    chunk = toy.ToyChunk(toy.toy_config(num_layers=4, moe_layer_freq=frequency))
+    pr2 = attach(chunk, PR2_CONFIG)
+    assert pr2.moe_layers == tuple(layers)
+    assert [site.layer for site in pr2.sites] == layers
+    assert [site.column for site in pr2.sites] == [site.local for site in pr2.sites] == list(range(len(layers)))
+    assert pr2.predictor is not None
+    assert pr2.predictor.weight_LEH.shape == (len(layers), toy.EXPERTS, toy.HIDDEN)
+
+
+def test_construction_order_does_not_matter() -> None:
+    """Chunks in any order; sites ascend by layer and remember their chunk."""
+    config = toy.toy_config(num_layers=4)
+    chunks = [toy.ToyChunk(config, layers=[2, 4]), toy.ToyChunk(config, layers=[3, 1])]
+    pr2 = attach(chunks, PR2_CONFIG)
+    assert [(site.layer, site.chunk) for site in pr2.sites] == [(0, 1), (1, 0), (2, 1), (3, 0)]
+
+
+def test_mtp_heads_are_left_alone() -> None:
+    """They restart the numbering at 1 and would alias decoder layers."""
+    chunk = toy.ToyChunk(toy.toy_config(), mtp=True)
+    pr2 = attach(chunk, PR2_CONFIG)
+    assert len(pr2.sites) == toy.LAYERS
+    assert type(chunk.mtp.layers[0].mlp.router) is TopKRouter
+    with pytest.raises(ConfigError, match="include_mtp"):
+        PR2Config.preset("pr2", include_mtp=True)
+
+
+def test_a_derived_router_keeps_its_class() -> None:
+    chunk = toy.ToyChunk(toy.toy_config(), router_class=DerivedRouter)
+    pr2 = attach(chunk, PR2_CONFIG)
+    assert all(type(router) is DerivedRouter for router in toy.routers(chunk))
+    pr2.detach()
+    assert all(type(router) is DerivedRouter for router in toy.routers(chunk))
+
+
+# ---- what is left behind ---------------------------------------------------------------------------------------------
+
+
+def test_detach_gives_the_routers_back() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    before = [dict(router.__dict__) for router in toy.routers(chunk)]
+    x = toy.token_inputs(toy.batches(LENGTHS, 2)[0].micro_batch.grid)
+    expected = chunk(x)
+    pr2 = attach(chunk, PR2_CONFIG)
+    pr2.predictor.weight_LEH.normal_()
+    assert torch.equal(chunk(x), expected)  # attached, but outside of any session
+    pr2.detach()
+    assert [type(router) for router in toy.routers(chunk)] == [TopKRouter] * toy.LAYERS
+    assert [router.__dict__.keys() for router in toy.routers(chunk)] == [d.keys() for d in before]
+    assert torch.equal(chunk(x), expected)
+    with pytest.raises(AttachError, match="was detached"):
+        pr2.begin_rollout([])
+
+
+def test_the_predictor_is_no_part_of_the_model() -> None:
+    """Exporters, offloaders, DDP and optimizers walk parameters, buffers and state dicts."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    names = [list(dict(f()).keys()) for f in (chunk.named_parameters, chunk.named_buffers, chunk.state_dict)]
+    identities = [id(p) for p in chunk.parameters()]
+    attach(chunk, PR2_CONFIG)
+    assert names == [list(dict(f()).keys()) for f in (chunk.named_parameters, chunk.named_buffers, chunk.state_dict)]
+    assert identities == [id(p) for p in chunk.parameters()]
+
+
+@pytest.mark.parametrize("wrap", ["bfloat16", "Float16Module"])
+def test_the_predictor_stays_in_fp32(wrap: str) -> None:
+    config = toy.toy_config(bf16=True)
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, PR2_CONFIG)
+    model = chunk.bfloat16() if wrap == "bfloat16" else Float16Module(config, chunk)
+    assert toy.routers(model)[0].weight.dtype == torch.bfloat16
+    assert pr2.predictor.weight_LEH.dtype == torch.float32
+    with pr2.merged_gates():
+        assert toy.routers(model)[0].weight.dtype == torch.bfloat16
+
+
+def test_wrapped_models_are_looked_into() -> None:
+    config = toy.toy_config(bf16=True)
+    pr2 = attach(Float16Module(config, toy.ToyChunk(config)), PR2_CONFIG)
+    assert len(pr2.sites) == toy.LAYERS
+
+
+# ---- a rollout batch -------------------------------------------------------------------------------------------------
+
+
+def begin(config: PR2Config, **changes: Any) -> Any:
+    """begin_rollout on the toy with sequence 1 changed."""
+    toy_config = toy.toy_config()
+    tables = toy.random_tables(LENGTHS, toy_config)
+    sequences = toy.sequences(LENGTHS, tables)
+    sequences[1] = ReplaySequence(**{**vars(sequences[1]), **changes})
+    return attach(toy.ToyChunk(toy_config), config).begin_rollout(sequences)
+
+
+def table(tokens: int = 60, layers: int = 2, topk: int = 2, experts: int = 8, missing: int = 0) -> RouteTable:
+    ids = toy.random_ids(tokens, layers, topk, experts)
+    ids[:missing] = -1
+    ids[-1] = -1
+    return RouteTable.from_ids(ids, experts)
+
+
+def test_the_report_counts() -> None:
+    report = begin(PR2_CONFIG)
+    assert report.tokens == 39 + 59  # the last tokens have no route by nature
+    assert report.missing == 0
+    assert report.sampled == round(0.5 * 37) + round(0.5 * 57)
+    assert report.dropped_sequences == 0
+    assert report.route_bytes == (40 + 60) * 4 + 5 + 8
+    assert report.feature_bytes == report.sampled * 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
+
+
+def test_a_missing_table_is_refused() -> None:
+    with pytest.raises(RouteError, match="sequence 1: routes='engine' but the engine returned none"):
+        begin(PR2_CONFIG, routes=None)
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 59}, {"layers": 3}, {"topk": 3}, {"experts": 9}])
+def test_tables_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(RouteError, match=r"sequence 1: .*expected \(60, 2, 2, 8\)"):
+        begin(PR2_CONFIG, routes=table(**wrong))
+
+
+def test_too_many_missing_rows_fail_or_warn(caplog: pytest.LogCaptureFixture) -> None:
+    message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst is sequence 1 with 3 of 60"
+    with pytest.raises(RouteError, match=message):
+        begin(PR2Config.preset("pr2", max_missing_share=0.02), routes=table(missing=2))
+    assert begin(PR2Config.preset("pr2", max_missing_share=0.021), routes=table(missing=2)).missing == 2
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        report = begin(PR2Config.preset("pr2", max_missing_share=0.02, strict=False), routes=table(missing=2))
+    assert report.missing == 2
+    assert "2 of 98 tokens" in caplog.text
+
+
+def test_only_loss_bearing_tokens_with_a_route_are_sampled() -> None:
+    config = toy.toy_config()
+    pr2 = attach(toy.ToyChunk(config), PR2Config.preset("pr2", sample_fraction=1.0, max_missing_share=1.0))
+    tables = toy.random_tables({0: 20}, config, missing=[(0, 7), (0, 11)])
+    pr2.begin_rollout([ReplaySequence(0, 20, 5, 19, tables[0])])
+    rows, _ = pr2.features.locate(np.zeros(20, dtype=np.int64), np.arange(20))
+    assert rows.tolist() == [p for p in range(5, 19) if p not in (7, 11)]
+
+
+def test_a_byte_budget_drops_sequences_and_says_so() -> None:
+    per_token = 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
+    report = begin(PR2Config.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token))
+    assert (report.sampled, report.dropped_sequences) == (37, 1)
+
+
+def test_features_that_were_never_kept_are_counted() -> None:
+    """The old-log-prob pass saw sequence 0 only."""
+    config = toy.toy_config()
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+    pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
+    toy.old_logprobs(pr2, chunk, toy.batches({0: 40}, 1))
+    toy.update(pr2, chunk, toy.batches(LENGTHS, 2), 2)
+    report = pr2.step(0.1)
+    assert report["features_absent"] == 57
+    assert report["predictor"]["tokens"] == 2 * 37
+    assert report["drift"]["tokens"] == [37.0, 37.0]
+    assert pr2.step(0.1)["features_absent"] == 0
+
+
+# ---- weights for the engine, state -----------------------------------------------------------------------------------
+
+
+def hf_weights(name: str, layers: range = range(2)) -> list[tuple[str, torch.Tensor]]:
+    """Every gate and names that look like one."""
+    out = []
+    for layer in layers:
+        prefix = f"model.layers.{layer}.{name}"
+        out += [
+            (f"{prefix}.gate.weight", torch.randn(toy.EXPERTS, toy.HIDDEN)),
+            (f"{prefix}.gate.e_score_correction_bias", torch.randn(toy.EXPERTS)),
+            (f"{prefix}.gate_proj.weight", torch.randn(4, 4)),
+            (f"{prefix}.shared_expert_gate.weight", torch.randn(1, 4)),
+            (f"{prefix}.experts.0.gate.weight", torch.randn(toy.EXPERTS, toy.HIDDEN)),
+        ]
+    return [*out, ("lm_head.weight", torch.randn(3, 3))]
+
+
+@pytest.mark.parametrize("name", ["mlp", "block_sparse_moe"])
+def test_engine_weights_merge_the_gates_and_nothing_else(name: str) -> None:
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
+    pr2.predictor.weight_LEH.normal_()
+    # A multi-token-prediction head follows the decoder in the numbering; it has no predictor.
+    weights = hf_weights(name, range(3))
+    pushed = list(pr2.engine_weights(iter(weights)))
+    for (key, tensor), (pushed_key, pushed_tensor) in zip(weights, pushed, strict=True):
+        assert key == pushed_key
+        gates = [f"model.layers.{layer}.{name}.gate.weight" for layer in range(2)]
+        if key in gates:
+            expected = tensor + pr2.predictor.weight_LEH[gates.index(key)]
+            assert torch.equal(pushed_tensor, expected)
+        else:
+            assert pushed_tensor is tensor
+
+
+def test_engine_weights_of_another_naming_fail_after_the_last_one() -> None:
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
+    for weights in (hf_weights("feed_forward"), hf_weights("mlp", range(1)), []):
+        seen = []
+        with pytest.raises(AttachError, match=r"the model has MoE layers \[0, 1\].*names do not follow"):
+            for name, _ in pr2.engine_weights(iter(weights)):
+                seen.append(name)
+        assert seen == [name for name, _ in weights]
+
+
+def test_without_a_predictor_weights_pass_through() -> None:
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2Config.preset("r3"))
+    weights = hf_weights("anything")
+    assert [t is u for (_, t), (_, u) in zip(weights, pr2.engine_weights(iter(weights)), strict=True)] == [True] * len(weights)
+    assert pr2.state_dict() == {}
+    with pr2.merged_gates():
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_merged_gates_come_back_bit_by_bit(fails: bool) -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, PR2_CONFIG)
+    pr2.predictor.weight_LEH.normal_()
+    gates = [router.weight for router in toy.routers(chunk)]
+    before = [(id(w), w.data_ptr(), w.detach().clone()) for w in gates]
+    try:
+        with pr2.merged_gates():
+            for site, (_, _, saved) in zip(pr2.sites, before, strict=True):
+                assert torch.equal(site.router.weight, saved + pr2.predictor.weight_LEH[site.local])
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    for router, (identity, pointer, saved) in zip(toy.routers(chunk), before, strict=True):
+        assert (id(router.weight), router.weight.data_ptr()) == (identity, pointer)
+        assert torch.equal(router.weight, saved)
+
+
+def test_state_belongs_to_its_layers(caplog: pytest.LogCaptureFixture) -> None:
+    config = toy.toy_config(num_layers=4, moe_layer_freq=[0, 1, 1, 1])
+    source = attach(toy.ToyChunk(config), PR2_CONFIG)
+    source.predictor.weight_LEH.normal_()
+    state = copy.deepcopy(source.state_dict())
+    target = attach(toy.ToyChunk(config), PR2_CONFIG)
+    target.load_state_dict(state)
+    assert torch.equal(target.predictor.weight_LEH, source.predictor.weight_LEH)
+    other = attach(toy.ToyChunk(toy.toy_config(num_layers=3)), PR2_CONFIG)
+    with pytest.raises(AttachError, match=r"holds layers \[1, 2, 3\], this rank has \[0, 1, 2\]"):
+        other.load_state_dict(state)
+    with caplog.at_level(logging.INFO):
+        other.load_state_dict({})
+    assert "starting with W_p = 0" in caplog.text
+    assert not other.predictor.weight_LEH.any()
+    attach(toy.ToyChunk(config), PR2Config.preset("r3")).load_state_dict(state)

@@ -1,0 +1,400 @@
+"""Invariant I4: every valid (token, layer) route is replayed exactly once forward and at most once in recomputation.
+
+Proved by what the routers really selected, which hooks on the routers collect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_pr2 import layout
+from megatron_pr2.attach import PR2, attach
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import ReplayError
+from megatron_pr2.replay import MicroBatch, ReplaySession, gather_routes
+from megatron_pr2.router import select_experts
+from megatron_pr2.routes import RouteTable
+from tests import toy
+from tests.distributed import pool
+
+pytestmark = pytest.mark.usefixtures("host_platform")
+
+LENGTHS = {0: 7, 1: 9, 2: 5, 3: 6}
+MISSING = [(0, 2), (0, 3), (1, 0), (3, 4)]
+R3 = PR2Config.preset("r3", max_missing_share=1.0)
+MODELS: dict[str, dict[str, Any]] = {
+    **{kind: toy.ROUTERS[kind] for kind in ("softmax", "groups", "top-1")},
+    "uint16": {"num_moe_experts": 300, "moe_router_topk": 4},
+}
+
+
+def expected_map(call: toy.Call, router: Any, micro_batch: MicroBatch, tables: dict[int, RouteTable], column: int) -> Tensor:
+    """[T, E]: the table's experts where it has a valid row, the live top-k elsewhere (padding included)."""
+    ids = select_experts(router, call.hidden_TH.float() @ router.weight.detach().float().t())
+    for row, (sequence, position) in enumerate(zip(*micro_batch.grid.rows(), strict=True)):
+        if sequence >= 0 and tables[sequence].valid[position]:
+            ids[row] = torch.from_numpy(tables[sequence].experts[position, column].astype(np.int64))
+    return torch.zeros_like(call.map_TE).scatter(1, ids, True)
+
+
+def assert_replayed(
+    calls: Sequence[toy.Call],
+    model: torch.nn.Module,
+    forward: Sequence[MicroBatch],
+    backward: Sequence[MicroBatch],
+    tables: dict[int, RouteTable],
+    columns: dict[int, int],
+) -> None:
+    """Every call selected what its micro-batch's table says; micro-batches are given in the order of their passes."""
+    routers = {router.layer_number - 1: router for router in toy.routers(model)}
+    wanted = {(layer, False): len(forward) for layer in routers} | {(layer, True): len(backward) for layer in routers}
+    assert Counter((c.layer, c.recomputed) for c in calls) == Counter({k: v for k, v in wanted.items() if v})
+    for call in calls:
+        micro_batch = (backward if call.recomputed else forward)[call.number]
+        expected = expected_map(call, routers[call.layer], micro_batch, tables, columns[call.layer])
+        assert torch.equal(call.map_TE, expected)
+        assert (call.map_TE.sum(1) == routers[call.layer].topk).all()
+
+
+def prepared(recompute: bool = False, **changes: Any) -> tuple[toy.ToyChunk, PR2, list[toy.Batch], dict[int, RouteTable]]:
+    config = toy.toy_config(**changes)
+    chunk = toy.ToyChunk(config, recompute=recompute)
+    pr2 = attach(chunk, R3)
+    tables = toy.random_tables(LENGTHS, config, MISSING)
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    return chunk, pr2, toy.batches(LENGTHS, 2), tables
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_interleaved_micro_batches_keep_their_routes(kind: str, recompute: bool, order: tuple[int, int]) -> None:
+    """Forward A, forward B, then both backwards in either order."""
+    chunk, pr2, data, tables = prepared(recompute, **MODELS[kind])
+    micro_batches = [b.micro_batch for b in data]
+    with toy.observed(chunk) as calls, pr2.actor_update(micro_batches, 1) as session:
+        losses = []
+        for batch in data:
+            session.begin(chunk, batch.micro_batch)
+            output = chunk(batch.inputs_SBH.clone().requires_grad_())
+            session.end(chunk, batch.micro_batch, output)
+            losses.append(toy.loss(output))
+        for index in order:
+            losses[index].backward()
+    backward = [micro_batches[i] for i in order] if recompute else []
+    assert_replayed(calls, chunk, micro_batches, backward, tables, {0: 0, 1: 1})
+    valid = sum(int(t.valid.sum()) for t in tables.values())
+    assert session.replayed_rows == valid
+    assert session.missing_rows == sum(b.grid.num_rows for b in micro_batches) - valid
+
+
+def test_recomputation_changes_no_gradient() -> None:
+    gradients = []
+    for recompute in (False, True):
+        chunk, pr2, data, _ = prepared(recompute)
+        toy.update(pr2, chunk, data, 1)
+        gradients.append([p.grad for p in chunk.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_virtual_pipeline_chunks_have_cursors_of_their_own(recompute: bool) -> None:
+    """Chunk 0 runs ahead of chunk 1 in forward, and the other way round in backward."""
+    config = toy.toy_config()
+    chunks = [toy.ToyChunk(config, recompute=recompute, layers=[number]) for number in (1, 2)]
+    pr2 = attach(chunks, R3)
+    tables = toy.random_tables(LENGTHS, config, MISSING)
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    data = toy.batches(LENGTHS, 2)
+    micro_batches = [b.micro_batch for b in data]
+    model = torch.nn.ModuleList(chunks)
+    with toy.observed(model) as calls, pr2.actor_update(micro_batches, 1) as session:
+        handed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for stage in (0, 1):
+            for index, batch in enumerate(data):
+                x = batch.inputs_SBH if stage == 0 else handed[0, index][1].detach()
+                x = x.clone().requires_grad_()
+                session.begin(chunks[stage], batch.micro_batch)
+                output = chunks[stage](x)
+                session.end(chunks[stage], batch.micro_batch, output)
+                handed[stage, index] = (x, output)
+        for index in (0, 1):
+            toy.loss(handed[1, index][1]).backward()
+        for index in (0, 1):
+            handed[0, index][1].backward(handed[1, index][0].grad)
+    assert_replayed(calls, model, micro_batches, micro_batches if recompute else [], tables, {0: 0, 1: 1})
+
+
+def test_dense_layers_shift_no_column() -> None:
+    """Dense first layer: decoder layer 1 is column 0 of the tables."""
+    config = toy.toy_config(num_layers=4, moe_layer_freq=[0, 1, 0, 1])
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, R3)
+    tables = toy.random_tables(LENGTHS, config)
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    data = toy.batches(LENGTHS, 2)
+    with toy.observed(chunk) as calls:
+        toy.update(pr2, chunk, data, 1)
+    assert_replayed(calls, chunk, [b.micro_batch for b in data], [], tables, {1: 0, 3: 1})
+
+
+def test_the_old_logprob_pass_replays_too_and_nothing_outside_a_session_does() -> None:
+    chunk, pr2, data, tables = prepared()
+    live = [chunk(b.inputs_SBH) for b in data]
+    with toy.observed(chunk) as calls:
+        replayed = toy.old_logprobs(pr2, chunk, data)
+    assert_replayed(calls, chunk, [b.micro_batch for b in data], [], tables, {0: 0, 1: 1})
+    assert not any(torch.equal(a, b) for a, b in zip(live, replayed, strict=True))
+    # A reference, critic or evaluation pass.
+    assert all(torch.equal(a, chunk(b.inputs_SBH)) for a, b in zip(live, data, strict=True))
+
+
+@pytest.mark.parametrize("experts", [8, 300])
+def test_the_actor_records_what_it_took_and_replays_it_after_an_update(experts: int) -> None:
+    config = toy.toy_config(num_moe_experts=experts)
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, PR2Config.preset("r2"))
+    pr2.begin_rollout(toy.sequences(LENGTHS, None))
+    with toy.observed(chunk) as recorded:
+        toy.old_logprobs(pr2, chunk, toy.batches(LENGTHS, 2))
+    toy.drift(chunk, 0.3)
+    with toy.observed(chunk) as replayed:
+        toy.update(pr2, chunk, toy.batches(LENGTHS, 2), 1)
+    data = toy.batches(LENGTHS, 2)
+    for before, after in zip(recorded, replayed, strict=True):
+        rows = torch.from_numpy(data[before.number].micro_batch.grid.rows()[0] >= 0)
+        router = toy.routers(chunk)[before.layer]
+        live = select_experts(router, after.hidden_TH @ router.weight.t())
+        assert torch.equal(before.map_TE[rows], after.map_TE[rows])
+        assert not torch.equal(torch.zeros_like(after.map_TE).scatter(1, live, True)[rows], after.map_TE[rows])
+
+
+def test_live_and_recorded_selections_are_repeated_in_recomputation() -> None:
+    """Even if the gate moved between forward and backward, as it must not."""
+    config = toy.toy_config()
+    chunk = toy.ToyChunk(config, recompute=True)
+    pr2 = attach(chunk, R3)
+    data = toy.batches(LENGTHS, 4)
+    with toy.observed(chunk) as calls, pr2.record([data[0].micro_batch]) as session:
+        session.begin(chunk, data[0].micro_batch)
+        output = chunk(data[0].inputs_SBH.clone().requires_grad_())
+        session.end(chunk, data[0].micro_batch, output)
+        toy.drift(chunk, 0.5)
+        toy.loss(output).backward()
+    maps = {(c.layer, c.recomputed): c.map_TE for c in calls}
+    assert all(torch.equal(maps[layer, False], maps[layer, True]) for layer in (0, 1))
+    tables = pr2.recorded_tables(session, LENGTHS)
+    sequence, position = data[0].micro_batch.grid.rows()
+    for row in np.nonzero(sequence >= 0)[0]:
+        taken = torch.from_numpy(tables[sequence[row]].experts[position[row], 1].astype(np.int64))
+        assert sorted(taken.tolist()) == maps[1, False][row].nonzero()[:, 0].tolist()
+
+
+def test_the_forward_step_wrapper_binds_what_the_iterator_yields() -> None:
+    chunk, pr2, data, tables = prepared(recompute=True)
+
+    def forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return model(next(iterator)["inputs"].requires_grad_()), toy.loss
+
+    items = iter([{"inputs": b.inputs_SBH.clone(), "micro_batch": b.micro_batch} for b in data])
+    micro_batches = [b.micro_batch for b in data]
+    with toy.observed(chunk) as calls, pr2.actor_update(micro_batches, 1) as session:
+        wrapped = session.forward_step(forward_step)
+        for _ in data:
+            output, loss = wrapped(items, chunk)
+            loss(output).backward()
+    assert_replayed(calls, chunk, micro_batches, micro_batches, tables, {0: 0, 1: 1})
+
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+
+
+def gpt_job(path: Path) -> dict[str, list[np.ndarray]]:
+    """Forward A, forward B, backward A, backward B on a GPTModel under expert parallelism, for every kind of recomputation."""
+    from megatron_pr2 import host
+    from megatron_pr2.bridge import load_model
+
+    host.init(expert=2)
+    rank = torch.distributed.get_rank()
+    # Different tokens on the two ranks.
+    lengths = {10 * rank + i: n + rank for i, n in enumerate((7, 9, 5, 6))}
+    missing = [(10 * rank, 2), (10 * rank + 1, 0)]
+    gradients = {}
+    for name, extra in RECOMPUTE.items():
+        _, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False, extra_config=extra)
+        model = chunks[0].train()
+        pr2 = attach(chunks, R3)
+        tables = toy.random_tables(lengths, model.config, missing)
+        pr2.begin_rollout(toy.sequences(lengths, tables))
+        micro_batches = [b.micro_batch for b in toy.batches(lengths, 2)]
+        with toy.observed(model) as calls, pr2.actor_update(micro_batches, 1) as session:
+            losses = []
+            for micro_batch in micro_batches:
+                tokens = torch.from_numpy((micro_batch.grid.sequence * 31 + micro_batch.grid.position * 7) % 250).t()
+                session.begin(model, micro_batch)
+                output = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+                session.end(model, micro_batch, output)
+                losses.append(toy.loss(output.float()))
+            for loss in losses:
+                loss.backward()
+        assert_replayed(calls, model, micro_batches, [] if name == "none" else micro_batches, tables, {0: 0, 1: 1})
+        gradients[name] = [p.grad.numpy() for p in model.parameters()]
+    return gradients
+
+
+def test_a_gpt_model_replays_under_every_recomputation(tiny_checkpoint: Path) -> None:
+    for gradients in pool(2).run(gpt_job, tiny_checkpoint):
+        for name in ("full", "moe"):
+            for plain, recomputed in zip(gradients["none"], gradients[name], strict=True):
+                np.testing.assert_allclose(recomputed, plain, rtol=1e-5, atol=1e-8)
+
+
+# ---- misuse ----------------------------------------------------------------------------------------------------------
+
+
+def released(chunk: torch.nn.Module) -> bool:
+    return all(router.router_replay is None and router._control is None for router in toy.routers(chunk))
+
+
+@pytest.mark.parametrize("where", ["enter", "forward", "backward"])
+def test_an_exception_releases_the_routers_and_is_not_replaced(where: str) -> None:
+    chunk, pr2, data, tables = prepared(recompute=True)
+    micro_batches = [b.micro_batch for b in data]
+    if where == "enter":
+        bad = MicroBatch("bad", layout.padded([99], [3], 3))
+        with pytest.raises(ReplayError, match="sequence 99 has no route table"), pr2.actor_update([*micro_batches, bad], 1):
+            pass
+    else:
+        with pytest.raises(ZeroDivisionError), pr2.actor_update(micro_batches, 1) as session:
+            session.begin(chunk, micro_batches[0])
+            output = chunk(data[0].inputs_SBH.clone().requires_grad_())
+            session.end(chunk, micro_batches[0], output)
+            if where == "backward":
+                output.register_hook(lambda _: 1 / 0)
+                output.sum().backward()
+            raise ZeroDivisionError
+    assert released(chunk)
+    with toy.observed(chunk) as calls:
+        toy.update(pr2, chunk, data, 1)
+    assert_replayed(calls, chunk, micro_batches, micro_batches, tables, {0: 0, 1: 1})
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    """Its predictor gradient and metrics belong to no mini-step."""
+    config = toy.toy_config()
+    reports = []
+    for fails in (False, True):
+        chunk = toy.ToyChunk(config)
+        pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+        pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
+        data = toy.batches(LENGTHS, 2)
+        toy.old_logprobs(pr2, chunk, data)
+        toy.drift(chunk)
+        if fails:
+            with pytest.raises(ZeroDivisionError), pr2.actor_update([b.micro_batch for b in data], 2) as session:
+                toy.run(session, chunk, data)
+                raise ZeroDivisionError
+        toy.update(pr2, chunk, data, 2)
+        reports.append(pr2.step(0.1))
+    assert reports[0] == reports[1]
+
+
+def test_a_forward_without_a_micro_batch_is_refused() -> None:
+    chunk, pr2, data, _ = prepared()
+    with pytest.raises(ReplayError, match="without a bound micro-batch"), pr2.actor_update([data[0].micro_batch], 1):
+        chunk(data[0].inputs_SBH)
+    with (
+        pytest.raises(ReplayError, match="without a bound micro-batch"),
+        pr2.actor_update([b.micro_batch for b in data], 1) as session,
+    ):
+        session.begin(chunk, data[0].micro_batch)
+        session.end(chunk, data[0].micro_batch, chunk(data[0].inputs_SBH))
+        chunk(data[1].inputs_SBH)
+
+
+@pytest.mark.parametrize(
+    ("passes", "times"),
+    [([0], "routed 0 times forward"), ([0, 1, 1], "routed 2 times forward")],
+)
+def test_micro_batches_must_run_exactly_once(passes: list[int], times: str) -> None:
+    chunk, pr2, data, _ = prepared()
+    with (
+        pytest.raises(ReplayError, match=times),
+        pr2.actor_update([b.micro_batch for b in data], 1) as session,
+    ):
+        toy.run(session, chunk, [data[i] for i in passes])
+    assert released(chunk)
+
+
+def test_a_second_backward_is_refused() -> None:
+    chunk, pr2, data, _ = prepared(recompute=True)
+    with (
+        pytest.raises(ReplayError, match="2 times in recomputation"),
+        pr2.actor_update([data[0].micro_batch], 1) as session,
+    ):
+        session.begin(chunk, data[0].micro_batch)
+        output = chunk(data[0].inputs_SBH.clone().requires_grad_())
+        session.end(chunk, data[0].micro_batch, output)
+        toy.loss(output).backward(retain_graph=True)
+        toy.loss(output).backward()
+
+
+def test_unknown_micro_batches_chunks_modes_and_mini_steps_are_refused() -> None:
+    chunk, pr2, data, _ = prepared()
+    other = toy.ToyChunk(toy.toy_config())
+    with pr2.actor_update([], 1) as session:
+        with pytest.raises(ReplayError, match="not part of this pass"):
+            session.begin(chunk, data[0].micro_batch)
+    with pytest.raises(ReplayError, match="not one of the model chunks"), pr2.actor_update([data[0].micro_batch], 1) as session:
+        session.begin(other, data[0].micro_batch)
+    with pytest.raises(ReplayError, match="same key"), pr2.actor_update([data[0].micro_batch] * 2, 1):
+        pass
+    with pytest.raises(ReplayError, match="mini-steps count from 1"), pr2.actor_update([], 0):
+        pass
+    with pytest.raises(ReplayError, match="expected one of live, record, replay"):
+        ReplaySession([], [], [], mode="predict")
+    assert released(chunk)
+
+
+def test_another_number_of_rows_is_refused() -> None:
+    chunk, pr2, data, _ = prepared()
+    with (
+        pytest.raises(ReplayError, match=r"router sees 20 rows, the micro-batch's grid has 22; the layout"),
+        pr2.actor_update([data[0].micro_batch], 1) as session,
+    ):
+        session.begin(chunk, data[0].micro_batch)
+        chunk(data[0].inputs_SBH[:-1])
+
+
+def test_a_forward_step_that_takes_no_data_is_refused() -> None:
+    chunk, pr2, data, _ = prepared()
+    with pytest.raises(ReplayError, match="took nothing"), pr2.actor_update([data[0].micro_batch], 1) as session:
+        session.forward_step(lambda iterator, model: (torch.zeros(1), toy.loss))(iter([]), chunk)
+
+
+def test_recorded_tables_of_an_incomplete_pass_are_refused() -> None:
+    _, pr2, data, _ = prepared()
+    session = ReplaySession(pr2.sites, [], [data[0].micro_batch], mode="record")
+    with pytest.raises(ReplayError, match="only 0 layers were recorded"), session:
+        session.recorded_tables(LENGTHS, 2, toy.EXPERTS)
+
+
+def test_tables_that_are_too_short_are_refused() -> None:
+    tables = toy.random_tables({0: 4}, toy.toy_config())
+    with pytest.raises(ReplayError, match="position 5 is outside its route table of 4 tokens"):
+        gather_routes(layout.padded([0], [6], 6), tables, [0, 1], toy.TOPK, toy.EXPERTS)
+    ids, valid = gather_routes(layout.padded([0], [4], 6), tables, [1], toy.TOPK, toy.EXPERTS)
+    assert ids.shape == (1, 6, toy.TOPK)
+    assert valid.tolist() == [True, True, True, False, False, False]

@@ -1,0 +1,208 @@
+"""The whole job as a user runs it: `megatron-pr2 train` in its own processes, interrupted, resumed, and fed bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
+# Small enough for a step in about a second; off-2, so that the predictor learns in every step.
+SMALL = (
+    "rollout.prompts=4", "rollout.responses=4", "rollout.max_new_tokens=6", "algorithm.mini_steps=2",
+    "algorithm.micro_batch_size=4", "pr2.sample_fraction=1.0", "optimizer.lr=1e-3",
+)  # fmt: skip
+# What a step measures on the clock; everything else must be reproduced to the last bit.
+CLOCKED = {"wall_seconds", "seconds", "tokens_per_second", "rollout_tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Single digits: a random policy guesses some of them."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(4) for b in range(4)))
+    return path
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_pr2.cli", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).resolve().parents[1],
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def train(*arguments: str) -> dict[str, Any]:
+    """The JSON object that a successful run prints last."""
+    code, output = finish(start(*arguments))
+    assert code == 0, output
+    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return result
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
+
+
+def wait_for(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    """Until `steps` records are logged; the run is then in the middle of the next step."""
+    file = run / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not file.exists() or file.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.05)
+
+
+def settings(checkpoint: Path, prompts: Path, run: Path) -> list[str]:
+    return [f"model.path={checkpoint}", f"run={run}", "--data", str(prompts), *SMALL, "checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_checkpoint: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps in one go, for comparison."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    result = train(*settings(tiny_checkpoint, prompts, run), "steps=8")
+    assert result["steps"] == 8
+    assert result["preset"] == "pr2"
+    return run
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    assert (uninterrupted / "report.html").stat().st_size > 10_000
+    assert list((uninterrupted / "tensorboard").iterdir())
+    assert len(list((uninterrupted / "checkpoints").iterdir())) == 2
+    logged = records(uninterrupted)
+    assert [r["step"] for r in logged] == list(range(8))
+    assert all(r["routes"]["missing"] == 0 for r in logged)
+    assert logged[-1]["predictor"]["weight_norm"] > 0
+    assert all(m["agreement"] == 1.0 for m in logged[0]["mini_steps"][:1]), "nothing has moved in the first mini-step"
+
+
+def test_transformers_generates_from_the_final_checkpoint(uninterrupted: Path, tiny_checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "final")
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "final")
+    output = model.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=4)
+    assert output.shape[1] > 4
+    before, after = (load_file(p / "model.safetensors") for p in (tiny_checkpoint, uninterrupted / "final"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "kill -9"])
+def test_an_interrupted_run_continues_with_the_same_numbers(
+    how: str, uninterrupted: Path, tiny_checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*settings(tiny_checkpoint, prompts, run), "steps=8"]
+    process = start(*arguments)
+    wait_for(run, 5, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+        code, output = finish(process)
+        assert code != 0, output
+    else:
+        for member in family:
+            member.kill()
+        finish(process)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, "a rank outlived its run"
+    assert not (run / "final").exists(), "the interruption came too late to test anything"
+    train(*arguments)
+    assert records(run) == records(uninterrupted)
+    one, other = (load_file(r / "final" / "model.safetensors") for r in (run, uninterrupted))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r2", "r3"])
+def test_every_preset_runs(preset: str, tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    result = train(*settings(tiny_checkpoint, prompts, tmp_path / "run"), "steps=2", f"preset={preset}")
+    assert result["preset"] == preset
+    assert result["missing_routes"] == 0
+    assert all(r["predictor"]["weight_norm"] == 0 for r in records(tmp_path / "run"))
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not beside the repository")
+def test_gsm8k_as_published_runs_through_the_loop(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = train(
+        f"model.path={tiny_checkpoint}", f"run={tmp_path / 'run'}", "--data", str(GSM8K), "steps=1", "rollout.prompts=2",
+        "rollout.responses=2", "rollout.max_new_tokens=4", "algorithm.mini_steps=2", "algorithm.micro_batch_size=2",
+    )  # fmt: skip
+    assert result["steps"] == 1
+    assert records(tmp_path / "run")[0]["routes"]["tokens"] > 200, "whole questions went through"
+
+
+def test_other_settings_in_the_same_directory_are_refused(uninterrupted: Path, tiny_checkpoint: Path, prompts: Path) -> None:
+    code, output = finish(start(*settings(tiny_checkpoint, prompts, uninterrupted), "steps=10", "optimizer.lr=1"))
+    assert code == 1
+    assert "optimizer.lr" in output
+    assert len(records(uninterrupted)) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepz=3"], "stepz"),
+        (["preset=grpo", "pr2.predictor=learned"], "pr2.routes='live'"),
+        (["rollout.url=http://127.0.0.1:1"], "rollout.engine=sglang"),
+        (["--data", "/nonexistent.jsonl"], "nonexistent.jsonl"),
+        (["--config", "/nonexistent.yaml"], "nonexistent.yaml"),
+        (["model.path=/nonexistent"], "nonexistent"),
+    ],
+)
+def test_bad_settings_end_in_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, output = finish(start(f"run={tmp_path / 'run'}", "model.path=.", *arguments))
+    assert code == 1
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_a_line_without_answer_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
+    code, output = finish(start(f"model.path={tiny_checkpoint}", f"run={tmp_path / 'run'}", "--data", str(data)))
+    assert code == 1
+    assert f"{data}:2" in output.replace("\n", "")
+
+
+def test_a_dense_checkpoint_is_refused(host_platform: None, tmp_path: Path, prompts: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_pr2.rl.tokenizer import VOCAB_SIZE, save_byte_tokenizer
+
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    save_byte_tokenizer(tmp_path / "dense")
+    code, output = finish(start(f"model.path={tmp_path / 'dense'}", f"run={tmp_path / 'run'}", "--data", str(prompts)))
+    assert code == 1
+    assert "mixture-of-experts" in output

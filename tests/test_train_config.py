@@ -1,0 +1,161 @@
+"""Every setting that is refused, and how settings are combined."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl.config import TrainConfig, load_config
+
+
+def test_defaults_are_valid_and_a_file_and_the_command_line_override_them(tmp_path: Path) -> None:
+    assert load_config(None) == TrainConfig()
+    file = tmp_path / "train.yaml"
+    file.write_text("preset: r3\nsteps: 7\nrollout:\n  prompts: 8\npr2:\n  sample_fraction: 0.5\n")
+    config = load_config(file, ["steps=9", "optimizer.lr=1e-4", "pr2.betas=[0.8,0.9]", "pr2.alpha=2", "pr2.eps=1e-9"])
+    assert (config.preset, config.steps, config.rollout.prompts, config.optimizer.lr) == ("r3", 9, 8, 1e-4)
+    replay = config.replay()
+    assert (replay.routes, replay.predictor) == ("engine", "none")
+    assert (replay.sample_fraction, replay.betas, replay.alpha, replay.eps) == (0.5, (0.8, 0.9), 2, 1e-9)
+    assert load_config(None, ["seed=5"]).replay().seed == 5
+    assert load_config(None, ["seed=5", "pr2.seed=6"]).replay().seed == 6
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("preset", "routes", "predictor", "needs_engine"),
+    [("grpo", "live", "none", False), ("r2", "actor", "none", False), ("r3", "engine", "none", True), ("pr2", "engine", "learned", True)],
+)
+def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -> None:
+    config = load_config(None, [f"preset={preset}"])
+    assert (config.replay().routes, config.replay().predictor) == (routes, predictor)
+    assert config.pr2_needs_engine_routes == needs_engine
+    assert config.replay().replays == (routes != "live")
+    assert config.replay().learns == (predictor == "learned")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["preset=ppo"], "preset='ppo': expected one of grpo, r2, r3, pr2"),
+        (["stepz=3"], "stepz"),
+        (["rollout.promptz=3"], "rollout.promptz"),
+        (["steps=many"], "steps"),
+        (["rollout=3"], "RolloutConfig"),
+        (["optimizer.lr=fast"], "optimizer.lr"),
+        (["rollout.handshake=perhaps"], "rollout.handshake"),
+        (["steps"], "override 'steps': expected key=value"),
+        (["steps=[1,"], "command line"),
+        *[
+            ([f"{name}=0"], f"{name}=0: expected at least 1")
+            for name in (
+                "steps",
+                "checkpoint_every",
+                "parallel.processes",
+                "parallel.expert",
+                "rollout.prompts",
+                "rollout.responses",
+                "rollout.max_new_tokens",
+                "algorithm.mini_steps",
+                "algorithm.micro_batch_size",
+            )
+        ],
+        (["seed=-1"], "seed=-1: expected"),
+        (["rollout.restarts=-1"], "rollout.restarts=-1: expected at least 0"),
+        (["algorithm.clip_low=1.5"], "algorithm.clip_low=1.5"),
+        (["algorithm.clip_high=-0.1"], "algorithm.clip_high=-0.1"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1.0"),
+        (["optimizer.lr=.nan"], "optimizer.lr=nan"),
+        (["rollout.engine=vllm"], "rollout.engine='vllm': expected megatron or sglang"),
+        (["rollout.url=http://localhost:1"], "needs rollout.engine=sglang"),
+        (["rollout.temperature=0"], "rollout.temperature=0"),
+        (["rollout.temperature=.nan"], "rollout.temperature=nan"),
+        (["model.dtype=float16"], "model.dtype='float16': expected float32 or bfloat16"),
+        (["parallel.dispatcher=flex"], "parallel.dispatcher='flex'"),
+        (["parallel.dispatcher=allgather"], "parallel.dispatcher='allgather' needs equally shaped"),
+        (["parallel.processes=3"], "parallel.processes=3 is not a multiple of parallel.expert=2"),
+        (["rollout.prompts=33"], "rollout.prompts=33 is not a multiple of parallel.processes=2"),
+        (["algorithm.mini_steps=7"], "not a multiple of algorithm.mini_steps=7"),
+        (["pr2.alpa=1"], r"unknown pr2 setting\(s\) alpa; known: alpha"),
+        (["pr2.alpha=fast"], "pr2.alpha='fast': expected a number"),
+        (["pr2.strict=perhaps"], "pr2.strict='perhaps': expected true or false"),
+        (["pr2.strict=1"], "pr2.strict=1: expected true or false"),
+        (["pr2.alpha=true"], "pr2.alpha=True: expected a number"),
+        (["pr2.feature_bytes=1.5"], "pr2.feature_bytes=1.5: expected an integer"),
+        (["pr2.betas=0.9"], "pr2.betas=0.9: expected two numbers"),
+        (["pr2.betas=[0.9,x]"], r"pr2.betas=\[0.9, 'x'\]: expected two numbers"),
+        (["pr2.target=3"], "pr2.target=3: expected one of post, delta"),
+    ],
+)
+def test_what_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"routes": "replay"}, "pr2.routes='replay': expected one of live, actor, engine"),
+        ({"predictor": "oracle"}, "pr2.predictor='oracle'"),
+        ({"target": "pre"}, "pr2.target='pre'"),
+        ({"feature_device": "disk"}, "pr2.feature_device='disk'"),
+        ({"routes": "live"}, "pr2.predictor='learned' contradicts pr2.routes='live'"),
+        ({"include_mtp": True}, "pr2.include_mtp=True"),
+        ({"alpha": -1.0}, "pr2.alpha=-1.0"),
+        ({"alpha": float("nan")}, "pr2.alpha=nan"),
+        ({"eps": -1.0}, "pr2.eps=-1.0"),
+        ({"max_missing_share": 1.5}, "pr2.max_missing_share=1.5"),
+        ({"sample_fraction": 0.0}, "pr2.sample_fraction=0.0"),
+        ({"sample_fraction": 1.1}, "pr2.sample_fraction=1.1"),
+        ({"feature_bytes": -1}, "pr2.feature_bytes=-1"),
+        ({"betas": (0.9,)}, "pr2.betas="),
+        ({"betas": (0.9, 1.0)}, "pr2.betas="),
+        ({"seed": -1}, "pr2.seed=-1"),
+    ],
+)
+def test_what_pr2_refuses(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PR2Config(**values)
+    with pytest.raises(ConfigError, match=message):
+        PR2Config.from_dict(values)
+
+
+def test_unknown_presets() -> None:
+    with pytest.raises(ConfigError, match="preset 'pr3' is unknown"):
+        PR2Config.preset("pr3")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"steps: [1, 2", "train.yaml"),
+        (b"- steps\n- 3\n", "expected a mapping"),
+        (b"steps: \xff\xfe", "train.yaml"),
+        (b"steps: ${nothing}", "train.yaml"),
+        (b"rollout: {prompt: 3}", "rollout.prompt"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "train.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    file = tmp_path / "secret.yaml"
+    file.write_text("steps: 3")
+    file.chmod(0)
+    if not os.access(file, os.R_OK):  # root may read everything
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(file)
