@@ -40,11 +40,7 @@ def model_shape(hf_config: Any) -> ModelShape:
     """
     config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     experts = next(
-        (
-            int(value)
-            for name in ("num_experts", "num_local_experts", "n_routed_experts")
-            if (value := getattr(config, name, None))
-        ),
+        (int(value) for name in ("num_experts", "num_local_experts", "n_routed_experts") if (value := getattr(config, name, None))),
         0,
     )
     topk = getattr(config, "num_experts_per_tok", None)

@@ -35,7 +35,6 @@ class PR2Config:
         feature_device: "device" keeps features where they were computed, "cpu" in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
         strict: raise RouteError above max_missing_share; otherwise log a warning and count.
-        include_mtp: replay the routers of multi-token-prediction heads as well (not supported by rollout engines: must be False).
         seed: seeds the choice of sampled tokens.
     """
 
@@ -50,7 +49,6 @@ class PR2Config:
     feature_device: str = "device"
     max_missing_share: float = 0.02
     strict: bool = True
-    include_mtp: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,8 +63,6 @@ class PR2Config:
                 f"pr2.predictor={self.predictor!r} contradicts pr2.routes='live': a prediction that nothing replays has no effect; "
                 "use routes=engine (or actor), or predictor=none"
             )
-        if self.include_mtp:
-            raise ConfigError("pr2.include_mtp=True: rollout engines return no routes for MTP heads; set it to False")
         _in_range("alpha", self.alpha, 0.0, None)
         _in_range("eps", self.eps, 0.0, None)
         _in_range("max_missing_share", self.max_missing_share, 0.0, 1.0)
@@ -96,7 +92,8 @@ class PR2Config:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown pr2 setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        return replace(cls(), **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return replace(cls(), **given)
 
     @property
     def replays(self) -> bool:

@@ -81,13 +81,14 @@ def write_checkpoint(
             copy_companions(Path(tokenizer_from), fresh)
         config.save_pretrained(str(fresh))
         _write_weights(fresh, weights, max_shard_bytes)
-        for file in fresh.iterdir():
-            _sync(file)
-        _sync(fresh)
-        # mkdtemp is private to the user; a checkpoint is as public as any other directory.
+        # mkdtemp and safetensors create for the user alone; a checkpoint is as public as any other directory.
         umask = os.umask(0)
         os.umask(umask)
+        for file in fresh.iterdir():
+            file.chmod(0o666 & ~umask)
+            _sync(file)
         fresh.chmod(0o777 & ~umask)
+        _sync(fresh)
         replace_directory(fresh, path)
     finally:
         # After success this is what was there before, or nothing.

@@ -31,11 +31,11 @@ def expert_dtype(num_experts: int) -> np.dtype:
 
 def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
     """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids."""
-    in_range = ((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2))
-    if experts_TLK.shape[2] == 1:
-        return in_range
-    ordered = np.sort(experts_TLK, axis=2)
-    return in_range & (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
+    valid: npt.NDArray[np.bool_] = np.asarray(((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2)))
+    if experts_TLK.shape[2] > 1:
+        ordered = np.sort(experts_TLK, axis=2)
+        valid &= (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
+    return valid
 
 
 def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:

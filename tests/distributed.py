@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import shutil
@@ -57,6 +58,8 @@ def _work(rank: int, world_size: int, pipe: Connection) -> None:
         if reply[0]:
             # After a failure the peers may be gone, and the parent replaces this process anyway.
             host.shutdown()
+            # Models are reference cycles that hold their process groups, and each group holds threads and sockets.
+            gc.collect()
         try:
             pipe.send(reply)
         except Exception:

@@ -77,9 +77,7 @@ def test_model_shape_is_that_of_transformers() -> None:
         config = tiny_config(family, **changes)
         with torch.device("meta"):
             layers = AutoModelForCausalLM.from_config(config).model.layers
-        assert model_shape(config).moe_layers == tuple(
-            index for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts")
-        )
+        assert model_shape(config).moe_layers == tuple(index for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts"))
 
 
 def test_model_shape_refuses_dense_models() -> None:
@@ -134,9 +132,7 @@ def test_logits_of_transformers(family: str, changes: dict[str, Any], tokens: to
 def test_rope_theta_of_the_config_counts(tokens: torch.Tensor, tmp_path: Path) -> None:
     rope = {"rope_theta": 300.0, "rope_type": "default"}
     path = make_checkpoint(tmp_path / "theta", tiny_config("qwen3_moe", rope_parameters=rope))
-    torch.testing.assert_close(
-        pool(1).run(_logits, path, {}, tokens)[0], reference_logits(path, tokens), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(pool(1).run(_logits, path, {}, tokens)[0], reference_logits(path, tokens), rtol=0, atol=1e-5)
 
 
 # --- export and round trip -----------------------------------------------------------------------------------------
@@ -190,9 +186,7 @@ def _save(path: Path, target: Path, layout: dict[str, Any], dtype: torch.dtype, 
     return ""
 
 
-def test_saved_directory_is_complete_and_loads_in_transformers(
-    checkpoint: Path, tokens: torch.Tensor, tmp_path: Path
-) -> None:
+def test_saved_directory_is_complete_and_loads_in_transformers(checkpoint: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     assert pool(2).run(_save, checkpoint, target, EP2, torch.float32) == ["", ""]
     _equal(_tensors(target), _tensors(checkpoint))
@@ -352,12 +346,8 @@ def test_tensors_that_do_not_match_the_model_are_refused(checkpoint: Path, tmp_p
     assert "model.layers.1." in error
 
 
-def _dense() -> Any:
-    return tiny_config("qwen3")
-
-
 def test_dense_models_load_on_request(tokens: torch.Tensor, tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "dense", _dense())
+    path = make_checkpoint(tmp_path / "dense", tiny_config("qwen3"))
     logits = pool(1).run(_dense_logits, path, tokens)[0]
     torch.testing.assert_close(logits, reference_logits(path, tokens), rtol=0, atol=1e-5)
 

@@ -27,6 +27,7 @@ from tests.loop import train_job
 pytestmark = pytest.mark.usefixtures("host_platform")
 
 LENGTHS = {0: 17, 1: 23, 2: 9}
+HALF = PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0)
 MISSING = [(0, 5), (1, 20), (1, 8)]
 
 
@@ -146,9 +147,10 @@ def autograd_gradient(
     layer: int, w_EH: Tensor, tokens: list[tuple[int, int]], old: dict[Any, Any], new: dict[Any, Any], target: str, function: str
 ) -> Tensor:
     """Gradient of the mean KL over tokens, in float64, by autograd."""
-    h_old = torch.stack([old[layer, *t][0] for t in tokens]).bfloat16().double()  # kept in bf16
-    p_old = torch.stack([old[layer, *t][1] for t in tokens]).double()
-    p = torch.stack([new[layer, *t][1] for t in tokens]).double()
+    keys = [(layer, *token) for token in tokens]
+    h_old = torch.stack([old[key][0] for key in keys]).bfloat16().double()  # kept in bf16
+    p_old = torch.stack([old[key][1] for key in keys]).double()
+    p = torch.stack([new[key][1] for key in keys]).double()
     w = w_EH.double().requires_grad_(True)
     if target == "post":
         loss = divergences(p, p_old + h_old @ w.t(), function).mean()
@@ -207,7 +209,7 @@ def two_rank_job(shares: list[dict[int, int]]) -> tuple[dict[str, Any], Tensor]:
     from megatron_pr2 import host
 
     host.init()
-    pr2, *_ = mini_step(toy.toy_config(), PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0), shares[dist.get_rank()])
+    pr2, *_ = mini_step(toy.toy_config(), HALF, shares[dist.get_rank()])
     return pr2.step(0.1), pr2.predictor.weight_LEH
 
 
@@ -217,7 +219,7 @@ def test_i5_two_ranks_are_one_process(second: dict[int, int]) -> None:
     shares = [{0: 17, 1: 23}, second]
     results = pool(2).run(two_rank_job, shares)
     lengths = {**shares[0], **shares[1]}
-    pr2, _, _, tables, _ = mini_step(toy.toy_config(), PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0), lengths)
+    pr2, _, _, tables, _ = mini_step(toy.toy_config(), HALF, lengths)
     expected = pr2.step(0.1)
     assert expected["predictor"]["tokens"] == len(sampled(pr2, tables, lengths)) * toy.LAYERS
     for report, weight in results:

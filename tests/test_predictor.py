@@ -37,10 +37,8 @@ def features(dtype: torch.dtype = torch.float64, tokens: int = S, seed: int = 0)
 def test_closed_form_gradient_is_autograd_of_the_mean_kl(target: str, score_function: str) -> None:
     h, p_old, p, w = features()
     w.requires_grad_(True)
-    if target == "post":
-        loss = kl(p, p_old + h @ w.t(), score_function).mean()
-    else:
-        loss = kl(p - p_old, h @ w.t(), "softmax").mean()
+    post = target == "post"
+    loss = kl(p, p_old + h @ w.t(), score_function).mean() if post else kl(p - p_old, h @ w.t(), "softmax").mean()
     (expected,) = torch.autograd.grad(loss, w)
     actual = gradient_sum(h, p_old, p, w.detach(), target=target, score_function=score_function) / S
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_pr2.errors import RouteError
 from megatron_pr2.routes import RouteTable, expert_dtype, replayable, row_validity
-from tests.toy import random_ids
+from tests.ids import random_ids
 
 
 @st.composite

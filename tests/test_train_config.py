@@ -30,7 +30,12 @@ def test_defaults_are_valid_and_a_file_and_the_command_line_override_them(tmp_pa
 
 @pytest.mark.parametrize(
     ("preset", "routes", "predictor", "needs_engine"),
-    [("grpo", "live", "none", False), ("r2", "actor", "none", False), ("r3", "engine", "none", True), ("pr2", "engine", "learned", True)],
+    [
+        ("grpo", "live", "none", False),
+        ("r2", "actor", "none", False),
+        ("r3", "engine", "none", True),
+        ("pr2", "engine", "learned", True),
+    ],
 )
 def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -> None:
     config = load_config(None, [f"preset={preset}"])
@@ -106,7 +111,6 @@ def test_what_is_refused(overrides: list[str], message: str) -> None:
         ({"target": "pre"}, "pr2.target='pre'"),
         ({"feature_device": "disk"}, "pr2.feature_device='disk'"),
         ({"routes": "live"}, "pr2.predictor='learned' contradicts pr2.routes='live'"),
-        ({"include_mtp": True}, "pr2.include_mtp=True"),
         ({"alpha": -1.0}, "pr2.alpha=-1.0"),
         ({"alpha": float("nan")}, "pr2.alpha=nan"),
         ({"eps": -1.0}, "pr2.eps=-1.0"),

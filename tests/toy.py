@@ -23,6 +23,7 @@ from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, ReplaySequence
 from megatron_pr2.replay import MicroBatch, ReplaySession
 from megatron_pr2.routes import RouteTable
+from tests.ids import random_ids
 
 HIDDEN, EXPERTS, TOPK, LAYERS = 32, 8, 2, 2
 
@@ -173,12 +174,6 @@ def batches(lengths: dict[int, int], size: int, hidden: int = HIDDEN) -> list[Ba
         grid = layout.padded(chunk, counts, max(counts) + 2)
         out.append(Batch(MicroBatch(("mb", start), grid), token_inputs(grid, hidden)))
     return out
-
-
-def random_ids(tokens: int, layers: int, topk: int, experts: int, seed: int = 0) -> np.ndarray:
-    """Valid ids [T, L, K]: K different experts per row."""
-    order = np.random.default_rng(seed).random((tokens, layers, experts)).argsort(-1)
-    return order[:, :, :topk].astype(np.int64)
 
 
 def random_tables(

@@ -139,12 +139,11 @@ class HostAttention(torch.nn.Module):
             if causal:
                 allowed = allowed & (positions[:, None] >= positions[None, :])
         # [S, B, heads, D] -> [B, heads, S, D]
-        output_BNSD = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)), allowed, causal)
+        q_BNSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        output_BNSD = self._attend(q_BNSD, k_BGSD, v_BGSD, allowed, causal)
         return output_BNSD.permute(2, 0, 1, 3).reshape(local_length, query.shape[1], -1)
 
-    def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
-    ) -> torch.Tensor:
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
         boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
         cp_size = 1 if self.cp_group is None else self.cp_group.size()
         lengths = [length // cp_size for length in boundaries.diff().tolist()]
@@ -160,8 +159,9 @@ class HostAttention(torch.nn.Module):
             _, allowed = self._masks(q_TND.shape[0])
             if self.cp_group is not None:
                 k_TGD, v_TGD = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (k_TGD, v_TGD))
-            output_NTD = self._attend(*(tensor.transpose(0, 1)[None] for tensor in (q_TND, k_TGD, v_TGD)), allowed, True)
-            outputs.append(output_NTD[0].transpose(0, 1).flatten(1))
+            q_BNSD, k_BGSD, v_BGSD = (tensor.transpose(0, 1)[None] for tensor in (q_TND, k_TGD, v_TGD))
+            output_NSD = self._attend(q_BNSD, k_BGSD, v_BGSD, allowed, True)[0]
+            outputs.append(output_NSD.transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class HostGroupedLinear(torch.nn.Module):
             # Every rank owns different numbers: they count in the gradient norm on each rank.
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
             # Expert gradients are reduced over the expert data-parallel group, not over all data-parallel ranks.
-            weight.allreduce = config.expert_model_parallel_size <= 1  # type: ignore[attr-defined]
+            weight.allreduce = config.expert_model_parallel_size <= 1
             self.register_parameter(f"weight{index}", weight)
         # A distributed checkpoint holds one (empty) extra state per expert, a module has one.
         self._register_load_state_dict_pre_hook(self._drop_extra_states)
@@ -92,9 +92,7 @@ class HostGroupedLinear(torch.nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Ignored."""
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """Same keys as TEGroupedLinear: one global tensor with the experts as a leading axis, one extra state per expert."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         single_shards = metadata.get("singleton_local_shards", False)

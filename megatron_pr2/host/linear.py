@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -32,9 +31,7 @@ class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         eps = self.config.layernorm_epsilon
-        return super().forward(
-            normalize(input_, self.layer_norm_weight, self.layer_norm_bias, eps, self.config), *args, **kwargs
-        )
+        return super().forward(normalize(input_, self.layer_norm_weight, self.layer_norm_bias, eps, self.config), *args, **kwargs)
 
 
 class HostLinear(torch.nn.Module):
@@ -57,15 +54,13 @@ class HostLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         if parallel_mode != "duplicated" or bias or skip_weight_param_allocation:
-            raise ConfigError(
-                f"HostLinear: parallel_mode={parallel_mode!r}, bias={bias}; expected 'duplicated' without bias"
-            )
+            raise ConfigError(f"HostLinear: parallel_mode={parallel_mode!r}, bias={bias}; expected 'duplicated' without bias")
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         if config.perform_initialization:
             init_method(self.weight.data)
-        self.weight.allreduce = True  # type: ignore[attr-defined]
+        self.weight.allreduce = True
         # Duplicated, but it sees a slice of the tokens under sequence parallelism: gradients are summed over the ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
         self._tp_group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -78,9 +73,7 @@ class HostLinear(torch.nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Ignored."""
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),

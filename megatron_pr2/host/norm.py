@@ -9,9 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_pr2.errors import ConfigError
 
 
-def norm_parameters(
-    config: TransformerConfig, hidden_size: int
-) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+def norm_parameters(config: TransformerConfig, hidden_size: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
     """Weight [hidden] and, for LayerNorm, bias [hidden], marked for the gradient reduction under sequence parallelism.
 
     Raises:
@@ -27,7 +25,7 @@ def norm_parameters(
     for parameter in (weight, bias):
         if parameter is not None:
             # Each tensor-parallel rank sees a slice of the tokens, so Megatron must sum these gradients over the ranks.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
     return weight, bias
 
 

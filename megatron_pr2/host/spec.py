@@ -45,19 +45,15 @@ class HostSpecProvider(BackendSpecProvider):
     def core_attention(self) -> type:
         return HostAttention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules]:
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool) -> tuple[type, MLPSubmodules]:
         if moe_use_legacy_grouped_gemm:
             raise ConfigError("moe_use_legacy_grouped_gemm=True needs a GPU; set it to False on the host")
         if moe_use_grouped_gemm:
             # Nothing in TEGroupedMLP itself is Transformer Engine's; only its two linear layers are.
-            return TEGroupedMLP, MLPSubmodules(
-                linear_fc1=HostColumnParallelGroupedLinear, linear_fc2=HostRowParallelGroupedLinear
-            )
+            return TEGroupedMLP, MLPSubmodules(linear_fc1=HostColumnParallelGroupedLinear, linear_fc2=HostRowParallelGroupedLinear)
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-    def activation_func(self) -> None:  # type: ignore[override]
+    def activation_func(self) -> None:
         """None: the activation comes from the config."""
         return None
 

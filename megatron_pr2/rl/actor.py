@@ -162,8 +162,8 @@ class Actor:
         """Restores :meth:`state_dict` under the same parallel layout."""
         for chunk, chunk_state in zip(self.chunks, state["model"], strict=True):
             chunk.load_state_dict(chunk_state)
+        # Holds the fp32 master weights of a bf16 model; reload_model_params() would replace them by the rounded ones.
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.reload_model_params()
         self.pr2.load_state_dict(state["pr2"])
 
     def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:

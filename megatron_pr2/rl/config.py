@@ -122,15 +122,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
             sources.append(("command line", OmegaConf.from_dotlist(list(overrides))))
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: {_one_line(error)}; expected key=value with a YAML value") from error
-    merged, name = OmegaConf.structured(TrainConfig), "defaults"
+    merged, at = OmegaConf.structured(TrainConfig), "defaults"
     try:
-        for name, source in sources:
+        for where, source in sources:
+            at = where
             merged = OmegaConf.merge(merged, source)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
         setting = f" (setting {key!r})" if key else ""
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]}{setting}; see docs/config.md") from error
+        raise ConfigError(f"{at}: {str(error).splitlines()[0]}{setting}; see docs/config.md") from error
     assert isinstance(config, TrainConfig)
     validate(config)
     return config

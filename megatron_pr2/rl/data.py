@@ -87,8 +87,8 @@ def load_examples(path: str | Path) -> list[Example]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); expected a JSONL file in UTF-8") from error
+        bad_line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{bad_line}: not UTF-8 ({error.reason}); expected a JSONL file in UTF-8") from error
     examples = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

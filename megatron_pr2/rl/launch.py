@@ -46,15 +46,18 @@ def train(config: TrainConfig) -> Path:
         TrainingFailed: a rank failed.
     """
     directory = Path(config.run)
-    _claim(directory, config)
     # A failed rank is told by TrainingFailed and in full by errors.log; torch's own report of it would bury the reason.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if not torch.cuda.is_available():
         host.enable()  # Megatron-Core and Transformers are imported here too, to look at the model
+    # What was given is checked before anything is made or started.
+    if config.data:
+        load_examples(config.data)
+    if config.model.path:
+        _check_model(config.model.path)
+    _claim(directory, config)
     model_path = config.model.path or str(_warm_start(config))
-    _check_model(model_path)
-    data_path = config.data or str(_task_file(config, Path(model_path)))
-    load_examples(data_path)  # a bad line is reported here, before anything is started
+    data_path = config.data or str(_task_file(config))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launch = LaunchConfig(
         min_nodes=1,
@@ -126,7 +129,7 @@ def _warm_start(config: TrainConfig) -> Path:
     return ensure_warm_start(Path(config.model.cache) / f"seed_{config.seed}", WarmStartConfig(seed=config.seed))
 
 
-def _task_file(config: TrainConfig, model_path: Path) -> Path:
+def _task_file(config: TrainConfig) -> Path:
     from megatron_pr2.rl.task import TaskConfig, make_problems, write_problems
 
     return write_problems(make_problems(TaskConfig(), "train", 2048, config.seed), Path(config.run) / "train.jsonl")

@@ -7,6 +7,7 @@ number. Numbers are compared as fractions, so 18, 18.0, $18 and 18.00 are the sa
 from __future__ import annotations
 
 import re
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
@@ -70,10 +71,8 @@ def extract_number(text: str) -> Fraction | None:
     if _MARK in text:
         match = _NUMBER.search(text.rsplit(_MARK, 1)[1])
         return None if match is None else _value(match)
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    return None if last is None else _value(last)
+    last = deque(_NUMBER.finditer(text), maxlen=1)
+    return _value(last[0]) if last else None
 
 
 def exact_match(response: str, answer: str) -> float:

@@ -35,7 +35,7 @@ class TaskConfig:
     """
 
     min_terms: int = 3
-    max_terms: int = 5
+    max_terms: int = 4
     max_digit: int = 9
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ class TinyModelConfig:
 
     Attributes:
         vocab_size: rows of the embedding, 259 tokens padded up so that tensor parallelism can split them.
+        init_std: standard deviation of the other initial weights, about half of 1/sqrt(hidden_size).
         router_std: standard deviation of the initial router weights. Router inputs have unit mean square, so this times
             sqrt(hidden_size) is the spread of the initial router logits.
         max_position_embeddings: longest prompt + response.
@@ -38,12 +39,14 @@ class TinyModelConfig:
     moe_intermediate_size: int = 32
     vocab_size: int = 264
     max_position_embeddings: int = 512
-    init_std: float = 0.02
-    router_std: float = 0.02
+    init_std: float = 0.06
+    router_std: float = 0.1
 
     def __post_init__(self) -> None:
         if self.vocab_size < VOCAB_SIZE:
-            raise ConfigError(f"vocab_size={self.vocab_size}: expected at least {VOCAB_SIZE}, the byte-level tokenizer's tokens")
+            raise ConfigError(
+                f"vocab_size={self.vocab_size}: expected at least {VOCAB_SIZE}, the byte-level tokenizer's tokens"
+            )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: expected 1..num_experts={self.num_experts}"
@@ -127,8 +130,16 @@ def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3MoeForCausalLM:
 
 def save_tiny_model(model: Qwen3MoeForCausalLM, path: str | Path) -> Path:
     """Writes config, generation config, safetensors and tokenizer into directory `path`, which is created if needed."""
+    from transformers.utils import logging as hf_logging
+
     directory = Path(path)
-    model.save_pretrained(str(directory))
+    showed = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # a bar for half a megabyte is noise
+    try:
+        model.save_pretrained(str(directory))
+    finally:
+        if showed:
+            hf_logging.enable_progress_bar()
     save_byte_tokenizer(directory, model.config.max_position_embeddings)
     return directory
 

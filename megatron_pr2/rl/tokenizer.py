@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|bos|>", "<|eos|>", "<|pad|>"
+NUM_BYTES = 256
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
 VOCAB_SIZE = 259
 
@@ -24,9 +25,9 @@ def _byte_symbols() -> list[str]:
     on, so that no symbol is a space or a control character.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
+    hidden = [byte for byte in range(NUM_BYTES) if byte not in printable]
     shifted = {byte: chr(0x100 + rank) for rank, byte in enumerate(hidden)}
-    return [shifted.get(byte, chr(byte)) for byte in range(256)]
+    return [shifted.get(byte, chr(byte)) for byte in range(NUM_BYTES)]
 
 
 def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:

@@ -57,25 +57,26 @@ class CollectiveEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank walks the weights (exporting them is collective); rank 0 sends them."""
-        if self._engine is None:
-            for _ in weights:
-                pass
-            self._on_rank_0(lambda engine: None)
-            return
         iterator = iter(weights)
         failure: Exception | None = None
         try:
-            self._engine.update_weights(iterator, version)
+            if self._engine is not None:
+                self._engine.update_weights(iterator, version)
         except Exception as error:
             failure = error
-        for _ in iterator:  # the other ranks are in the exporter's collectives: keep in step with them, also after a failure
-            pass
+        try:
+            for _ in iterator:  # exporting is collective: keep in step with the other ranks, also after a failure
+                pass
+        except Exception as error:
+            failure = failure or error
 
         def outcome(_: RolloutEngine) -> None:
             if failure is not None:
                 raise failure
 
         self._on_rank_0(outcome)
+        if failure is not None:  # of this rank alone
+            raise failure
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool

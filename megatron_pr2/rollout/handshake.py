@@ -59,7 +59,8 @@ def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[i
     gap = np.abs(got_logprobs.astype(np.float64) - want_logprobs.astype(np.float64))
     report = HandshakeReport(float(equal.mean()) if equal.size else 0.0, missing, float(gap.mean()), float(gap.max()))
     least, most = THRESHOLDS[dtype]
-    if report.route_agreement < least or report.logprob_mean > most or missing > 0:
+    # Written so that a NaN is refused.
+    if not (report.route_agreement >= least and report.logprob_mean <= most and missing == 0):
         raise RolloutError(
             f"handshake with {engine.name} failed: {report.route_agreement:.2%} of the probe's routes agree with the actor's "
             f"(at least {least:.1%} expected for {dtype}), {missing} rows are missing (0 expected), log-probs differ by "

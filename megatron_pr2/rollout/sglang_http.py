@@ -69,7 +69,7 @@ class HttpClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         # trust_env=False: a proxy of the environment must see neither the requests nor the key.
         self._client = httpx.AsyncClient(
             headers=headers, trust_env=False, timeout=None, limits=httpx.Limits(max_connections=concurrency)

@@ -77,7 +77,7 @@ class SGLangServer:
             "--model-path", config.model_path, "--host", "127.0.0.1", "--port", str(port), "--device", self.device,
             "--dtype", config.dtype, "--tp-size", str(config.tp_size), "--ep-size", str(config.ep_size),
             "--max-running-requests", str(config.max_running_requests), "--skip-tokenizer-init",
-            "--enable-return-routed-experts", "--weight-version", "0",
+            "--enable-return-routed-experts", "--weight-version", "0", "--log-level-http", "warning",
         ]  # fmt: skip
         if config.max_total_tokens is not None:
             flags += ["--max-total-tokens", str(config.max_total_tokens)]

@@ -5,7 +5,7 @@ from megatron_pr2 import host
 host.enable()
 
 import mbridge  # noqa: E402, F401
-import megatron.core.distributed  # noqa: E402, F401
-import megatron.core.optimizer  # noqa: E402, F401
+import megatron.core.distributed  # noqa: E402
+import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel.schedules  # noqa: E402, F401
 import transformers.modeling_utils  # noqa: E402, F401

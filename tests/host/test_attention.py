@@ -74,9 +74,7 @@ def _packed_params(lengths: tuple[int, ...], padded: tuple[int, ...] | None = No
 
     boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
     spaced = None if padded is None else torch.tensor([0, *padded]).cumsum(0).int()
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, cu_seqlens_q_padded=spaced
-    )
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, cu_seqlens_q_padded=spaced)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -92,7 +90,8 @@ def test_padded_batch(groups: int, v_channels: int) -> None:
 def test_left_padding_is_masked() -> None:
     (case,) = _inputs((9,))
     padding = 3
-    query, key, value = (torch.cat((torch.ones(padding, *case[name].shape[1:]), case[name])) for name in case if name != "upstream")
+    names = ("query", "key", "value")
+    query, key, value = (torch.cat((torch.ones(padding, *case[name].shape[1:]), case[name])) for name in names)
     forbidden = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
     forbidden[..., :padding] = True
     output = _attention()(query[:, None], key[:, None], value[:, None], forbidden)

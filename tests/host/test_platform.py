@@ -61,9 +61,7 @@ def _toggle() -> dict[str, Any]:
     result = {
         "touched": sum(before.get(key) is not value for key, value in enabled.items()),
         "changed by a second enable": [key for key, value in enabled.items() if again.get(key) is not value],
-        "left over": sorted(
-            {key for key in before.keys() | after.keys() if before.get(key, 0) is not after.get(key, 0)}
-        ),
+        "left over": sorted({key for key in before.keys() | after.keys() if before.get(key, 0) is not after.get(key, 0)}),
         "filters": filters == list(warnings.filters),
         "device": device,
         "off": (host.is_enabled(), torch.ones(1).type()),

@@ -18,8 +18,6 @@ import signal
 import sys
 from typing import Any
 
-from megatron_pr2.rollout.sglang_cpu import shims
-
 _PR_SET_PDEATHSIG = 1
 _API_KEY = os.environ.get("MEGATRON_PR2_SGLANG_API_KEY", "")
 
@@ -47,9 +45,9 @@ def _prepare_process() -> None:
     if torch.cuda.is_available():
         return
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    shims.install()
-    from megatron_pr2.rollout.sglang_cpu import plugin
+    from megatron_pr2.rollout.sglang_cpu import plugin, shims
 
+    shims.install()
     plugin.register()
 
 
@@ -80,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _die_with_parent()
+    _die_with_parent()  # first of all: the imports that follow take seconds
 _prepare_process()
 if __name__ == "__main__":
     main(sys.argv[1:])

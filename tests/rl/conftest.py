@@ -1,0 +1,5 @@
+"""Transformers imports torchvision where it is installed; its CUDA wheel needs a word on a CPU build of torch."""
+
+from megatron_pr2.host.vision import make_torchvision_importable
+
+make_torchvision_importable()

@@ -1,0 +1,192 @@
+"""Warm-start: deterministic, cached by configuration, atomic; its loss and its measurements against hand-made cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_pr2.errors import CheckpointError, ConfigError
+from megatron_pr2.rl import supervised, warmstart
+from megatron_pr2.rl.task import TaskConfig, make_problems
+from megatron_pr2.rl.tiny import TinyModelConfig
+from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID
+from megatron_pr2.rl.warmstart import RECORD, WarmStartConfig, ensure_warm_start, warm_start
+
+MODEL = TinyModelConfig(
+    hidden_size=16, num_hidden_layers=2, head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
+)
+FAST = WarmStartConfig(model=MODEL, steps=8, batch_size=8, problems=100, extra_rounds=0, eval_prompts=8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return ensure_warm_start(tmp_path_factory.mktemp("warm") / "start", FAST, show_progress=False)
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def test_it_is_a_complete_model_directory_with_its_record(made):
+    record = json.loads((made / RECORD).read_text())
+    assert record["digest"] == FAST.digest()
+    assert record["config"]["steps"] == record["steps"] == 8
+    assert len(record["routing"]) == 2
+    assert AutoTokenizer.from_pretrained(made).eos_token_id == EOS_ID
+    assert AutoModelForCausalLM.from_pretrained(made).config.router_aux_loss_coef == 0.0
+    assert [entry.name for entry in made.parent.iterdir()] == ["start"]  # no temporary left behind
+
+
+def test_a_complete_one_is_kept_and_another_configuration_replaces_it(made, tmp_path, monkeypatch):
+    path = ensure_warm_start(tmp_path / "a", FAST, show_progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(made).values(), weights(path).values(), strict=True))
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    assert ensure_warm_start(path, FAST) == path
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
+    other = dataclasses.replace(FAST, seed=1)
+    ensure_warm_start(path, other, show_progress=False)
+    assert json.loads((path / RECORD).read_text())["digest"] == other.digest()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert not torch.equal(weights(path)["lm_head.weight"], weights(made)["lm_head.weight"])
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
+    path = ensure_warm_start(tmp_path / "a", FAST, show_progress=False)
+    before = (path / "model.safetensors").read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(warmstart, "save_tiny_model", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        ensure_warm_start(path, dataclasses.replace(FAST, seed=1), show_progress=False)
+    assert (path / "model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_somebody_elses_directory_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not overwritten"):
+        ensure_warm_start(tmp_path, FAST, show_progress=False)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_every_setting_is_part_of_the_digest():
+    changes = [
+        {"seed": 1},
+        {"lr": 1e-3},
+        {"guess_share": 0.5},
+        {"band": (0.1, 0.5)},
+        {"task": TaskConfig(max_terms=5)},
+        {"model": dataclasses.replace(MODEL, num_experts=8)},
+    ]
+    digests = {dataclasses.replace(FAST, **change).digest() for change in changes} | {FAST.digest()}
+    assert len(digests) == len(changes) + 1
+    assert dataclasses.replace(FAST).digest() == FAST.digest()
+
+
+def test_training_moves_the_loss_and_restores_the_thread_count():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        model, result = warm_start(dataclasses.replace(FAST, steps=30, guess_share=0.0, early_guess_share=0.0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    problems = make_problems(TaskConfig(), "eval", 64, 0)
+    input_ids, labels = supervised.supervised_batch([(p.prompt, p.worked) for p in problems])
+    with torch.no_grad():
+        loss = model(input_ids=input_ids, labels=labels).loss
+    assert loss < 3.0  # 5.6 = ln 264 before
+    assert result["steps"] == 30
+
+
+def test_rounds_are_added_while_the_rate_is_below_the_band(monkeypatch, caplog):
+    rates = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr(warmstart, "exact_match_rate", lambda *_: next(rates))
+    _, result = warm_start(dataclasses.replace(FAST, extra_rounds=3))
+    assert (result["steps"], result["exact_match"], result["in_band"]) == (8 + 2 + 2, 0.3, True)
+    assert not caplog.records
+    monkeypatch.setattr(warmstart, "exact_match_rate", lambda *_: 0.1)
+    _, result = warm_start(dataclasses.replace(FAST, extra_rounds=1))
+    assert (result["steps"], result["in_band"]) == (10, False)
+    assert "outside 0.25..0.50" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"guess_share": 1.5},
+        {"band": (0.5, 0.2)},
+        {"batch_size": 101},
+        {"early": -0.1},
+        {"eval_prompts": 0},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        dataclasses.replace(FAST, **change)
+
+
+def test_only_responses_bear_loss():
+    input_ids, labels = supervised.supervised_batch([("1+2=", "3"), ("10+2=", "~9")])
+    assert input_ids.tolist() == [[*b"1+2=3", EOS_ID, PAD_ID, PAD_ID], [*b"10+2=~9", EOS_ID]]
+    assert labels.tolist() == [[-100] * 4 + [ord("3"), EOS_ID, -100, -100], [-100] * 5 + [*b"~9", EOS_ID]]
+
+
+def test_balance_loss_is_one_at_balance_and_experts_over_topk_at_collapse():
+    real = torch.tensor([True, True, False])
+    high = 50.0
+    balanced = torch.tensor([[high, 0.0], [0.0, high], [high, high]])
+    collapsed = torch.tensor([[high, 0.0], [high, 0.0], [0.0, high]])
+    assert supervised.balance_loss([balanced], real, 1).item() == pytest.approx(1.0)
+    assert supervised.balance_loss([collapsed], real, 1).item() == pytest.approx(2.0)
+    assert supervised.balance_loss([balanced, collapsed], real, 1).item() == pytest.approx(1.5)
+    # Two layers that collapse on different experts are balanced when pooled; each of them is not.
+    assert supervised.balance_loss([collapsed, collapsed.flip(1)], real, 1).item() == pytest.approx(2.0)
+
+
+class _Scripted:
+    """Stands for a model whose router logits, or whose responses, are given."""
+
+    config = SimpleNamespace(num_experts_per_tok=1)
+
+    def __init__(self, router_logits=(), responses=()):
+        self._logits, self._responses = router_logits, responses
+
+    def __call__(self, input_ids, **_):
+        return SimpleNamespace(router_logits=[fn(input_ids.numel()) for fn in self._logits])
+
+    def generate(self, input_ids, **_):
+        assert input_ids[:, -1].eq(ord("=")).all()  # padded on the left
+        rows = [[*r.encode(), EOS_ID] for r in self._responses]
+        width = max(map(len, rows))
+        return torch.cat([input_ids, torch.tensor([r + [PAD_ID] * (width - len(r)) for r in rows])], dim=1)
+
+
+def test_routing_statistics_tell_collapse_from_noise():
+    def collapsed(tokens):
+        return torch.tensor([100.0, 0.0, 0.0, 0.0]).expand(tokens, 4)
+
+    def near_uniform(tokens):
+        return torch.eye(4)[torch.arange(tokens) % 4] * 1e-4
+
+    problems = make_problems(TaskConfig(min_terms=3, max_terms=3, max_digit=2), "eval", 1, 0)
+    first, second = supervised.routing_statistics(_Scripted([collapsed, near_uniform]), problems)
+    assert first == pytest.approx({"top1": 1.0, "topk_mass": 1.0, "entropy": 0.0, "load_max": 4.0, "load_min": 0.0})
+    assert second["entropy"] == pytest.approx(1.0, abs=1e-6)
+    assert second["top1"] == pytest.approx(0.25, abs=1e-3)
+    assert math.isclose(second["load_max"], 1.2, abs_tol=0.21)
+
+
+def test_exact_match_rate_counts_right_answers():
+    problems = make_problems(TaskConfig(), "eval", 4, 0)
+    model = _Scripted(responses=[problems[0].worked, "~" + problems[1].answer, "999", ""])
+    assert supervised.exact_match_rate(model, problems, 0) == 0.5

@@ -1,0 +1,226 @@
+"""The CPU adapters: import shims, plugin registration, hooks and seeded sampling, without a server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(code: str, *path: Path, **env: str) -> str:
+    """Output of a fresh interpreter; fails the test if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("version", "needed"), [("0.28.0+cu130", True), ("0.28.0+cpu", False), ("0.28.0", False), (None, False)])
+def test_torchvision_schemas_are_needed_for_cuda_builds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, needed: bool
+) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("with a CUDA build of torch nothing is needed")
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    if version is not None:
+        (package / "version.py").write_text(f"__version__ = {version!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    importlib.invalidate_caches()
+    assert torchvision_ops.needed() is needed
+
+
+def test_torchvision_imports_with_the_schemas_and_they_can_be_removed() -> None:
+    code = """
+import torch
+from megatron_pr2.rollout.sglang_cpu import torchvision_ops as ops
+if not ops.needed():
+    print("not needed")
+else:
+    assert ops.install() and not ops.install()
+    import torchvision
+    assert hasattr(torch.ops.torchvision, "nms")
+    ops.uninstall()
+    assert ops._library is None
+    print("imported")
+"""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    assert run_python(code) in ("imported", "not needed")
+
+
+def test_kernel_stub_imports_and_raises_when_called() -> None:
+    if importlib.util.find_spec("sgl_kernel") is not None:
+        pytest.skip("compiled SGLang kernels are installed")
+    assert kernel_stub.install()
+    try:
+        assert not kernel_stub.install()
+        module = importlib.import_module("sgl_kernel.flash_attn")
+        with pytest.raises(NotImplementedError, match=r"sgl_kernel\.flash_attn\.flash_attn_varlen_func was called.*torch_native"):
+            module.flash_attn_varlen_func(1, causal=True)
+        with pytest.raises(NotImplementedError, match=r"sgl_kernel\.scalar_type\.uint4b8"):
+            importlib.import_module("sgl_kernel").scalar_type.uint4b8()
+        with pytest.raises(AttributeError):
+            _ = module.__wrapped__
+    finally:
+        kernel_stub.uninstall()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("sgl_kernel")
+
+
+def test_nothing_is_touched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    finders = list(sys.meta_path)
+    assert shims.install() == ()
+    assert sys.meta_path == finders
+    monkeypatch.setattr(hooks, "register_hooks", lambda: pytest.fail("hooks registered although there is CUDA"))
+    monkeypatch.setattr(plugin, "_registered", False)
+    plugin.register()
+    assert not plugin._registered
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
+@pytest.mark.parametrize("cpu_engine", ["1", "0"])
+def test_hooks_are_applied_once_by_launcher_and_entry_point_together(tmp_path: Path, cpu_engine: str) -> None:
+    """Where the package is installed, both register; and only for SGLang's CPU engine."""
+    if torch.cuda.is_available():
+        pytest.skip("the adapters refuse to work where there is CUDA")
+    info = tmp_path / "megatron_pr2_probe-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-pr2-probe\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nmegatron_pr2_cpu = megatron_pr2.rollout.sglang_cpu.plugin:register\n"
+    )
+    code = """
+from megatron_pr2.rollout.sglang_cpu import plugin, shims
+shims.install()
+plugin.register()
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+load_plugins()
+assert set(HookRegistry._patched) == set(HookRegistry._hooks), set(HookRegistry._hooks) - HookRegistry._patched
+print(sorted({len(each) for each in HookRegistry._hooks.values()}), len(HookRegistry._patched))
+"""
+    expected = "[1] 6" if cpu_engine == "1" else "[] 0"
+    assert run_python(code, tmp_path, SGLANG_USE_CPU_ENGINE=cpu_engine) == expected
+
+
+class TopK(NamedTuple):
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: torch.Tensor | None
+
+
+def test_experts_of_other_ranks_get_weight_zero() -> None:
+    topk = TopK(torch.tensor([[0.5, 0.3], [0.6, 0.1]]), torch.tensor([[-1, 2], [0, -1]], dtype=torch.int32), None)
+    (layer, x, masked, config), kwargs = hooks.mask_foreign_experts("layer", "x", topk, "config")  # type: ignore[arg-type]
+    assert (layer, x, config, kwargs) == ("layer", "x", "config", {})
+    assert masked.topk_ids.tolist() == [[0, 2], [0, 0]]
+    assert torch.equal(masked.topk_weights, torch.tensor([[0.0, 0.3], [0.6, 0.0]]))
+    assert topk.topk_ids.tolist() == [[-1, 2], [0, -1]]  # routes are captured from the original
+
+
+class TwoRanks:
+    """A group of two ranks that hold the same tensor."""
+
+    world_size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank_in_group = rank
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+@pytest.mark.parametrize(("rank", "sizes", "rows"), [(0, [1, 3], [0]), (1, [1, 3], [1, 2, 3]), (1, None, [2, 3])])
+def test_reduce_scatterv(rank: int, sizes: list[int] | None, rows: list[int]) -> None:
+    x = torch.arange(8.0).reshape(4, 2)
+    out = torch.empty(len(rows), 2)
+    assert torch.equal(hooks.reduce_scatterv(TwoRanks(rank), x, None, sizes), 2 * x[rows])
+    assert hooks.reduce_scatterv(TwoRanks(rank), x, out, sizes) is out
+    assert torch.equal(out, 2 * x[rows])
+
+
+def test_host_cache_is_unpinned_int32() -> None:
+    class Cache:
+        logged = False
+
+        def _log_allocation(self) -> None:
+            self.logged = True
+
+    cache = Cache()
+    hooks.init_host_cache(cache, 5, 4, 2, "routed_experts", "cpu")
+    assert (cache.buffer.shape, cache.buffer.dtype, cache.buffer.is_pinned()) == ((5, 4, 2), torch.int32, False)  # type: ignore[attr-defined]
+    assert not cache.buffer.any()  # type: ignore[attr-defined]
+    assert cache.logged
+
+
+def test_uniform_numbers_are_uniform_over_seeds_and_positions() -> None:
+    for draws in (
+        [seeds.uniform(s, 17) for s in range(20_000)],
+        [seeds.uniform(3, p) for p in range(20_000)],
+        [seeds.uniform(s, s) for s in range(20_000)],
+        [seeds.uniform(s << 32, 5) for s in range(20_000)],
+    ):
+        values = np.array(draws)
+        assert values.min() >= 0
+        assert values.max() < 1
+        counts = np.histogram(values, bins=100, range=(0, 1))[0]
+        assert ((counts - 200) ** 2 / 200).sum() < 99 + 5 * np.sqrt(2 * 99)
+        assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.03
+    assert seeds.uniform(1, 2) != seeds.uniform(2, 1)
+
+
+def test_seeded_draws_follow_the_probabilities_and_only_their_own_seed() -> None:
+    p = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
+    rows = 20_000
+    logprobs = (3.0 * p).log().expand(rows, -1)  # unnormalised
+    seed, positions = torch.arange(rows), torch.full((rows,), 9)
+    drawn = seeds.sample_with_seeds(logprobs, seed, positions)
+    assert drawn.shape == (rows, 1)
+    share = torch.bincount(drawn.squeeze(1), minlength=6) / rows
+    torch.testing.assert_close(share, p, atol=0.015, rtol=0)
+    assert not share[p == 0].any()
+    few = seeds.sample_with_seeds(logprobs[:5], seed[100:105], positions[:5])
+    assert torch.equal(few, drawn[100:105])
+
+
+class _Bag:
+    def __init__(self, **fields: object) -> None:
+        self.__dict__.update(fields)
+
+
+def test_requests_without_a_seed_get_one_of_their_own() -> None:
+    requests = [_Bag(sampling_params=_Bag(sampling_seed=seed)) for seed in (5, None, None)]
+    info = _Bag(sampling_seed=None)
+    seeds.fill_sampling_seeds(info, object, _Bag(reqs=requests), 260)
+    first = info.sampling_seed.tolist()  # type: ignore[attr-defined]
+    assert first[0] == 5
+    assert first[1] != first[2]
+    again = _Bag(sampling_seed=None)
+    seeds.fill_sampling_seeds(again, object, _Bag(reqs=requests), 260)
+    assert again.sampling_seed.tolist() == first  # type: ignore[attr-defined]
+    given = torch.tensor([1, 2, 3])
+    deterministic = _Bag(sampling_seed=given)
+    seeds.fill_sampling_seeds(deterministic, object, _Bag(reqs=requests), 260)
+    assert deterministic.sampling_seed is given  # type: ignore[attr-defined]

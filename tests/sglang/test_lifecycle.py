@@ -1,0 +1,148 @@
+"""Own servers from start to end: failed starts, a server that dies in the middle, a trainer that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.sglang import SGLangEngine
+from megatron_pr2.rollout.sglang_server import SGLangServer
+from tests.sglang.conftest import SHAPE, TinyModel, own_server
+from tests.sglang.test_engine import assert_matches, make_requests
+
+pytestmark = pytest.mark.sglang
+
+
+def group_members(pgid: int) -> dict[int, str]:
+    """Command lines of the living processes of a process group, zombies left out."""
+    members = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(group) == pgid and state not in "ZX":
+                    members[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it ended while we were looking
+                continue
+    return members
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang_cpu.launch"])
+def test_engine_dies_mid_batch_and_is_restarted(
+    engine: SGLangEngine, tiny: TinyModel, victim: str, request: pytest.FixtureRequest
+) -> None:
+    merged = tiny.merged_gates(seed=11)
+    engine.update_weights(merged.items(), 7)
+    requests, sampling = make_requests(64, seed=9), SamplingParams(256)
+    before, _ = engine.generate(requests[:4], SamplingParams(16), return_routes=True)
+    assert engine.server is not None
+    assert engine.server.pid is not None
+    members = group_members(engine.server.pid)
+    pid = next(pid for pid, command in members.items() if victim in command)
+    killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(
+        RolloutError, match=r"request \d+ of 64 .*engine died: SGLang server was killed by signal 9.* Last lines of"
+    ) as dead:
+        engine.generate(requests, sampling, return_routes=True)
+    killer.join()
+    if victim == "sglang::scheduler":
+        assert "crashed with exit code -9" in str(dead.value)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 30)
+    with pytest.raises(RolloutError, match="not running: SGLang server"):
+        engine.ensure_alive()
+    with pytest.raises(RolloutError, match=r"weight update: .*engine died"):
+        engine.update_weights(merged.items(), 8)
+
+    engine.restart()
+    with pytest.raises(RolloutError, match=r"restarted and does not hold.*call update_weights\(\)"):
+        engine.generate(requests[:4], SamplingParams(16), return_routes=True)
+    engine.update_weights(merged.items(), 7)
+    after, _ = engine.generate(requests[:4], SamplingParams(16), return_routes=True)
+    assert [r.response_ids for r in after] == [r.response_ids for r in before]
+    assert_matches(after, tiny, merged)
+
+
+def test_start_with_a_broken_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    engine = SGLangEngine(own_server(str(tmp_path), tmp_path / "log"), SHAPE)
+    with pytest.raises(RolloutError, match=r"(?s)SGLang server (ended with code|was killed by signal).*Last lines of .*Error"):
+        engine.start()
+    assert engine.server is not None
+    assert engine.server.pid is None
+    engine.close()
+
+
+def test_start_that_takes_too_long(tiny: TinyModel, tmp_path: Path) -> None:
+    server = SGLangServer(own_server(tiny.path, tmp_path / "log", start_timeout_s=0.5))
+    pids: list[int] = []
+    describe = server.describe_log
+    server.describe_log = lambda *args: pids.append(server.pid or 0) or describe(*args)  # type: ignore[method-assign,func-returns-value]
+    with pytest.raises(RolloutError, match=r"not healthy 0.5 s after its start"):
+        server.start()
+    assert len(pids) == 1
+    assert pids[0] > 0
+    assert not group_members(pids[0])
+
+
+TRAINER = """
+import sys, threading
+from megatron_pr2.rollout.sglang_server import SGLangServer
+from tests.sglang.conftest import own_server
+server = SGLangServer(own_server(sys.argv[1], sys.argv[2]))
+# As a framework would: from a thread that is not the main one.
+threading.Thread(target=server.start).start()
+while server.pid is None:
+    pass
+print(server.pid, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_server_dies_with_a_trainer_that_is_killed(tiny: TinyModel, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, tiny.path, str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        assert trainer.stdout is not None
+        pgid = int(trainer.stdout.readline())
+        assert wait_for(lambda: any("sglang::scheduler" in c for c in group_members(pgid).values()), 500)
+        assert len(group_members(pgid)) >= 3
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert wait_for(lambda: not group_members(pgid), 20), group_members(pgid)
+
+
+def test_a_launcher_whose_trainer_is_already_gone_does_not_start(tiny: TinyModel) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MEGATRON_PR2_SGLANG_PARENT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "is gone" in done.stderr
