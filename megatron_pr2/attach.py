@@ -172,6 +172,7 @@ class PR2:
         predict = self._predict if self.config.routes == "actor" and self.predictor is not None else None
         with self._session(micro_batches, mode, self._keep_features, predict) as session:
             yield session
+        self.features.settle()
         if mode == "record":
             self._tables = session.recorded_tables(
                 self._lengths, len(self.moe_layers), self._model_config.num_moe_experts

@@ -97,7 +97,6 @@ class _AdaptedBridge:
     config: Any
     TransformerConfigClass: type
     dtype: torch.dtype
-    mpu: Any
     _DIRECT_MAPPING: dict[str, str]
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,14 +120,6 @@ class _AdaptedBridge:
             # DeepSeek's reads FP8 checkpoints.
             return super()._get_safetensor_io(weights_path)  # type: ignore[misc]
         return SafeTensorIO(weights_path)
-
-    def _weight_merge_across_tp(
-        self, mcore_weights_name: str, mcore_weights: list[torch.Tensor], param: torch.Tensor
-    ) -> torch.Tensor:
-        if "mlp.experts.linear_fc" in mcore_weights_name and self.mpu.etp_size == 1:
-            # Whole on every tensor-parallel rank.
-            return mcore_weights[0]
-        return super()._weight_merge_across_tp(mcore_weights_name, mcore_weights, param)  # type: ignore[misc]
 
     def is_extra_weight(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a part that is not built (multi-token prediction layers)."""

@@ -63,6 +63,7 @@ class FeatureStore:
         self.dropped_sequences = 0
         self._h_LSH = torch.empty(0)
         self._p_LSE = torch.empty(0)
+        self._in_flight: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def allocate(self, samples: Mapping[int, IntArray]) -> None:
         """Makes room for the sampled positions of each sequence; beyond the budget whole sequences are dropped, last ones first.
@@ -109,17 +110,37 @@ class FeatureStore:
 
     def write(self, layer: int, slots: IntArray, slots_device: Tensor, h_SH: Tensor, p_SE: Tensor) -> None:
         """Keeps the features of one layer of one micro-batch; `slots` are the host's copy of `slots_device`."""
-        self._h_LSH[layer].index_copy_(0, slots_device, h_SH.to(self.device, self._h_dtype, non_blocking=True))
-        self._p_LSE[layer].index_copy_(0, slots_device, p_SE.to(self.device, torch.float32, non_blocking=True))
         self._written[layer, slots] = True
+        h = h_SH.to(self.device, self._h_dtype, non_blocking=True)
+        p = p_SE.to(self.device, torch.float32, non_blocking=True)
+        if self._elsewhere(h_SH):
+            # Copies to pinned host memory are still on their way; reading them now would read anything.
+            self._in_flight.append((layer, slots_device, h, p))
+        else:
+            self._h_LSH[layer].index_copy_(0, slots_device, h)
+            self._p_LSE[layer].index_copy_(0, slots_device, p)
+
+    def settle(self) -> None:
+        """Waits, once, for the copies that write() started from another device, and files them."""
+        if not self._in_flight:
+            return
+        torch.cuda.current_stream().synchronize()
+        for layer, slots, h, p in self._in_flight:
+            self._h_LSH[layer].index_copy_(0, slots, h)
+            self._p_LSE[layer].index_copy_(0, slots, p)
+        self._in_flight = []
 
     def written(self, slots: IntArray) -> npt.NDArray[np.bool_]:
         """Which slots were written for every layer, [S]; known on the host, costs no synchronisation."""
-        return self._written[:, slots].all(axis=0)
+        return np.asarray(self._written[:, slots].all(axis=0))
 
     def read(self, layer: int, slots_device: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """(h_old [S, H], p_old [S, E]) of one layer on `device`."""
+        self.settle()
         return (
             self._h_LSH[layer].index_select(0, slots_device).to(device, non_blocking=True),
             self._p_LSE[layer].index_select(0, slots_device).to(device, non_blocking=True),
         )
+
+    def _elsewhere(self, tensor: Tensor) -> bool:
+        return tensor.device.type != self.device.type

@@ -117,8 +117,8 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
         raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
     if config.overlap_moe_expert_parallel_comm:
         raise AttachError(
-            "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; replay "
-            "cannot follow it: set it to False"
+            "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; "
+            "replay cannot follow it: set it to False"
         )
     moe_layers = moe_layer_indices(config.num_layers, config.moe_layer_freq)
     found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)

@@ -2,9 +2,9 @@
 
 ``fn`` must be importable (defined at the top level of a module), its arguments and results picklable. It runs with the host
 enabled and a fresh gloo process group, without Megatron's parallel state: it calls ``host.init(...)`` with the sizes it wants,
-and everything is destroyed after it. Workers are forked from one server that has imported Megatron, live for the whole
-session and are replaced after a failure. An error or a time-out on any rank raises WorkerError with the tracebacks; it never
-hangs the session.
+and everything is destroyed after it. Workers are forked from one server that has imported Megatron, live from job to job and
+are replaced after a failure; keep no state in them. An error or a time-out on any rank raises WorkerError with the tracebacks;
+it never hangs the session.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# Models that were trained under Megatron's DistributedDataParallel are never freed (hooks of autograd nodes), nor are their
+# process groups, and each group has three threads. Workers that have gathered more than this are replaced; that is cheap.
+MAX_THREADS = 100
 # How long the other ranks may still run (most hang in a collective) after one has failed.
 GRACE_SECONDS = 5.0
 
@@ -58,12 +61,13 @@ def _work(rank: int, world_size: int, pipe: Connection) -> None:
         if reply[0]:
             # After a failure the peers may be gone, and the parent replaces this process anyway.
             host.shutdown()
-            # Models are reference cycles that hold their process groups, and each group holds threads and sockets.
+            # Models are reference cycles, and they hold their process groups.
             gc.collect()
+        threads = len(os.listdir("/proc/self/task"))
         try:
-            pipe.send(reply)
+            pipe.send((*reply, threads))
         except Exception:
-            pipe.send((False, f"the result cannot be pickled:\n{traceback.format_exc()}"))
+            pipe.send((False, f"the result cannot be pickled:\n{traceback.format_exc()}", threads))
 
 
 def _fork_server() -> Any:
@@ -107,7 +111,7 @@ class Pool:
         for _, pipe in self._workers:
             with contextlib.suppress(BrokenPipeError):  # a dead worker is reported below
                 pipe.send((store, fn, args, kwargs))
-        replies: dict[int, tuple[bool, Any]] = {}
+        replies: dict[int, tuple[bool, Any, int]] = {}
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
         deadline = time.monotonic() + timeout
         while len(replies) < self.world_size and (left := deadline - time.monotonic()) > 0:
@@ -118,10 +122,12 @@ class Pool:
                 except (EOFError, ConnectionError):
                     process = self._workers[rank][0]
                     process.join(1.0)
-                    replies[rank] = (False, f"the process died with exit code {process.exitcode}")
+                    replies[rank] = (False, f"the process died with exit code {process.exitcode}", 0)
                 if not replies[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if len(replies) == self.world_size and all(ok for ok, _ in replies.values()):
+        if len(replies) == self.world_size and all(ok for ok, *_ in replies.values()):
+            if max(threads for *_, threads in replies.values()) > MAX_THREADS:
+                self.close()
             return [replies[rank][1] for rank in range(self.world_size)]
         self.close()
         sections = [

@@ -14,10 +14,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_pr2.attach import ReplaySequence, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.errors import AttachError, ConfigError, RouteError
+from megatron_pr2.errors import AttachError, RouteError
 from megatron_pr2.router import PredictiveTopKRouter
 from megatron_pr2.routes import RouteTable
 from tests import toy
+from tests.distributed import pool
 from tests.ids import random_ids
 
 pytestmark = pytest.mark.usefixtures("host_platform")
@@ -76,6 +77,15 @@ def test_models_without_experts_and_no_model() -> None:
         attach(chunk, PR2_CONFIG)
     with pytest.raises(AttachError, match="no model chunk"):
         attach([], PR2_CONFIG)
+
+
+def test_interleaved_expert_parallel_overlap() -> None:
+    """It runs layers outside of the chunk's forward, where no cursor can follow."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.config.overlap_moe_expert_parallel_comm = True
+    with pytest.raises(AttachError, match="overlap_moe_expert_parallel_comm=True"):
+        attach(chunk, PR2_CONFIG)
+    assert type(toy.routers(chunk)[0]) is TopKRouter
 
 
 def test_wrong_or_repeated_layer_numbers() -> None:
@@ -322,6 +332,49 @@ def test_without_a_predictor_weights_pass_through() -> None:
     assert pr2.state_dict() == {}
     with pr2.merged_gates():
         pass
+
+
+def pipeline_job() -> dict[str, Any]:
+    """Stage 0 holds a dense layer only, stage 1 the model's only MoE layer."""
+    from megatron_pr2 import host
+
+    host.init(pipeline=2)
+    stage = torch.distributed.get_rank()
+    config = toy.toy_config(moe_layer_freq=[0, 1], pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    try:
+        attach(toy.ToyChunk(config, layers=[1]), PR2_CONFIG)  # nobody holds layer 1 then
+        refused = ""
+    except AttachError as error:
+        refused = str(error)
+    chunk = toy.ToyChunk(config, layers=[stage + 1])
+    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+    pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
+    data = toy.batches(LENGTHS, 1)
+    toy.old_logprobs(pr2, chunk, data)
+    toy.drift(chunk)
+    toy.update(pr2, chunk, data, 2)
+    report = pr2.step(0.1)
+    gate = torch.zeros(toy.EXPERTS, toy.HIDDEN)
+    weights = dict(pr2.engine_weights([("model.layers.1.mlp.gate.weight", gate)]))
+    return {
+        "refused": refused,
+        "sites": len(pr2.sites),
+        "tokens": report["predictor"]["tokens"],
+        "drift": report["drift"]["tokens"],
+        "norm": weights["model.layers.1.mlp.gate.weight"].norm().item(),
+        "layers": pr2.state_dict()["layers"],
+    }
+
+
+def test_a_pipeline_rank_without_any_moe_layer_takes_part() -> None:
+    first, last = pool(2).run(pipeline_job)
+    assert "no router found for the MoE layers [1]" in first["refused"]
+    assert first["refused"] == last["refused"]
+    assert (first["sites"], last["sites"]) == (0, 1)
+    assert (first["tokens"], last["tokens"]) == (0, 37 + 57)
+    assert (first["drift"], last["drift"]) == ([], [37 + 57])
+    assert first["norm"] == last["norm"] > 0.1
+    assert (first["layers"], last["layers"]) == ([], [1])
 
 
 @pytest.mark.parametrize("fails", [False, True])

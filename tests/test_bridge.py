@@ -21,6 +21,16 @@ from tests.host.models import SIZES, make_checkpoint, reference_logits, tiny_con
 
 Tensors = dict[str, torch.Tensor]
 EP2 = {"expert": 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
 TP2_EP2 = {"tensor": 2, "expert": 2, "expert_tensor": 1}
 
 
@@ -118,6 +128,7 @@ def _logits(path: Path, layout: dict[str, Any], tokens: torch.Tensor, packed: bo
         ("qwen2_moe", {}),
         ("mixtral", {}),
         ("deepseek_v3", {}),
+        ("deepseek_v3", {"rope_parameters": YARN}),
         ("deepseek_v3", {"q_lora_rank": None, "norm_topk_prob": True, "routed_scaling_factor": 1.5}),
     ],
 )
@@ -344,6 +355,17 @@ def test_tensors_that_do_not_match_the_model_are_refused(checkpoint: Path, tmp_p
     (error,) = set(pool(2).run(_load_error, path, EP2))
     assert ("lacks" if fault == "missing" else "unknown to the model") in error
     assert "model.layers.1." in error
+
+
+def test_parts_that_are_not_built_are_skipped(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = make_checkpoint(tmp_path / "model", tiny_config("deepseek_v3"))
+    expected = _tensors(path)
+    # The multi-token prediction layer follows the last decoder layer.
+    extra = {"model.layers.4.enorm.weight": torch.ones(64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(expected | extra, path / "model.safetensors", metadata={"format": "pt"})
+    _equal(pool(1).run(_export, path, {}, torch.float32, False)[0], expected)
 
 
 def test_dense_models_load_on_request(tokens: torch.Tensor, tmp_path: Path) -> None:

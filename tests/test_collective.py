@@ -56,7 +56,8 @@ class ScriptedEngine:
         responses = []
         for request in requests:
             ids = (request.seed, request.seed + 1)
-            routes = RouteTable.from_ids(random_ids(len(request.prompt_ids) + 2, 2, 2, 8, request.seed), 8) if return_routes else None
+            taken = random_ids(len(request.prompt_ids) + 2, 2, 2, 8, request.seed)
+            routes = RouteTable.from_ids(taken, 8) if return_routes else None
             logprobs = -np.array(ids, dtype=np.float32)
             responses.append(RolloutResponse(request.prompt_ids, ids, logprobs, routes, "length", 3))
         return responses, RolloutStats(1.5, 2 * len(requests), 99, {"load": 0.5})

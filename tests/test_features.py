@@ -120,6 +120,42 @@ def test_what_was_not_written_in_every_layer_is_known_to_be_absent() -> None:
     assert features.written(np.array([0, 1, 2])).tolist() == [True, True, False]
 
 
+def test_copies_from_another_device_are_filed_once_they_have_arrived(
+    host_platform: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read from a copy in flight, and the whole pass waits once."""
+    features = store()
+    features.allocate({0: np.array([1, 3])})
+    monkeypatch.setattr(FeatureStore, "_elsewhere", lambda self, tensor: True)
+    waits = []
+    stream = type("Stream", (), {"synchronize": lambda self: waits.append(1)})
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    write(features, *padded([0], [5], 5).rows())
+    assert not features._h_LSH.any()
+    assert not waits
+    for layer in range(L):
+        h, p = features.read(layer, torch.tensor([0, 1]), torch.device("cpu"))
+        torch.testing.assert_close(h[:, 0], ((torch.tensor([1.0, 3.0]) + layer) / 1024).bfloat16(), rtol=0, atol=0)
+        torch.testing.assert_close(p[:, 0], torch.tensor([1.0, 3.0]) - layer, rtol=0, atol=0)
+    assert len(waits) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_reach_host_memory_behind_a_busy_device() -> None:
+    features = FeatureStore(1, E, 4096, budget_bytes=1 << 30, device=torch.device("cpu"), h_dtype=torch.bfloat16)
+    slots = np.arange(4096)
+    features.allocate({0: slots})
+    busy = torch.randn(8192, 8192, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy / 100
+    h, p = torch.ones(4096, 4096, device="cuda"), torch.ones(4096, E, device="cuda")
+    features.write(0, slots, torch.from_numpy(slots), h + busy[:4096, :4096] * 0, p)
+    h_old, p_old = features.read(0, torch.from_numpy(slots), torch.device("cuda"))
+    assert (h_old == 1).all()
+    assert (p_old == 1).all()
+
+
 def test_padding_never_matches_a_sample() -> None:
     features = store()
     features.allocate({0: np.array([0])})

@@ -64,7 +64,7 @@ def test_rows_shifted_by_one_token_are_refused() -> None:
 def test_one_wrong_slot_is_refused_in_fp32_and_taken_for_rounding_in_bf16() -> None:
     ids, logprobs = answers()
     ids[3, 1, 0] = next(expert for expert in range(EXPERTS) if expert not in ids[3, 1])
-    with pytest.raises(RolloutError, match="99.79%"):
+    with pytest.raises(RolloutError, match=r"99\.79%"):
         shake(ids, logprobs)
     assert shake(ids, logprobs, "bfloat16").route_agreement > 0.99
 

@@ -61,7 +61,7 @@ def test_the_runs_are_not_trivial(runs: dict[str, list[dict[str, Any]]]) -> None
     """Rewards differ within groups, the policy moves, routes drift: otherwise the tests below prove nothing."""
     for rank in range(2):
         weights = runs["r3"][rank]["weights"]
-        assert len(set(weights)) == len(weights) == 4
+        assert len(set(weights)) == len(weights) == 8
     records = runs["r3"][0]["records"]
     assert 0.1 < records[0]["reward"] < 0.9
     assert records[0]["mini_steps"][1]["kl_frozen"] > 1e-4
@@ -82,10 +82,10 @@ def test_i1_a_zero_predictor_is_r3_bit_by_bit(runs: dict[str, list[dict[str, Any
 def test_i2_a_learning_predictor_does_not_touch_the_policy(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Within the first rollout batch the routes are the same, so every policy update must be."""
     for learning, r3 in zip(runs["pr2"], runs["r3"], strict=True):
-        assert learning["predictor"] > 0.1
+        assert learning["predictor"] > 0.1  # it learns from mini-step 2 on, so W_p is not zero in mini-steps 3 and 4
         assert learning["rollouts"][0] == r3["rollouts"][0]
         for name in ("samples", "weights", "optimizer"):
-            assert learning[name][:2] == r3[name][:2], name
+            assert learning[name][:4] == r3[name][:4], name
         for key in ("policy_loss", "grad_norm", "clip_fraction"):
             assert learning["records"][0][key] == r3["records"][0][key]
         # From the second batch on the rollouts are the merged gates'.

@@ -215,6 +215,31 @@ def test_the_forward_step_wrapper_binds_what_the_iterator_yields() -> None:
     assert_replayed(calls, chunk, micro_batches, micro_batches, tables, {0: 0, 1: 1})
 
 
+def test_a_backward_inside_of_another_forward_finds_its_own_routes() -> None:
+    """Combined 1F1B: micro-batch A is recomputed while B is between its two layers."""
+    chunk, pr2, data, tables = prepared(recompute=True)
+    micro_batches = [b.micro_batch for b in data]
+    losses: list[Tensor] = []
+    handles: list[Any] = []
+
+    def backward_of_a(*_: Any) -> None:
+        handles.pop().remove()
+        losses[0].backward()
+
+    with toy.observed(chunk) as calls, pr2.actor_update(micro_batches, 1) as session:
+        for index, batch in enumerate(data):
+            session.begin(chunk, batch.micro_batch)
+            if index == 1:
+                handles.append(chunk.decoder.layers[0].register_forward_hook(backward_of_a))
+            output = chunk(batch.inputs_SBH.clone().requires_grad_())
+            session.end(chunk, batch.micro_batch, output)
+            losses.append(toy.loss(output))
+        losses[1].backward()
+    order = [(c.layer, c.recomputed, c.number) for c in calls]
+    assert order.index((0, False, 1)) < order.index((0, True, 0)) < order.index((1, False, 1))
+    assert_replayed(calls, chunk, micro_batches, micro_batches, tables, {0: 0, 1: 1})
+
+
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

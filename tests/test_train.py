@@ -23,7 +23,7 @@ SMALL = (
     "algorithm.micro_batch_size=4", "pr2.sample_fraction=1.0", "optimizer.lr=1e-3",
 )  # fmt: skip
 # What a step measures on the clock; everything else must be reproduced to the last bit.
-CLOCKED = {"wall_seconds", "seconds", "tokens_per_second", "rollout_tokens_per_second"}
+CLOCKED = {"wall_seconds", "seconds", "tokens_per_second", "rollout_tokens_per_second", "handshake"}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,34 @@ def test_every_preset_runs(preset: str, tiny_checkpoint: Path, prompts: Path, tm
     assert result["preset"] == preset
     assert result["missing_routes"] == 0
     assert all(r["predictor"]["weight_norm"] == 0 for r in records(tmp_path / "run"))
+
+
+@pytest.mark.sglang
+def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """Real SGLang: killed in the middle of a run, which goes on; and I7 after a restart with a predictor that has learned."""
+    pytest.importorskip("sglang")
+    run = tmp_path / "run"
+    arguments = [*settings(tiny_checkpoint, prompts, run), "rollout.engine=sglang", "checkpoint_every=1"]
+    process = start(*arguments, "steps=4")
+    wait_for(run, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    server = [member for member in family if "sglang" in " ".join(member.cmdline())]
+    assert server, "no server is running"
+    for member in server:
+        member.kill()
+    code, output = finish(process)
+    assert code == 0, output
+    assert "restarting the engine" in output
+    assert [r["step"] for r in records(run)] == [0, 1, 2, 3]
+    train(*arguments, "steps=5")
+    _, alive = psutil.wait_procs(server, timeout=20)
+    assert not alive
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged[3]["predictor"]["weight_norm"] > 0
+    # The handshake of the second start compares the engine's routes under W + W_p with the actor's own, in fp32.
+    assert logged[4]["handshake"]["route_agreement"] == 1.0
+    assert logged[4]["handshake"]["logprob_max"] < 1e-4
+    assert all(r["routes"]["missing"] == 0 for r in logged)
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not beside the repository")

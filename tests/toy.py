@@ -41,6 +41,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "softmax-groups": {"moe_router_pre_softmax": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
     "scaling": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    "fp32-router": {"moe_router_dtype": "fp32"},
     "top-1": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
 }
 
@@ -74,7 +75,7 @@ class ToyMLP(nn.Module):
 
     def forward(self, h_SBH: Tensor) -> Tensor:
         probs_TE, _ = self.router(h_SBH)
-        return h_SBH + (probs_TE @ self.values).view_as(h_SBH)
+        return h_SBH + (probs_TE.to(self.values.dtype) @ self.values).view_as(h_SBH)
 
 
 class ToyLayer(nn.Module):

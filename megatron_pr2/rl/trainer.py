@@ -72,6 +72,7 @@ class Trainer:
         self._seconds: dict[str, float] = {}
         self._weight_bytes = 0
         self._pushed = -1
+        self._handshake_report: dict[str, float] | None = None
 
     @property
     def next_step(self) -> int:
@@ -104,6 +105,8 @@ class Trainer:
                 with self._timed("checkpoint"):
                     self._save()
             record["seconds"] = dict(self._seconds)
+            if self._handshake_report is not None:  # in the first record after a start
+                record["handshake"], self._handshake_report = self._handshake_report, None
             if self._monitor is not None:
                 self._monitor.step(record)
         self._phase("export")
@@ -144,7 +147,8 @@ class Trainer:
     def _handshake(self) -> None:
         self._phase("handshake")
         ids = self._tokenizer.encode(" ".join(e.prompt + e.answer for e in self._examples[:16]), add_special_tokens=False)[:48]
-        handshake(self._engine, self._reference, ids, self._config.model.dtype)
+        report = handshake(self._engine, self._reference, ids, self._config.model.dtype)
+        self._handshake_report = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
         rollout = self._config.rollout

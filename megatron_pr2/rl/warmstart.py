@@ -213,7 +213,7 @@ class _Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(out.loss)
+        return float(out.loss.detach())
 
 
 class _Display:

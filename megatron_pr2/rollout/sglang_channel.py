@@ -30,6 +30,8 @@ from megatron_pr2.errors import RolloutError
 
 logger = logging.getLogger(__name__)
 
+_JOIN = "/init_weights_update_group"
+_UPDATE = "/update_weights_from_distributed"
 _POLL_S = 0.001
 _CONNECT_TIMEOUT_S = 60.0
 _CAUSE_TIMEOUT_S = 10.0
@@ -126,8 +128,9 @@ class WeightChannel:
                 timeout=timedelta(seconds=connect_s),
                 master_listen_fd=listener.detach(),
             )
+        empty = self._store.num_keys()
         joined = post(
-            "/init_weights_update_group",
+            _JOIN,
             {
                 "master_address": "127.0.0.1",
                 "master_port": port,
@@ -138,16 +141,27 @@ class WeightChannel:
             },
         )
         try:
+            self._await_peer(joined, empty, connect_s)
             self._group = self._connect(backend, world_size, timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            self.broken = True
-            reply = joined.exception() or joined.result() if joined.done() else "no reply"
-            raise RolloutError(f"weight update: no {backend} connection to the server ({error}); server: {reply}") from error
-        try:
-            check_reply("/init_weights_update_group", joined.result(connect_s))
+            check_reply(_JOIN, joined.result(connect_s))
         except FutureTimeoutError as error:
             self.broken = True
-            raise RolloutError(f"weight update: no reply to the connection within {connect_s:g} s") from error
+            raise RolloutError(f"weight update: no reply to {_JOIN} within {connect_s:g} s") from error
+        except RuntimeError as error:  # RolloutError is one
+            self.broken = True
+            if isinstance(error, RolloutError):
+                raise
+            raise RolloutError(f"weight update: no {backend} connection to the server: {error}") from error
+
+    def _await_peer(self, joined: Future[Any], empty: int, connect_s: float) -> None:
+        """Returns when the server has written to the store; connecting without it would block, whatever its reply says."""
+        deadline = time.monotonic() + connect_s
+        while self._store.num_keys() == empty:
+            if joined.done():
+                check_reply(_JOIN, joined.result())
+            if time.monotonic() > deadline:
+                raise RolloutError(f"weight update: the server did not connect within {connect_s:g} s")
+            time.sleep(_POLL_S)
 
     def _connect(self, backend: str, world_size: int, timeout: timedelta) -> Any:
         # SGLang prefixes the name, torch's helper prefixes it again and then adds the device: three nested stores.
@@ -184,7 +198,7 @@ class WeightChannel:
         }
         if bucket.last:
             payload["weight_version"] = weight_version
-        reply = self._post("/update_weights_from_distributed", payload)
+        reply = self._post(_UPDATE, payload)
         try:
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
@@ -195,7 +209,7 @@ class WeightChannel:
                 f"weight update: the bucket from {bucket.names[0]} on was not taken: {_cause(error, reply)}"
             ) from error
         try:
-            check_reply("/update_weights_from_distributed", reply.result(self._timeout_s))
+            check_reply(_UPDATE, reply.result(self._timeout_s))
         except FutureTimeoutError as error:
             self.broken = True
             raise RolloutError(f"weight update: no reply within {self._timeout_s:g} s of a bucket that was taken") from error
@@ -205,7 +219,7 @@ class WeightChannel:
         deadline = time.monotonic() + self._timeout_s
         while not work.is_completed():
             if reply.done() and not work.is_completed():
-                check_reply("/update_weights_from_distributed", reply.result())
+                check_reply(_UPDATE, reply.result())
             if time.monotonic() > deadline:
                 raise RolloutError(f"not within {self._timeout_s:g} s")
             time.sleep(_POLL_S)
@@ -225,7 +239,7 @@ class WeightChannel:
 def _cause(error: Exception, reply: Future[Any]) -> Exception:
     """What the server's reply says, where there is one: a broken connection alone does not tell why it broke."""
     try:
-        check_reply("/update_weights_from_distributed", reply.result(_CAUSE_TIMEOUT_S))
+        check_reply(_UPDATE, reply.result(_CAUSE_TIMEOUT_S))
     except (RolloutError, FutureTimeoutError) as told:
         return told if isinstance(told, RolloutError) else error
     return error

@@ -78,6 +78,8 @@ class SGLangServer:
             "--dtype", config.dtype, "--tp-size", str(config.tp_size), "--ep-size", str(config.ep_size),
             "--max-running-requests", str(config.max_running_requests), "--skip-tokenizer-init",
             "--enable-return-routed-experts", "--weight-version", "0", "--log-level-http", "warning",
+            # On shared cores an idle scheduler would otherwise poll away the trainer's time.
+            *(["--sleep-on-idle"] if self.device == "cpu" else []),
         ]  # fmt: skip
         if config.max_total_tokens is not None:
             flags += ["--max-total-tokens", str(config.max_total_tokens)]

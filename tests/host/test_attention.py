@@ -13,6 +13,9 @@ from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
 from tests.distributed import pool
 
+# Megatron is imported here without the host, which otherwise keeps its import quiet.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 Case = dict[str, torch.Tensor]
 
 

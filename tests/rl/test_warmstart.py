@@ -95,7 +95,7 @@ def test_training_moves_the_loss_and_restores_the_thread_count():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        model, result = warm_start(dataclasses.replace(FAST, steps=30, guess_share=0.0, early_guess_share=0.0))
+        model, result = warm_start(dataclasses.replace(FAST, steps=40, lr=2e-2))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -103,8 +103,8 @@ def test_training_moves_the_loss_and_restores_the_thread_count():
     input_ids, labels = supervised.supervised_batch([(p.prompt, p.worked) for p in problems])
     with torch.no_grad():
         loss = model(input_ids=input_ids, labels=labels).loss
-    assert loss < 3.0  # 5.6 = ln 264 before
-    assert result["steps"] == 30
+    assert loss < 3.5  # 5.6 = ln 264 before
+    assert result["steps"] == 40
 
 
 def test_rounds_are_added_while_the_rate_is_below_the_band(monkeypatch, caplog):

@@ -131,13 +131,26 @@ class TopK(NamedTuple):
     router_logits: torch.Tensor | None
 
 
-def test_experts_of_other_ranks_get_weight_zero() -> None:
-    topk = TopK(torch.tensor([[0.5, 0.3], [0.6, 0.1]]), torch.tensor([[-1, 2], [0, -1]], dtype=torch.int32), None)
-    (layer, x, masked, config), kwargs = hooks.mask_foreign_experts("layer", "x", topk, "config")  # type: ignore[arg-type]
-    assert (layer, x, config, kwargs) == ("layer", "x", "config", {})
-    assert masked.topk_ids.tolist() == [[0, 2], [0, 0]]
-    assert torch.equal(masked.topk_weights, torch.tensor([[0.0, 0.3], [0.6, 0.0]]))
-    assert topk.topk_ids.tolist() == [[-1, 2], [0, -1]]  # routes are captured from the original
+def test_experts_of_other_ranks_are_left_out() -> None:
+    """Two ranks of four experts each add up to the whole; rows with no, some and only own experts."""
+    expert = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+
+    def native(layer: int, x: torch.Tensor, topk: TopK, config: str) -> torch.Tensor:
+        """Elementwise experts; `layer` is the first expert of the rank. Negative ids would wrap round, as in SGLang's."""
+        assert config == "config"
+        return (topk.topk_weights.unsqueeze(-1) * expert[layer : layer + 4][topk.topk_ids.long()] * x.unsqueeze(1)).sum(1)
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[0, 5], [6, 7], [2, 1], [7, 3]], dtype=torch.int32)
+    weights = torch.rand(4, 2, generator=torch.Generator().manual_seed(2))
+    want = (weights.unsqueeze(-1) * expert[ids.long()] * x.unsqueeze(1)).sum(1)
+    total = torch.zeros(4, 3)
+    for first in (0, 4):
+        local = torch.where((ids >= first) & (ids < first + 4), ids - first, -1)
+        total += hooks.skip_foreign_experts(native, first, x, TopK(weights, local, None), "config")  # type: ignore[arg-type]
+    torch.testing.assert_close(total, want)
+    nothing = TopK(weights, torch.full_like(ids, -1), None)
+    assert not hooks.skip_foreign_experts(native, 0, x, nothing, "config").any()  # type: ignore[arg-type]
 
 
 class TwoRanks:

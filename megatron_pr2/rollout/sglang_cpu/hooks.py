@@ -5,7 +5,7 @@ Each hook replaces or wraps one function at the seam named beside it; nothing he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,24 @@ def init_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int
     cache._log_allocation()
 
 
-def mask_foreign_experts(
-    layer: torch.nn.Module, x: torch.Tensor, topk_output: Any, moe_runner_config: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """BEFORE `moe_forward_native`: id -1 (an expert of another rank) becomes local expert 0 with weight 0.
+def skip_foreign_experts(
+    native: Callable[..., torch.Tensor], layer: torch.nn.Module, x: torch.Tensor, topk_output: Any, moe_runner_config: Any
+) -> torch.Tensor:
+    """AROUND `moe_forward_native`: leaves out id -1, an expert of another rank, which the native kernel would index with.
 
-    The native kernel indexes with the id and has no notion of "not mine"; a zero weight adds exactly nothing to the sum that
-    the ranks all-reduce afterwards.
+    What remains of a row has no fixed number of experts, so every (token, expert) pair goes in as a token with one expert.
     """
-    foreign = topk_output.topk_ids < 0
-    topk_output = topk_output._replace(
-        topk_ids=topk_output.topk_ids.clamp(min=0), topk_weights=topk_output.topk_weights.masked_fill(foreign, 0.0)
-    )
-    return (layer, x, topk_output, moe_runner_config), {}
+    mine = topk_output.topk_ids >= 0
+    if bool(mine.all()):
+        return native(layer, x, topk_output, moe_runner_config)
+    tokens = mine.nonzero()[:, 0]
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    if tokens.numel():
+        pairs = topk_output._replace(
+            topk_ids=topk_output.topk_ids[mine].unsqueeze(1), topk_weights=topk_output.topk_weights[mine].unsqueeze(1)
+        )
+        total.index_add_(0, tokens, native(layer, x[tokens], pairs, moe_runner_config).float())
+    return total.to(x.dtype)
 
 
 def set_seq_len_fill_value(_result: None, backend: Any, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +71,7 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sglang.srt.state_capturer.base.BaseHostCache.__init__", init_host_cache, HookType.REPLACE)
-    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", mask_foreign_experts, HookType.BEFORE)
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", skip_foreign_experts, HookType.AROUND)
     HookRegistry.register(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
         set_seq_len_fill_value,
