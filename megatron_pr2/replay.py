@@ -279,7 +279,7 @@ class ReplaySession:
         One device-to-host copy per micro-batch.
         """
         tables: dict[int, RouteTable] = {}
-        columns = [site.column for site in self._sites]
+        columns = np.array([site.column for site in self._sites], dtype=np.int64)
         for bound in self._bound.values():
             if len(bound.recorded) != len(self._sites):
                 raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
@@ -36,6 +37,7 @@ class PredictiveTopKRouter(TopKRouter):
     Enters a model through the layer spec (`MoESubmodules.router`) or by `attach`, which upgrades routers in place.
     """
 
+    config: TransformerConfig
     _control: RouteControl | None = None
     attached: bool = False  # whether a PR2 handle owns this router
 
@@ -58,13 +60,14 @@ class PredictiveTopKRouter(TopKRouter):
         """
         if self._control is None or not self.config.moe_router_fusion:
             return super().routing(logits, padding_mask=padding_mask)
-        config = self.config
-        self.config = copy.copy(config)
-        self.config.moe_router_fusion = False
+        fused: TransformerConfig = self.config
+        unfused = copy.copy(fused)
+        unfused.moe_router_fusion = False
+        self.config = unfused
         try:
             return super().routing(logits, padding_mask=padding_mask)
         finally:
-            self.config = config
+            self.config = fused
 
 
 class _Capture:

@@ -29,9 +29,14 @@ def make_engine(config: TrainConfig, model_path: str, embedded: MegatronEngine) 
         from megatron_pr2.rollout.sglang import SGLangEngine
         from megatron_pr2.rollout.sglang_config import SGLangConfig
 
-        where = {"url": config.rollout.url} if config.rollout.url else {"model_path": model_path}
+        url = config.rollout.url
         engine = SGLangEngine(
-            SGLangConfig(**where, dtype=config.model.dtype, log_path=str(Path(config.run) / "sglang.log")),
+            SGLangConfig(
+                url=url,
+                model_path=None if url else model_path,
+                dtype=config.model.dtype,
+                log_path=None if url else str(Path(config.run) / "sglang.log"),
+            ),
             model_shape(AutoConfig.from_pretrained(model_path)),
         )
     return CollectiveEngine(
