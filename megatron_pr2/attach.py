@@ -120,6 +120,7 @@ class PR2:
             device=device if config.feature_device == "device" else torch.device("cpu"),
             h_dtype=torch.bfloat16,
         )
+        self._device = device
         self._drift = DriftMetrics(len(self.sites), device)
         self._lengths: dict[int, int] = {}
         self._tables: dict[int, RouteTable] = {}
@@ -133,25 +134,30 @@ class PR2:
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
 
+        Collective over the ranks that hold other tokens of the same layers: what one of them refuses, all of them raise.
+
         Raises:
             RouteError: a table is absent or does not fit the model, or more tokens lack a route than `max_missing_share` allows.
         """
         self._require_attached()
         self._lengths = {s.id: s.length for s in sequences}
         self._tables = {}
-        if self.config.routes == "engine":
-            self._tables = {s.id: self._checked_table(s) for s in sequences}
+        failure: RouteError | None = None
+        try:
+            if self.config.routes == "engine":
+                self._tables = {s.id: self._checked_table(s) for s in sequences}
+        except RouteError as error:
+            failure = error
         tokens = sum(max(0, s.length - 1) for s in sequences)
         # The last token of a sequence was never an engine's input; it has no route by nature and is not counted as missing.
         missing = sum(int((~table.valid[:-1]).sum()) for table in self._tables.values())
-        if missing > self.config.max_missing_share * tokens:
-            worst = max(self._tables, key=lambda sid: self._tables[sid].num_missing)
-            message = (
-                f"{missing} of {tokens} tokens ({missing / tokens:.1%}) have no valid route, more than max_missing_share="
-                f"{self.config.max_missing_share:.1%}; worst is sequence {worst} with {self._tables[worst].num_missing} of "
-                f"{self._tables[worst].num_tokens}. The engine returns duplicate, all-zero or out-of-range expert ids: run the "
-                "handshake, check its version and MoE backend"
-            )
+        all_missing, all_tokens, failures = self._sum_over_ranks([missing, tokens, failure is not None])
+        if failure is not None:
+            raise failure
+        if failures:
+            raise RouteError(f"{failures} other rank(s) refused the routes of their sequences; their errors say why")
+        if all_missing > self.config.max_missing_share * all_tokens:
+            message = self._too_many_missing(all_missing, all_tokens)
             if self.config.strict:
                 raise RouteError(message)
             logger.warning(message)
@@ -312,6 +318,25 @@ class PR2:
         if not self._attached:
             raise AttachError("this PR2 handle was detached; attach() again")
 
+    def _sum_over_ranks(self, values: Sequence[int]) -> list[int]:
+        if self._group is None or dist.get_world_size(self._group) == 1:
+            return [int(v) for v in values]
+        total = torch.tensor([int(v) for v in values], dtype=torch.int64, device=self._device)
+        dist.all_reduce(total, group=self._group)
+        return [int(v) for v in total.tolist()]
+
+    def _too_many_missing(self, missing: int, tokens: int) -> str:
+        where = "all on other ranks"
+        if self._tables:
+            worst = max(self._tables, key=lambda sid: self._tables[sid].num_missing)
+            table = self._tables[worst]
+            where = f"worst of this rank is sequence {worst} with {table.num_missing} of {table.num_tokens}"
+        return (
+            f"{missing} of {tokens} tokens ({missing / tokens:.1%}) have no valid route, more than max_missing_share="
+            f"{self.config.max_missing_share:.1%}; {where}. The engine returns duplicate, all-zero or out-of-range expert ids: run "
+            "the handshake, check its version and MoE backend"
+        )
+
     def _checked_table(self, sequence: ReplaySequence) -> RouteTable:
         table = sequence.routes
         if table is None:
@@ -335,8 +360,7 @@ class PR2:
                 written = self.features.written(slots)
                 self._features_absent += int((~written).sum())
                 rows, slots = rows[written], slots[written]
-            device = self.sites[0].router.weight.device if self.sites else torch.device("cpu")
-            on_device = torch.from_numpy(rows).to(device), torch.from_numpy(slots).to(self.features.device)
+            on_device = torch.from_numpy(rows).to(self._device), torch.from_numpy(slots).to(self.features.device)
             self._samples[micro_batch.key] = (slots, *on_device)
         session = ReplaySession(
             self.sites, self._chunks, micro_batches, mode=mode, tables=self._tables, observer=observer, predict=predict

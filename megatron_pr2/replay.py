@@ -181,6 +181,7 @@ class ReplaySession:
         self._forward: dict[int, BoundMicroBatch] = {}
         self._backward: dict[int, BoundMicroBatch] = {}
         self._seen: Counter[tuple[Hashable, int, bool]] = Counter()
+        self._closed = False
         self.missing_rows = 0
         self.replayed_rows = 0
         self.id_dtype = torch.uint8
@@ -218,8 +219,18 @@ class ReplaySession:
         """Hooks the chunk's output, so that recomputation in its backward finds this micro-batch again."""
         index, bound = self._index(chunk), self._bound[micro_batch.key]
         self._forward.pop(index, None)
+        recomputes = unwrapped(chunk).config.recompute_granularity is not None
+
+        def reached_by_gradient(_: Tensor) -> None:
+            if self._closed and recomputes:
+                raise ReplayError(
+                    f"micro-batch {micro_batch.key!r}: its backward recomputes activations after the replay session has ended, where "
+                    "routes are live; run forward and backward inside one session"
+                )
+            self._backward[index] = bound
+
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda grad: self._backward.__setitem__(index, bound))
+            output.register_hook(reached_by_gradient)
 
     def forward_step(
         self, function: Callable[..., Any], locate: Callable[[Any], MicroBatch] = lambda item: item["micro_batch"]
@@ -317,6 +328,7 @@ class ReplaySession:
         return index
 
     def _release(self) -> None:
+        self._closed = True
         for site in self._sites:
             site.router.set_control(None)
         self._forward.clear()

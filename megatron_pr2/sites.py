@@ -115,6 +115,11 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
     config = unwrapped(chunks[0]).config
     if not config.num_moe_experts:
         raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
+    if config.moe_expert_capacity_factor is not None:
+        raise AttachError(
+            f"moe_expert_capacity_factor={config.moe_expert_capacity_factor} drops tokens from experts, also from replayed ones; "
+            "set it to None for RL"
+        )
     if config.overlap_moe_expert_parallel_comm:
         raise AttachError(
             "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; "

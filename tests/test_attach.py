@@ -239,7 +239,7 @@ def test_tables_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
 
 
 def test_too_many_missing_rows_fail_or_warn(caplog: pytest.LogCaptureFixture) -> None:
-    message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst is sequence 1 with 3 of 60"
+    message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst of this rank is sequence 1 with 3 of 60"
     with pytest.raises(RouteError, match=message):
         begin(PR2Config.preset("pr2", max_missing_share=0.02), routes=table(missing=2))
     assert begin(PR2Config.preset("pr2", max_missing_share=0.021), routes=table(missing=2)).missing == 2

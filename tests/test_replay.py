@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.errors import ReplayError
+from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.replay import MicroBatch, ReplaySession, gather_routes
 from megatron_pr2.router import select_experts
 from megatron_pr2.routes import RouteTable
@@ -423,3 +423,25 @@ def test_tables_that_are_too_short_are_refused() -> None:
     ids, valid = gather_routes(layout.padded([0], [4], 6), tables, [1], toy.TOPK, toy.EXPERTS)
     assert ids.shape == (1, 6, toy.TOPK)
     assert valid.tolist() == [True, True, True, False, False, False]
+
+
+def test_a_recomputing_backward_after_the_session_is_refused() -> None:
+    """The routers are released by then: recomputation would route live and silently contradict the forward pass."""
+    chunk = toy.ToyChunk(toy.toy_config(), recompute=True)
+    chunk.config.recompute_granularity = "full"
+    pr2 = attach(chunk, PR2Config.preset("r3"))
+    micro_batch = MicroBatch(0, layout.padded([0], [4], 4))
+    with pr2.record([micro_batch]) as session:
+        session.begin(chunk, micro_batch)
+        output = chunk(torch.randn(4, 1, chunk.config.hidden_size, requires_grad=True))
+        session.end(chunk, micro_batch, output)
+    with pytest.raises(ReplayError, match="after the replay session has ended"):
+        output.sum().backward()
+
+
+def test_token_dropping_is_refused() -> None:
+    """Capacity limits leave replayed rows with fewer than k experts."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.config.moe_expert_capacity_factor = 1.0
+    with pytest.raises(AttachError, match="moe_expert_capacity_factor"):
+        attach(chunk, PR2Config.preset("r3"))

@@ -240,6 +240,15 @@ def test_concurrency_is_bounded_and_order_kept(fake: FakeServer) -> None:
     assert 1 < fake.most_in_flight <= 3
 
 
+def test_waiting_for_a_slot_does_not_count_as_waiting_for_an_answer(fake: FakeServer) -> None:
+    engine = attach(fake.url, concurrency=1, request_timeout_s=1.0)
+    engine.start()
+    fake.overrides["/generate"] = lambda body, call: time.sleep(0.2)
+    responses, _ = engine.generate([RolloutRequest((3, 4), seed) for seed in range(8)], SAMPLING, return_routes=True)
+    engine.close()
+    assert len(responses) == 8
+
+
 @pytest.mark.parametrize(
     ("info", "message"),
     [

@@ -218,6 +218,13 @@ def test_seeded_draws_follow_the_probabilities_and_only_their_own_seed() -> None
     assert torch.equal(few, drawn[100:105])
 
 
+@pytest.mark.parametrize(("draw", "index"), [(0.0, 1), (1.0 - 2.0**-53, 4)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch: pytest.MonkeyPatch, draw: float, index: int) -> None:
+    monkeypatch.setattr(seeds, "uniform", lambda seed, position: draw)
+    logprobs = torch.tensor([[0.0, 0.5, 0.2, 0.0, 0.3, 0.0]]).log()
+    assert seeds.sample_with_seeds(logprobs, torch.tensor([1]), torch.tensor([1])).tolist() == [[index]]
+
+
 class _Bag:
     def __init__(self, **fields: object) -> None:
         self.__dict__.update(fields)
