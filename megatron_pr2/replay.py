@@ -224,8 +224,8 @@ class ReplaySession:
         def reached_by_gradient(_: Tensor) -> None:
             if self._closed and recomputes:
                 raise ReplayError(
-                    f"micro-batch {micro_batch.key!r}: its backward recomputes activations after the replay session has ended, where "
-                    "routes are live; run forward and backward inside one session"
+                    f"micro-batch {micro_batch.key!r}: its backward recomputes activations after the replay session has ended, "
+                    "where routes are live; run forward and backward inside one session"
                 )
             self._backward[index] = bound
 

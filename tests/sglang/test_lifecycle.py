@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
@@ -80,6 +81,29 @@ def test_engine_dies_mid_batch_and_is_restarted(
     after, _ = engine.generate(requests[:4], SamplingParams(16), return_routes=True)
     assert [r.response_ids for r in after] == [r.response_ids for r in before]
     assert_matches(after, tiny, merged)
+
+
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang_cpu.launch"])
+def test_engine_dies_in_the_middle_of_a_push(engine: SGLangEngine, tiny: TinyModel, victim: str) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(f"{tiny.path}/model.safetensors")
+    assert engine.server is not None
+    assert engine.server.pid is not None
+    pid = next(pid for pid, command in group_members(engine.server.pid).items() if victim in command)
+
+    def exporter() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, item in enumerate(weights.items()):
+            if index == len(weights) // 2:  # some buckets have gone
+                os.kill(pid, signal.SIGKILL)
+            yield item
+
+    with pytest.raises(RolloutError, match=r"weight update: .*engine died: SGLang server was killed by signal 9"):
+        engine.update_weights(exporter(), 9)
+    engine.restart()
+    engine.update_weights(weights.items(), 9)
+    responses, _ = engine.generate(make_requests(2), SamplingParams(4), return_routes=True)
+    assert_matches(responses, tiny)
 
 
 def test_start_with_a_broken_checkpoint(tmp_path: Path) -> None:
