@@ -82,8 +82,6 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
         (["rollout.temperature=0"], "rollout.temperature=0"),
         (["rollout.temperature=.nan"], "rollout.temperature=nan"),
         (["model.dtype=float16"], "model.dtype='float16': expected float32 or bfloat16"),
-        (["parallel.dispatcher=flex"], "parallel.dispatcher='flex'"),
-        (["parallel.dispatcher=allgather"], "parallel.dispatcher='allgather' needs equally shaped"),
         (["parallel.processes=3"], "parallel.processes=3 is not a multiple of parallel.expert=2"),
         (["rollout.prompts=33"], "rollout.prompts=33 is not a multiple of parallel.processes=2"),
         (["algorithm.mini_steps=7"], "not a multiple of algorithm.mini_steps=7"),

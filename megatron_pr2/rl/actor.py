@@ -54,7 +54,8 @@ class Actor:
             dtype=self.dtype,
             ddp_config={"use_distributed_optimizer": False},
             extra_config={
-                "moe_token_dispatcher_type": config.parallel.dispatcher,
+                # The ranks' micro-batches differ in shape, which allgather does not allow.
+                "moe_token_dispatcher_type": "alltoall",
                 # Token-level loss: sums over tokens, divided by the count of the whole mini-batch when gradients are finalised.
                 "calculate_per_token_loss": True,
             },

@@ -33,7 +33,6 @@ class ParallelConfig:
 
     processes: int = 2
     expert: int = 2
-    dispatcher: str = "alltoall"
 
 
 @dataclass
@@ -195,13 +194,6 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype={config.model.dtype!r}: expected float32 or bfloat16")
-    if parallel.dispatcher not in ("alltoall", "allgather"):
-        raise ConfigError(f"parallel.dispatcher={parallel.dispatcher!r}: expected alltoall or allgather")
-    if rollout.engine == "megatron" and parallel.dispatcher == "allgather":
-        raise ConfigError(
-            "parallel.dispatcher='allgather' needs equally shaped inputs on every rank, which the embedded engine's shrinking "
-            "batches are not; use alltoall, or rollout.engine=sglang"
-        )
     if parallel.processes % parallel.expert:
         raise ConfigError(f"parallel.processes={parallel.processes} is not a multiple of parallel.expert={parallel.expert}")
     if rollout.prompts % parallel.processes:

@@ -79,7 +79,7 @@ def test_same_seeds_give_the_same_tokens_in_any_batch(fresh: SGLangEngine) -> No
 
 
 def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    prompt, draws = (5, 6, 7), 2000
+    prompt, draws = (5, 6, 7), 800
     responses, _ = fresh.generate([RolloutRequest(prompt, s) for s in range(draws)], SamplingParams(1), return_routes=False)
     counts = np.bincount([r.response_ids[0] for r in responses], minlength=260)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyM
     likely = p * draws > 5
     statistic = ((counts - p * draws) ** 2 / (p * draws))[likely].sum()
     degrees = likely.sum()
-    assert degrees > 20
+    assert degrees > 10
     # Fixed seeds: this is one number. A sampler that ignores p is off by thousands.
     assert statistic < degrees + 5 * np.sqrt(2 * degrees)
 
