@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.host import torchvision_ops
 from megatron_pr2.host.cuda import patch_cuda
 from megatron_pr2.host.patches import PatchSet
-from megatron_pr2.host.vision import make_torchvision_importable
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def enable() -> None:
     try:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
-        make_torchvision_importable()
+        torchvision_ops.install()
         # Imported here and not above: what they import of Megatron warns on import.
         from megatron_pr2.host.megatron import patch_megatron
         from megatron_pr2.host.spec import patch_specs

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_pr2.host.vision import make_torchvision_importable
+from megatron_pr2.host import torchvision_ops
 
-make_torchvision_importable()
+torchvision_ops.install()
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,

@@ -1,5 +1,5 @@
 """Transformers imports torchvision where it is installed; its CUDA wheel needs a word on a CPU build of torch."""
 
-from megatron_pr2.host.vision import make_torchvision_importable
+from megatron_pr2.host import torchvision_ops
 
-make_torchvision_importable()
+torchvision_ops.install()

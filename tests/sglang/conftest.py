@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_pr2.host import torchvision_ops
 from megatron_pr2.rollout.base import ModelShape
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_cpu import torchvision_ops
 
 # Transformers imports torchvision, which may be a CUDA build beside a CPU torch.
 torchvision_ops.install()

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
+from megatron_pr2.host import torchvision_ops
+from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,7 @@ def test_torchvision_schemas_are_needed_for_cuda_builds_only(
 def test_torchvision_imports_with_the_schemas_and_they_can_be_removed() -> None:
     code = """
 import torch
-from megatron_pr2.rollout.sglang_cpu import torchvision_ops as ops
+from megatron_pr2.host import torchvision_ops as ops
 if not ops.needed():
     print("not needed")
 else:

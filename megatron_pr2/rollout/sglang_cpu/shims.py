@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_pr2.rollout.sglang_cpu import kernel_stub, torchvision_ops
+from megatron_pr2.host import torchvision_ops
+from megatron_pr2.rollout.sglang_cpu import kernel_stub
 
 
 def install() -> tuple[str, ...]:
