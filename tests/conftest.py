@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from megatron_pr2 import host
+from tests.distributed import close_pools
 
 settings.register_profile("megatron_pr2", deadline=None, max_examples=60)
 settings.load_profile("megatron_pr2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle_workers_end() -> Iterator[None]:
+    """A module's pools end with it: idle workers hold gloo threads that poll, and later modules need the cores."""
+    yield
+    close_pools()
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,8 @@ def pool(world_size: int) -> Pool:
 
 
 @atexit.register
-def _close_pools() -> None:
+def close_pools() -> None:
+    """Ends the workers of all pools; a pool starts new ones with its next job."""
     for each in _pools.values():
         with contextlib.suppress(Exception):
             each.close()
