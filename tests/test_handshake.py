@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.handshake import handshake
+from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.rollout.handshake import handshake, require_routes
 from megatron_pr2.routes import RouteTable
 from tests.ids import random_ids
 
@@ -99,3 +99,12 @@ def test_an_engine_without_a_single_route_is_refused() -> None:
     ids, logprobs = answers()
     with pytest.raises(RolloutError, match=r"0\.00%"):
         shake(np.full_like(ids, -1), logprobs)
+
+
+def test_an_engine_without_route_return_is_refused_where_routes_are_replayed() -> None:
+    engine = ScoringEngine(*answers())
+    engine.returns_routes = True  # type: ignore[attr-defined]
+    require_routes(engine)  # type: ignore[arg-type]
+    engine.returns_routes = False  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="the scripted engine returns no routes"):
+        require_routes(engine)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import drift_summary, logprob_gap, step_summary
 from megatron_pr2.rollout.base import RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import share
-from megatron_pr2.rollout.handshake import handshake
+from megatron_pr2.rollout.handshake import handshake, require_routes
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,11 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the configured number of steps and writes the policy to RUN/final in Hugging Face format."""
-        if self._config.rollout.handshake and self._config.pr2_needs_engine_routes:
-            self._push()
-            self._handshake()
+        if self._config.pr2_needs_engine_routes:
+            require_routes(self._engine)
+            if self._config.rollout.handshake:
+                self._push()
+                self._handshake()
         while self._step < self._config.steps:
             record = self._train_step()
             self._step += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_pr2.errors import RolloutError
+from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.base import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,19 @@ class HandshakeReport:
     missing: int
     logprob_mean: float
     logprob_max: float
+
+
+def require_routes(engine: RolloutEngine) -> None:
+    """Refuses an engine that cannot return routes where they are to be replayed.
+
+    Raises:
+        ConfigError: `engine.returns_routes` is False.
+    """
+    if not engine.returns_routes:
+        raise ConfigError(
+            f"pr2.routes='engine', but the {engine.name} engine returns no routes; start it with route return on, or use "
+            "pr2.routes=actor (preset r2)"
+        )
 
 
 def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[int], dtype: str) -> HandshakeReport:
