@@ -169,8 +169,9 @@ def pool(world_size: int) -> Pool:
 
 @atexit.register
 def close_pools() -> None:
-    """Ends the workers of all pools; a pool starts new ones with its next job."""
+    """Ends all pools; pool() makes new ones."""
     for each in _pools.values():
         with contextlib.suppress(Exception):
             each.close()
         shutil.rmtree(each._directory, ignore_errors=True)
+    _pools.clear()
