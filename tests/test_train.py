@@ -15,6 +15,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from megatron_pr2.cli import app
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 # Small enough for a step in about a second; off-2, so that the predictor learns in every step.
@@ -61,6 +64,14 @@ def train(*arguments: str) -> dict[str, Any]:
     assert code == 0, output
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return result
+
+
+def refused(*arguments: str) -> str:
+    """What a run prints that is refused before any rank is started; in this process, because it starts none."""
+    result = CliRunner().invoke(app, ["train", *arguments])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return result.output
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -188,9 +199,7 @@ def test_gsm8k_as_published_runs_through_the_loop(tiny_checkpoint: Path, tmp_pat
 
 
 def test_other_settings_in_the_same_directory_are_refused(uninterrupted: Path, tiny_checkpoint: Path, prompts: Path) -> None:
-    code, output = finish(start(*settings(tiny_checkpoint, prompts, uninterrupted), "steps=10", "optimizer.lr=1"))
-    assert code == 1
-    assert "optimizer.lr" in output
+    assert "optimizer.lr" in refused(*settings(tiny_checkpoint, prompts, uninterrupted), "steps=10", "optimizer.lr=1")
     assert len(records(uninterrupted)) == 8
 
 
@@ -206,18 +215,13 @@ def test_other_settings_in_the_same_directory_are_refused(uninterrupted: Path, t
     ],
 )
 def test_bad_settings_end_in_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    code, output = finish(start(f"run={tmp_path / 'run'}", "model.path=.", *arguments))
-    assert code == 1
-    assert message in output
-    assert "Traceback" not in output
+    assert message in refused(f"run={tmp_path / 'run'}", "model.path=.", *arguments)
 
 
 def test_a_line_without_answer_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
-    code, output = finish(start(f"model.path={tiny_checkpoint}", f"run={tmp_path / 'run'}", "--data", str(data)))
-    assert code == 1
-    assert f"{data}:2" in output.replace("\n", "")
+    assert f"{data}:2" in refused(f"model.path={tiny_checkpoint}", f"run={tmp_path / 'run'}", "--data", str(data))
 
 
 def test_a_dense_checkpoint_is_refused(host_platform: None, tmp_path: Path, prompts: Path) -> None:
@@ -231,6 +235,5 @@ def test_a_dense_checkpoint_is_refused(host_platform: None, tmp_path: Path, prom
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
     save_byte_tokenizer(tmp_path / "dense")
-    code, output = finish(start(f"model.path={tmp_path / 'dense'}", f"run={tmp_path / 'run'}", "--data", str(prompts)))
-    assert code == 1
+    output = refused(f"model.path={tmp_path / 'dense'}", f"run={tmp_path / 'run'}", "--data", str(prompts))
     assert "mixture-of-experts" in output
