@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from megatron_pr2.rl.data import Example, PromptSampler
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import drift_summary, logprob_gap, step_summary
-from megatron_pr2.rollout.base import RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import RolloutEngine, RolloutRequest, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import share
 from megatron_pr2.rollout.handshake import handshake, require_routes
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Monitor(Protocol):
@@ -117,7 +118,7 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         started = time.monotonic()
         self._seconds = {}
-        self._push()
+        self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
         with self._timed("old_logprobs"):
@@ -165,7 +166,9 @@ class Trainer:
             for i, example in enumerate(repeated)
         ]
         sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, (self._tokenizer.eos_token_id,))
-        responses, stats = self._generate(requests, sampling)
+        responses, stats = self._retrying(
+            lambda: self._engine.generate(requests, sampling, return_routes=self._config.pr2_needs_engine_routes)
+        )
         own = share(len(requests), mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank())
         texts = [self._tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in responses]
         rewards = [exact_match(text, example.answer) for text, example in zip(texts, repeated[own], strict=True)]
@@ -178,13 +181,15 @@ class Trainer:
         order = np.random.default_rng([self._config.seed, self._step]).permutation(len(samples))
         return [samples[i] for i in order], stats
 
-    def _generate(
-        self, requests: list[RolloutRequest], sampling: SamplingParams
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
-        """Generates; an engine that died is restarted with the same weights and asked again, because no response was used yet."""
+    def _retrying(self, action: Callable[[], T]) -> T:
+        """Does what the engine is asked; an engine that died meanwhile is restarted and gets the same weights first.
+
+        Nothing is lost: no response of this step was used yet, and requests carry their seeds.
+        """
         for attempt in range(self._config.rollout.restarts + 1):
             try:
-                return self._engine.generate(requests, sampling, return_routes=self._config.pr2_needs_engine_routes)
+                self._push()
+                return action()
             except RolloutError as error:
                 if attempt == self._config.rollout.restarts:
                     raise
@@ -192,7 +197,6 @@ class Trainer:
                 self._phase("restarting the rollout engine")
                 self._engine.restart()  # type: ignore[attr-defined]
                 self._pushed = -1
-                self._push()
         raise AssertionError("unreachable")
 
     def _record(

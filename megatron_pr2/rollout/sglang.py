@@ -30,6 +30,7 @@ from megatron_pr2.routes import RouteTable
 
 logger = logging.getLogger(__name__)
 
+_REAP_S = 10.0
 _PROBE_IDS = (1, 2, 3, 5, 8, 13)
 
 
@@ -164,6 +165,12 @@ class SGLangEngine:
             # Outside the client's pool, which may be exhausted; /health needs no key.
             status = httpx.get(f"{self._url}/health", timeout=30.0, trust_env=False).status_code
         except httpx.HTTPError as error:
+            # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
+            deadline = time.monotonic() + _REAP_S
+            while self.server is not None and time.monotonic() < deadline:
+                if not self.server.alive():
+                    return self.server.describe_end()
+                time.sleep(0.05)
             return f"{self._url} does not answer ({type(error).__name__}: {error}).{self._log()}"
         return None if status == 200 else f"{self._url}/health answers {status}.{self._log()}"
 
