@@ -38,7 +38,6 @@ class Actor:
         chunks: the DDP-wrapped model.
         pr2: predictive routing replay on it.
         optimizer: Megatron's.
-        vocab_size: of the checkpoint.
     """
 
     def __init__(self, config: TrainConfig, hf_path: str | Path, pad_id: int) -> None:

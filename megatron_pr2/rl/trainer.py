@@ -75,11 +75,6 @@ class Trainer:
         self._pushed = -1
         self._handshake_report: dict[str, float] | None = None
 
-    @property
-    def next_step(self) -> int:
-        """The rollout batch that comes next; more than 0 after a resume."""
-        return self._step
-
     def resume(self) -> int:
         """Continues from the newest checkpoint of the run, if there is one; returns the step that comes next."""
         state = checkpoint.load_latest(self._directory)
@@ -195,7 +190,7 @@ class Trainer:
                     raise
                 logger.warning("rollout failed (%s); restarting the engine, attempt %d", error, attempt + 1)
                 self._phase("restarting the rollout engine")
-                self._engine.restart()  # type: ignore[attr-defined]
+                self._engine.restart()
                 self._pushed = -1
         raise AssertionError("unreachable")
 

@@ -101,6 +101,9 @@ class RolloutEngine(Protocol):
     def start(self) -> None:
         """Makes the engine ready; raises RolloutError naming the cause (last log lines included) if it cannot be."""
 
+    def restart(self) -> None:
+        """Makes an engine that died ready again; its weights must be pushed anew."""
+
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replaces weights (Hugging Face names) and drops every cache that depends on the old ones.
 

@@ -53,7 +53,7 @@ class CollectiveEngine:
 
     def restart(self) -> None:
         """Starts a dead engine anew; its weights must be pushed again."""
-        self._on_rank_0(lambda engine: engine.restart())  # type: ignore[attr-defined]
+        self._on_rank_0(lambda engine: engine.restart())
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank walks the weights (exporting them is collective); rank 0 sends them."""
