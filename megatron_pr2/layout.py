@@ -1,8 +1,8 @@
 """Which token lives in which row on which rank: pure functions, one rule per kind of parallelism.
 
 A router sees its input as rows [S, B, H], flattened row-major. A TokenGrid says for every row of that input which position of
-which sequence it holds. A layout starts from the grid of the whole micro-batch (`padded` or `packed`) and applies the rules in
-the order in which Megatron-Core cuts the tokens: context parallelism first, sequence parallelism on what is left.
+which sequence it holds. A trainer describes the whole micro-batch (`padded` or `packed`); `cut` gives the rows of one rank by the
+rules in the order in which Megatron-Core applies them: context parallelism first, sequence parallelism on what is left.
 Pipeline parallelism cuts layers, not tokens: `moe_layer_indices` numbers the layers globally.
 """
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megatron_pr2.errors import ConfigError
 
 PADDING = -1
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,21 @@ class TokenGrid:
     Attributes:
         sequence: [S, B] int64.
         position: [S, B] int64, 0-based within the sequence (prompt first).
+        padded_lengths: rows of each packed sequence, in order; None for a padded batch (one column per sequence).
     """
 
-    sequence: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int64]
+    sequence: IntArray
+    position: IntArray
+    padded_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.sequence.shape != self.position.shape or self.sequence.ndim != 2:
             raise ConfigError(
                 f"TokenGrid: sequence {self.sequence.shape} and position {self.position.shape}; expected equal [S, B]"
+            )
+        if self.padded_lengths is not None and self.sequence.shape != (sum(self.padded_lengths), 1):
+            raise ConfigError(
+                f"TokenGrid: {self.sequence.shape} rows, packed sequences of {sum(self.padded_lengths)}; expected [sum, 1]"
             )
 
     @property
@@ -42,9 +49,23 @@ class TokenGrid:
         """Rows of the router's input, padding included."""
         return self.sequence.size
 
-    def rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def rows(self) -> tuple[IntArray, IntArray]:
         """(sequence, position) of each row in the router's row order, [S * B] each."""
         return self.sequence.reshape(-1), self.position.reshape(-1)
+
+    def real(self) -> tuple[IntArray, IntArray, IntArray]:
+        """(row, sequence, position) of the rows that hold a token, ascending by row, [R] each."""
+        sequence, position = self.rows()
+        (row,) = np.nonzero(sequence != PADDING)
+        return row, sequence[row], position[row]
+
+    def same_as(self, other: TokenGrid) -> bool:
+        """Whether both describe the same rows, cut in the same way."""
+        return (
+            self.padded_lengths == other.padded_lengths
+            and np.array_equal(self.sequence, other.sequence)
+            and np.array_equal(self.position, other.position)
+        )
 
 
 def padded(sequence_ids: Sequence[int], lengths: Sequence[int], padded_length: int) -> TokenGrid:
@@ -67,11 +88,13 @@ def packed(sequence_ids: Sequence[int], lengths: Sequence[int], padded_lengths: 
     columns = [padded([s], [n], slot) for s, n, slot in zip(sequence_ids, lengths, slots, strict=True)]
     if not columns:
         empty = np.zeros((0, 1), dtype=np.int64)
-        return TokenGrid(empty, empty)
-    return TokenGrid(np.concatenate([c.sequence for c in columns]), np.concatenate([c.position for c in columns]))
+        return TokenGrid(empty, empty, ())
+    return TokenGrid(
+        np.concatenate([c.sequence for c in columns]), np.concatenate([c.position for c in columns]), tuple(slots)
+    )
 
 
-def _zigzag(length: int, cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
+def _zigzag(length: int, cp_size: int, cp_rank: int) -> IntArray:
     """Rows of one padded sequence on one context-parallel rank: chunks r and 2*cp-1-r of 2*cp."""
     if length % (2 * cp_size):
         raise ConfigError(
@@ -82,26 +105,21 @@ def _zigzag(length: int, cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
     return np.concatenate([rows[cp_rank], rows[2 * cp_size - 1 - cp_rank]]) if chunk else rows[0]
 
 
-def context_parallel(
-    grid: TokenGrid, cp_size: int, cp_rank: int, padded_lengths: Sequence[int] | None = None
-) -> TokenGrid:
-    """Rows that one context-parallel rank holds (zigzag); for a packed grid every sequence is cut on its own.
-
-    Args:
-        padded_lengths: of the packed sequences; None for a padded batch.
+def context_parallel(grid: TokenGrid, cp_size: int, cp_rank: int) -> TokenGrid:
+    """Rows that one context-parallel rank holds (zigzag); in a packed grid every sequence is cut on its own.
 
     Raises:
         ConfigError: a padded length is not a multiple of 2 * cp_size.
     """
     if cp_size == 1:
         return grid
-    if padded_lengths is None:
+    if grid.padded_lengths is None:
         index = _zigzag(grid.sequence.shape[0], cp_size, cp_rank)
-    else:
-        starts = np.cumsum([0, *padded_lengths])[:-1]
-        parts = [start + _zigzag(n, cp_size, cp_rank) for start, n in zip(starts, padded_lengths, strict=True)]
-        index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return TokenGrid(grid.sequence[index], grid.position[index])
+        return TokenGrid(grid.sequence[index], grid.position[index])
+    starts = np.cumsum([0, *grid.padded_lengths])[:-1]
+    parts = [start + _zigzag(n, cp_size, cp_rank) for start, n in zip(starts, grid.padded_lengths, strict=True)]
+    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return TokenGrid(grid.sequence[index], grid.position[index], tuple(n // cp_size for n in grid.padded_lengths))
 
 
 def sequence_parallel(grid: TokenGrid, tp_size: int, tp_rank: int) -> TokenGrid:
@@ -117,6 +135,18 @@ def sequence_parallel(grid: TokenGrid, tp_size: int, tp_rank: int) -> TokenGrid:
         raise ConfigError(f"sequence parallelism: {length} rows are not a multiple of tensor_model_parallel_size = {tp_size}")
     share = slice(tp_rank * length // tp_size, (tp_rank + 1) * length // tp_size)
     return TokenGrid(grid.sequence[share], grid.position[share])
+
+
+def cut(grid: TokenGrid, *, cp_size: int, cp_rank: int, tp_size: int, tp_rank: int) -> TokenGrid:
+    """The rows of a whole micro-batch that the routers of one rank see.
+
+    Args:
+        tp_size, tp_rank: of sequence parallelism; 1 and 0 where it is off, since then every tensor-parallel rank sees all rows.
+
+    Raises:
+        ConfigError: a length is not a multiple of what cuts it.
+    """
+    return sequence_parallel(context_parallel(grid, cp_size, cp_rank), tp_size, tp_rank)
 
 
 def moe_layer_indices(num_layers: int, moe_layer_freq: int | Sequence[int]) -> tuple[int, ...]:

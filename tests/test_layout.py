@@ -47,11 +47,10 @@ def test_context_and_sequence_parallel_ranks_partition_all_tokens(lengths: list[
         slots = [round_up(n, multiple) for n in lengths]
         grid = packed(ids, lengths, slots)
     else:
-        slots = None
         grid = padded(ids, lengths, round_up(max(lengths), multiple))
     assert claims(grid) == everything(lengths)
     shares = [
-        sequence_parallel(context_parallel(grid, cp, c, slots), tp, t) for c in range(cp) for t in range(tp)
+        sequence_parallel(context_parallel(grid, cp, c), tp, t) for c in range(cp) for t in range(tp)
     ]
     assert sum((claims(share) for share in shares), Counter()) == everything(lengths)
     assert {share.num_rows for share in shares} == {grid.num_rows // (cp * tp)}
@@ -65,11 +64,11 @@ def test_context_parallelism_is_the_zigzag_of_2cp_chunks(chunk: int, cp: int) ->
         first, second = rank, 2 * cp - 1 - rank
         expected = [c * chunk + i for c in (first, second) for i in range(chunk)]
         assert context_parallel(grid, cp, rank).position[:, 0].tolist() == expected
-        assert context_parallel(packed([0], [length]), cp, rank, [length]).position[:, 0].tolist() == expected
+        assert context_parallel(packed([0], [length]), cp, rank).position[:, 0].tolist() == expected
 
 
 def test_packed_sequences_are_cut_one_by_one() -> None:
-    grid = context_parallel(packed([5, 6], [4, 7], [4, 8]), 2, 0, [4, 8])
+    grid = context_parallel(packed([5, 6], [4, 7], [4, 8]), 2, 0)
     assert grid.sequence[:, 0].tolist() == [5, 5, 6, 6, 6, -1]
     assert grid.position[:, 0].tolist() == [0, 3, 0, 1, 6, -1]
 
@@ -97,7 +96,7 @@ def test_empty_micro_batches() -> None:
     for grid in (packed([], []), padded([], [], 4)):
         assert grid.num_rows == 0
         assert not claims(grid)
-    assert context_parallel(packed([], []), 2, 0, []).num_rows == 0
+    assert context_parallel(packed([], []), 2, 0).num_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_empty_micro_batches() -> None:
         (lambda: padded([0], [5], 4), "padded_length is 4"),
         (lambda: packed([0], [5], [4]), "padded_length is 4"),
         (lambda: context_parallel(padded([0], [5], 6), 2, 0), "2 \\* context_parallel_size = 4"),
-        (lambda: context_parallel(packed([0], [5], [6]), 2, 0, [6]), "2 \\* context_parallel_size = 4"),
+        (lambda: context_parallel(packed([0], [5], [6]), 2, 0), "2 \\* context_parallel_size = 4"),
         (lambda: sequence_parallel(padded([0], [5], 5), 2, 0), "tensor_model_parallel_size = 2"),
         (lambda: moe_layer_indices(4, [1, 0]), "moe_layer_freq has 2 entries, num_layers is 4"),
         (lambda: TokenGrid(np.zeros((2, 1), np.int64), np.zeros((3, 1), np.int64)), "expected equal"),
