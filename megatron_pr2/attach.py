@@ -14,71 +14,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError, RouteError
-from megatron_pr2.features import FeatureStore, IntArray, sample_positions
+from megatron_pr2.feature_plan import FeaturePlan
+from megatron_pr2.features import FeatureStore, Located
+from megatron_pr2.groups import every_layer, token_group, whole_model
+from megatron_pr2.layout import IntArray
 from megatron_pr2.metrics import DriftMetrics, drift_columns
 from megatron_pr2.predictor import RoutePredictor, merge_gate, predicted_logits
-from megatron_pr2.replay import BoundMicroBatch, MicroBatch, ReplaySession
+from megatron_pr2.replay import BoundMicroBatch, MicroBatch, Observer, ReplaySession
+from megatron_pr2.replica import find_replica
+from megatron_pr2.route_store import RouteStore
 from megatron_pr2.router import select_experts
 from megatron_pr2.routes import RouteTable
+from megatron_pr2.sequences import (
+    ReplaySequence,
+    RolloutReport,
+    check_sequences,
+    checked_table,
+    count_missing,
+    sampled_tokens,
+    too_many_missing,
+)
 from megatron_pr2.sites import RouterSite, unwrapped, upgrade_routers
+from megatron_pr2.tokens import TokenIndex
 
 logger = logging.getLogger(__name__)
 
 # Hugging Face names of MoE gates: Qwen2/3-MoE, OLMoE, DeepSeek, GLM (mlp.gate) and Mixtral (block_sparse_moe.gate).
 GATE_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight$")
-
-
-@dataclass(frozen=True)
-class ReplaySequence:
-    """One rolled-out sequence as this rank trains on it.
-
-    Attributes:
-        id: unique within the rollout batch.
-        length: tokens, prompt and response.
-        loss_start, loss_stop: input positions whose output bears loss: prompt_len - 1 to length - 1 for one prompt and response.
-        routes: what the engine returned, or None when routes are live or recorded by the actor.
-    """
-
-    id: int
-    length: int
-    loss_start: int
-    loss_stop: int
-    routes: RouteTable | None = None
-
-
-@dataclass(frozen=True)
-class RolloutReport:
-    """What begin_rollout found on this rank.
-
-    Attributes:
-        tokens: tokens that could have a route (all but the last of each sequence).
-        missing: of these, tokens without a valid one.
-        sampled: tokens whose features will be kept.
-        dropped_sequences: sequences without features because of the byte budget.
-        route_bytes, feature_bytes: bytes held.
-    """
-
-    tokens: int
-    missing: int
-    sampled: int
-    dropped_sequences: int
-    route_bytes: int
-    feature_bytes: int
 
 
 class PR2:
@@ -89,6 +66,8 @@ class PR2:
         sites: this rank's routers, ascending by layer.
         moe_layers: 0-based indices of all MoE layers of the model.
         predictor: W_p of this rank's layers, or None.
+        routes: the routes of the rollout batch at work.
+        features, feature_plan: router inputs and logits of its sampled tokens, and which rank holds which.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
@@ -100,6 +79,7 @@ class PR2:
         hidden, experts = self._model_config.hidden_size, self._model_config.num_moe_experts
         device = self.sites[0].router.weight.device if self.sites else torch.device("cpu")
         self._group = token_group(self._model_config.sequence_parallel)
+        self._replica = find_replica([site.column for site in self.sites], self._model_config.sequence_parallel)
         self.predictor: RoutePredictor | None = None
         if config.learns:
             self.predictor = RoutePredictor(
@@ -116,15 +96,24 @@ class PR2:
             len(self.sites),
             experts,
             hidden,
-            budget_bytes=config.feature_bytes,
             device=device if config.feature_device == "device" else torch.device("cpu"),
             h_dtype=torch.bfloat16,
         )
+        self.feature_plan = FeaturePlan(
+            self.features, self._replica.stage, budget_bytes=config.feature_bytes, device=device
+        )
+        self.routes = RouteStore(
+            self._replica,
+            len(self.moe_layers),
+            self._model_config.moe_router_topk,
+            experts,
+            device,
+            scatter=config.routes == "engine" and config.route_delivery == "scatter",
+        )
         self._device = device
         self._drift = DriftMetrics(len(self.sites), device)
-        self._lengths: dict[int, int] = {}
-        self._tables: dict[int, RouteTable] = {}
-        self._samples: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._tokens = TokenIndex({})
+        self._located: dict[Any, Located] = {}
         self._learning = False
         self._features_absent = 0
         self._attached = True
@@ -134,55 +123,70 @@ class PR2:
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
 
-        Collective over the ranks that hold other tokens of the same layers: what one of them refuses, all of them raise.
+        Collective over the replica and over the ranks that hold other tokens of the same layers: what one of them refuses, all of
+        them raise. Every rank of a replica is told of the same sequences in the same order.
 
         Raises:
-            RouteError: a table is absent or does not fit the model, or more tokens lack a route than `max_missing_share` allows.
+            RouteError: a table is absent or does not fit the model, more tokens lack a route than `max_missing_share` allows, or
+                the ranks of a replica were told of different sequences.
         """
         self._require_attached()
-        self._lengths = {s.id: s.length for s in sequences}
-        self._tables = {}
-        failure: RouteError | None = None
+        from_engine = self.config.routes == "engine"
+        tables: dict[int, RouteTable] = {}
+        failure: str | None = None
         try:
-            if self.config.routes == "engine":
-                self._tables = {s.id: self._checked_table(s) for s in sequences}
+            check_sequences(sequences)
+            if from_engine and self.routes.is_owner:
+                shape = len(self.moe_layers), self._model_config.moe_router_topk, self._model_config.num_moe_experts
+                tables = {s.id: checked_table(s, *shape) for s in sequences}
         except RouteError as error:
-            failure = error
-        tokens = sum(max(0, s.length - 1) for s in sequences)
-        # The last token of a sequence was never an engine's input; it has no route by nature and is not counted as missing.
-        missing = sum(int((~table.valid[:-1]).sum()) for table in self._tables.values())
-        all_missing, all_tokens, failures = self._sum_over_ranks([missing, tokens, failure is not None])
+            failure = str(error)
+        tokens = TokenIndex({s.id: s.length for s in sequences})
+        valid = np.zeros(tokens.total, dtype=bool)
+        for sid, table in tables.items():
+            valid[tokens.span(sid)] = table.valid
+        failure, valid = self._agree(failure, tokens, valid)
+        by_sequence = count_missing(valid, tokens) if from_engine else {}
+        missing, total = sum(by_sequence.values()), sum(max(0, s.length - 1) for s in sequences)
+        all_missing, all_tokens, failures = self._sum_over_ranks([missing, total, failure is not None])
         if failure is not None:
-            raise failure
+            raise RouteError(failure)
         if failures:
             raise RouteError(f"{failures} other rank(s) refused the routes of their sequences; their errors say why")
         if all_missing > self.config.max_missing_share * all_tokens:
-            message = self._too_many_missing(all_missing, all_tokens)
+            # Each rank of a stage counted the sequences of the whole replica.
+            counts = all_missing // self._replica.stage.size, all_tokens // self._replica.stage.size
+            message = too_many_missing(*counts, self.config.max_missing_share, by_sequence, tokens)
             if self.config.strict:
                 raise RouteError(message)
             logger.warning(message)
-        self.features.allocate({s.id: self._sample(s) for s in sequences})
-        return RolloutReport(
-            tokens,
-            missing,
-            self.features.sampled_tokens,
-            self.features.dropped_sequences,
-            sum(t.nbytes for t in self._tables.values()),
-            self.features.nbytes,
+        self._tokens = tokens
+        self.routes.begin(tokens, tables, valid)
+        sampled = sampled_tokens(
+            sequences, tokens, valid if from_engine else None, self.config.seed, self.config.sample_fraction
         )
+        self.feature_plan.begin(tokens, sampled)
+        return RolloutReport(total, missing, self.routes.table_bytes)
 
     @contextmanager
     def old_logprobs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """The pass that computes old log-probs under theta_old: predictor off, routes replayed (or recorded), features kept."""
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self._predict if self.config.routes == "actor" and self.predictor is not None else None
-        with self._session(micro_batches, mode, self._keep_features, predict) as session:
-            yield session
+        self._require_attached()
+        self.feature_plan.make_room([micro_batch.grid for micro_batch in micro_batches])
+        try:
+            self._locate(micro_batches)
+            with self._session(micro_batches, mode, self._keep_features, predict) as session:
+                yield session
+        except BaseException:
+            # Features that no pass completed must not be learned from.
+            self.feature_plan.forget_last()
+            raise
         self.features.settle()
         if mode == "record":
-            self._tables = session.recorded_tables(
-                self._lengths, len(self.moe_layers), self._model_config.num_moe_experts
-            )
+            for bound, ids_LTK in session.recorded():
+                self.routes.record(bound.micro_batch.grid, ids_LTK)
 
     @contextmanager
     def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int) -> Iterator[ReplaySession]:
@@ -199,7 +203,10 @@ class PR2:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         self._learning = self.predictor is not None and mini_step >= 2
         mode = "replay" if self.config.replays else "live"
+        self._require_attached()
+        brought = self.feature_plan.bring([micro_batch.grid for micro_batch in micro_batches])
         try:
+            self._features_absent += sum(map(self.feature_plan.absent, self._locate(micro_batches)))
             with self._session(micro_batches, mode, self._measure, None) as session:
                 yield session
         except BaseException:
@@ -209,6 +216,10 @@ class PR2:
             if self.predictor is not None:
                 self.predictor.discard()
             raise
+        finally:
+            self._located = {}
+            if brought:
+                self.features.remove_last()
 
     def step(self, lr: float) -> dict[str, Any]:
         """Ends a mini-step: updates the predictor (if it was learning) with alpha * lr and reads the drift metrics.
@@ -219,20 +230,21 @@ class PR2:
             lr: the policy's current learning rate.
 
         Returns:
-            "drift": per-layer means (megatron_pr2.metrics.COLUMNS and lift); "predictor": tokens, grad_norm, weight_norm;
-            "features_absent": sampled tokens of this rank that the old-log-prob pass kept no features of.
+            "drift": means per MoE layer of the whole model (megatron_pr2.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
+            weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of.
         """
         update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
         if self.predictor is not None and self._learning:
             update = self.predictor.step(self.config.alpha * lr, self._group)
         self._learning = False
         absent, self._features_absent = self._features_absent, 0
-        return {"drift": self._drift.read(self._group), "predictor": update, "features_absent": absent}
+        drift, update = whole_model([site.column for site in self.sites], self._drift.read(self._group), update)
+        return {"drift": drift, "predictor": update, "features_absent": absent}
 
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
-        with ReplaySession(self.sites, self._chunks, micro_batches, mode="record") as session:
+        with self._session(micro_batches, "record", None, None) as session:
             yield session
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
@@ -251,7 +263,7 @@ class PR2:
         if self.predictor is None:
             yield from weights
             return
-        w_by_layer = self._all_layers()
+        w_by_layer = every_layer({s.layer: self.predictor.weight_LEH[s.local] for s in self.sites})
         merged = set()
         for name, tensor in weights:
             match = GATE_NAME.search(name)
@@ -310,6 +322,7 @@ class PR2:
             for name in ("_control", "attached"):
                 site.router.__dict__.pop(name, None)
             site.router.__class__ = site.original
+        self._replica.release()
         self._attached = False
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -325,76 +338,76 @@ class PR2:
         dist.all_reduce(total, group=self._group)
         return [int(v) for v in total.tolist()]
 
-    def _too_many_missing(self, missing: int, tokens: int) -> str:
-        where = "all on other ranks"
-        if self._tables:
-            worst = max(self._tables, key=lambda sid: self._tables[sid].num_missing)
-            table = self._tables[worst]
-            where = f"worst of this rank is sequence {worst} with {table.num_missing} of {table.num_tokens}"
-        return (
-            f"{missing} of {tokens} tokens ({missing / tokens:.1%}) have no valid route, more than max_missing_share="
-            f"{self.config.max_missing_share:.1%}; {where}. The engine returns duplicate, all-zero or out-of-range expert ids: run "
-            "the handshake, check its version and MoE backend"
-        )
-
-    def _checked_table(self, sequence: ReplaySequence) -> RouteTable:
-        table = sequence.routes
-        if table is None:
-            raise RouteError(f"sequence {sequence.id}: routes='engine' but the engine returned none; start it with route return on")
-        router = self._model_config
-        expected = (sequence.length, len(self.moe_layers), router.moe_router_topk, router.num_moe_experts)
-        found = (table.num_tokens, table.num_layers, table.topk, table.num_experts)
-        if found != expected:
-            raise RouteError(
-                f"sequence {sequence.id}: its route table is (tokens, moe layers, top-k, experts) = {found}, expected {expected}"
+    def _agree(
+        self, failure: str | None, tokens: TokenIndex, valid: npt.NDArray[np.bool_]
+    ) -> tuple[str | None, npt.NDArray[np.bool_]]:
+        """The first failure within the replica, and which tokens have a route, from the rank that owns the tables."""
+        ranks = self._replica.ranks
+        if ranks.handle is None:
+            return failure, valid
+        told = list(tokens.lengths.items())
+        digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+        packed = np.packbits(valid).tobytes() if self.routes.is_owner else None
+        parts: list[Any] = [None] * ranks.size
+        # One bit per token and a few bytes, once per rollout batch.
+        dist.all_gather_object(parts, (failure, digest, packed), group=ranks.handle)
+        owners = parts[ranks.owner]
+        failure = next((part[0] for part in parts if part[0] is not None), None)
+        if failure is None and any(part[1] != owners[1] for part in parts):
+            failure = (
+                "the ranks of a replica (tensor x context x pipeline parallel) were told of different sequences; pass the same "
+                "ones, in the same order, to begin_rollout() on all of them"
             )
-        return table
+        if failure is None and any(part[2] not in (None, owners[2]) for part in parts):
+            failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
+        if failure is None:
+            valid = np.unpackbits(np.frombuffer(owners[2], dtype=np.uint8), count=tokens.total).astype(bool)
+        return failure, valid
 
-    @contextmanager
-    def _session(self, micro_batches: Sequence[MicroBatch], mode: str, observer: Any, predict: Any) -> Iterator[ReplaySession]:
+    def _locate(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
+        """Finds the features of every micro-batch's rows; returns the rows' flat token indices."""
+        rows = [self._tokens.of_grid(self._replica.stage.rows(micro_batch.grid)) for micro_batch in micro_batches]
+        self._located = {
+            micro_batch.key: self.features.locate(tokens, self._device)
+            for micro_batch, tokens in zip(micro_batches, rows, strict=True)
+        }
+        return rows
+
+    def _session(
+        self, micro_batches: Sequence[MicroBatch], mode: str, observer: Observer | None, predict: Any
+    ) -> ReplaySession:
         self._require_attached()
-        self._samples = {}
-        for micro_batch in micro_batches:
-            rows, slots = self.features.locate(*micro_batch.grid.rows())
-            if observer == self._measure:
-                written = self.features.written(slots)
-                self._features_absent += int((~written).sum())
-                rows, slots = rows[written], slots[written]
-            on_device = torch.from_numpy(rows).to(self._device), torch.from_numpy(slots).to(self.features.device)
-            self._samples[micro_batch.key] = (slots, *on_device)
-        session = ReplaySession(
-            self.sites, self._chunks, micro_batches, mode=mode, tables=self._tables, observer=observer, predict=predict
+        return ReplaySession(
+            self.sites,
+            self._chunks,
+            micro_batches,
+            mode=mode,
+            localize=self._replica.ranks.rows,
+            routes=self.routes.slice,
+            observer=observer,
+            predict=predict,
         )
-        with session:
-            yield session
-
-    def _sample(self, sequence: ReplaySequence) -> IntArray:
-        positions = np.arange(sequence.loss_start, sequence.loss_stop, dtype=np.int64)
-        table = self._tables.get(sequence.id)
-        if table is not None:
-            positions = positions[table.valid[positions]]
-        return sample_positions(self.config.seed, sequence.id, positions, self.config.sample_fraction)
 
     def _predict(self, site: RouterSite, h_TH: Tensor, p_TE: Tensor) -> Tensor:
         assert self.predictor is not None
         return predicted_logits(h_TH, p_TE, self.predictor.weight_LEH[site.local]).to(p_TE.dtype)
 
     def _keep_features(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-        slots, rows, slots_device = self._samples[bound.micro_batch.key]
-        if len(slots):
-            self.features.write(site.local, slots, slots_device, h_TH.index_select(0, rows), p_TE.index_select(0, rows))
+        where = self._located[bound.micro_batch.key]
+        if where.count:
+            self.features.write(site.local, where, h_TH.index_select(0, where.rows), p_TE.index_select(0, where.rows))
 
     def _measure(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-        slots, rows, slots_device = self._samples[bound.micro_batch.key]
-        if not len(slots):
+        where = self._located[bound.micro_batch.key]
+        if not where.count:
             return
-        h_old_SH, p_old_SE = self.features.read(site.local, slots_device, p_TE.device)
-        p_SE = p_TE.index_select(0, rows).float()
+        h_old_SH, p_old_SE = self.features.read(site.local, where, p_TE.device)
+        p_SE = p_TE.index_select(0, where.rows).float()
         current_SK = select_experts(site.router, p_SE)
         frozen_SK = select_experts(site.router, p_old_SE)
         replayed_SK = frozen_SK
         if bound.routes_LTK is not None:
-            replayed_SK = bound.routes_LTK[site.local].index_select(0, rows)
+            replayed_SK = bound.routes_LTK[site.local].index_select(0, where.rows)
         q_hat_SE = p_old_SE
         if self.predictor is not None:
             q_hat_SE = predicted_logits(h_old_SH, p_old_SE, self.predictor.weight_LEH[site.local])
@@ -402,26 +415,6 @@ class PR2:
                 self.predictor.accumulate(site.local, h_old_SH, p_old_SE, p_SE)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self._drift.add(site.local, columns)
-
-    def _all_layers(self) -> dict[int, Tensor]:
-        """W_p of every MoE layer of the model by 0-based layer; collective over the pipeline group where there is one."""
-        assert self.predictor is not None
-        own = {site.layer: self.predictor.weight_LEH[site.local] for site in self.sites}
-        if not mpu.model_parallel_is_initialized() or mpu.get_pipeline_model_parallel_world_size() == 1:
-            return own
-        group = mpu.get_pipeline_model_parallel_group()
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, {layer: w.cpu() for layer, w in own.items()}, group=group)
-        return {layer: w for part in parts for layer, w in part.items()}
-
-
-def token_group(sequence_parallel: bool) -> dist.ProcessGroup | None:
-    """The ranks that hold other tokens of the same layers: data x context (x tensor under sequence parallelism)."""
-    if not mpu.model_parallel_is_initialized():
-        return None
-    if sequence_parallel:
-        return mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:

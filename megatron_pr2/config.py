@@ -11,6 +11,8 @@ ROUTES = ("live", "actor", "engine")
 PREDICTORS = ("none", "learned")
 TARGETS = ("post", "delta")
 
+DELIVERIES = ("scatter", "local")
+
 PRESETS: dict[str, dict[str, str]] = {
     "grpo": {"routes": "live", "predictor": "none"},
     "r2": {"routes": "actor", "predictor": "none"},
@@ -26,6 +28,8 @@ class PR2Config:
     Attributes:
         routes: "live" (nothing is replayed), "actor" (recorded in the old-log-prob pass) or "engine" (returned by the rollout
             engine).
+        route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): "scatter" sends each its
+            share from the first rank, "local" slices tables that every rank was given.
         predictor: "none", or "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's drift).
         target: what the predictor matches: "post" = KL(rho_theta || q_hat), "delta" = KL of the softmax of the logit change.
         alpha: the predictor's learning rate is alpha times the policy's current one.
@@ -39,6 +43,7 @@ class PR2Config:
     """
 
     routes: str = "engine"
+    route_delivery: str = "scatter"
     predictor: str = "learned"
     target: str = "post"
     alpha: float = 1.0
@@ -55,6 +60,7 @@ class PR2Config:
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), type(f.default))
         _one_of("routes", self.routes, ROUTES)
+        _one_of("route_delivery", self.route_delivery, DELIVERIES)
         _one_of("predictor", self.predictor, PREDICTORS)
         _one_of("target", self.target, TARGETS)
         _one_of("feature_device", self.feature_device, ("device", "cpu"))

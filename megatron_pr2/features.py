@@ -1,49 +1,69 @@
-"""FeatureStore: router inputs and logits under theta_old for a seeded sample of tokens (design decision 6).
+"""FeatureStore: router inputs and logits under theta_old of sampled tokens (design decision 6).
 
-Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden.
+Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden, T rows of a micro-batch.
 
-Features are keyed by (sequence, position), because the log-prob pass and the training pass may split micro-batches differently.
-They stay on the rank that computed them. h_old is kept in bf16, p_old in fp32: the logits cost E of E + H columns, and rounding
-them to bf16 alone moves 0.4 % of the top-k slots, as much as a small update does (docs/design.md).
+Features are keyed by token (its flat index in the rollout batch), because the log-prob pass and the training pass may split
+micro-batches differently. h_old is kept in bf16, p_old in fp32: the logits cost E of E + H columns, and rounding them to bf16 alone
+moves 0.4 % of the top-k slots, as much as a small update does (docs/design.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IntArray = npt.NDArray[np.int64]
+from megatron_pr2.layout import IntArray
 
 
-def sample_positions(seed: int, sequence: int, candidates: IntArray, fraction: float) -> IntArray:
-    """Uniform sample without replacement of the candidate positions of one sequence, ascending.
+@dataclass(eq=False)
+class Segment:
+    """Features of some tokens, ascending by token.
 
-    A function of its arguments alone, so that every rank draws the same sample. At least one position is drawn where there is one.
+    Attributes:
+        tokens: [S] flat token indices.
+        h_LSH: bf16. p_LSE: fp32.
     """
-    count = min(len(candidates), max(1, round(len(candidates) * fraction)))
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sequence])))
-    return np.sort(generator.permutation(candidates)[:count]).astype(np.int64)
+
+    tokens: IntArray
+    h_LSH: Tensor
+    p_LSE: Tensor
+    in_flight: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.h_LSH.nbytes + self.p_LSE.nbytes
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the features of a micro-batch's rows are.
+
+    Attributes:
+        rows: [S] on the device, rows of the router's input.
+        parts: per segment the slots [S_i], on the segment's device; rows are in this order.
+        count: S.
+    """
+
+    rows: Tensor
+    parts: tuple[tuple[Segment, Tensor], ...]
+    count: int
 
 
 class FeatureStore:
-    """(h_old, p_old) of the sampled tokens of one rollout batch, for the local MoE layers.
+    """(h_old, p_old) of this rank's sampled tokens of one rollout batch, for its MoE layers.
 
     Attributes:
-        sampled_tokens: tokens for which there is room.
-        dropped_sequences: whole sequences left out because of the byte budget.
+        device: where features are kept.
+        peak_bytes: most bytes held at once since begin().
     """
 
-    def __init__(
-        self, num_layers: int, num_experts: int, hidden: int, *, budget_bytes: int, device: torch.device, h_dtype: torch.dtype
-    ) -> None:
-        """Args: `device` is where features are kept; `h_dtype` is what router inputs are stored as."""
+    def __init__(self, num_layers: int, num_experts: int, hidden: int, *, device: torch.device, h_dtype: torch.dtype) -> None:
         self._layers, self._experts, self._hidden = num_layers, num_experts, hidden
-        self._budget, self.device, self._h_dtype = budget_bytes, device, h_dtype
-        self.clear()
+        self.device, self._h_dtype = device, h_dtype
+        self.begin(0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -52,95 +72,100 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
-        return self.sampled_tokens * self.bytes_per_token
+        """Bytes held now."""
+        return sum(segment.nbytes for segment in self._segments)
 
-    def clear(self) -> None:
-        """Forgets everything, before the next rollout batch."""
-        self._slots: dict[int, tuple[IntArray, int]] = {}
-        self._written = np.zeros((self._layers, 0), dtype=bool)
-        self.sampled_tokens = 0
-        self.dropped_sequences = 0
-        self._h_LSH = torch.empty(0)
-        self._p_LSE = torch.empty(0)
-        self._in_flight: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What is held now, in the order in which it came."""
+        return tuple(self._segments)
 
-    def allocate(self, samples: Mapping[int, IntArray]) -> None:
-        """Makes room for the sampled positions of each sequence; beyond the budget whole sequences are dropped, last ones first.
+    def begin(self, num_tokens: int) -> None:
+        """Forgets everything, before a rollout batch of so many tokens."""
+        self._segments: list[Segment] = []
+        self._segment_of = np.full(num_tokens, -1, dtype=np.int32)
+        self._slot_of = np.zeros(num_tokens, dtype=np.int64)
+        self.peak_bytes = 0
 
-        Args:
-            samples: sequence id -> ascending positions.
-        """
-        self.clear()
-        if not self._layers:
-            return
-        room = self._budget // self.bytes_per_token
-        for sequence, positions in samples.items():
-            if self.sampled_tokens + len(positions) > room:
-                self.dropped_sequences += 1
-                continue
-            self._slots[sequence] = (positions, self.sampled_tokens)
-            self.sampled_tokens += len(positions)
-        total = self.sampled_tokens
-        self._written = np.zeros((self._layers, total), dtype=bool)
-        self._h_LSH = torch.zeros(self._layers, total, self._hidden, dtype=self._h_dtype, device=self.device)
-        self._p_LSE = torch.zeros(self._layers, total, self._experts, dtype=torch.float32, device=self.device)
-
-    def locate(self, sequence: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
-        """Rows of a micro-batch that are sampled, and the slot of each.
+    def add(self, tokens: IntArray) -> Segment:
+        """Makes room for tokens; they can be located from now on.
 
         Args:
-            sequence, position: [T] of the router's rows, -1 for padding.
-
-        Returns:
-            rows, slots: [S] each, ascending rows.
+            tokens: [S] flat indices, ascending, none of them held already.
         """
-        rows, slots = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for sid in np.unique(sequence[sequence >= 0]):
-            if int(sid) not in self._slots:
-                continue
-            wanted, start = self._slots[int(sid)]
-            (own,) = np.nonzero(sequence == sid)
-            found = np.isin(position[own], wanted)
-            rows.append(own[found])
-            slots.append(start + np.searchsorted(wanted, position[own][found]))
-        row, slot = np.concatenate(rows), np.concatenate(slots)
-        order = np.argsort(row, kind="stable")
-        return row[order], slot[order]
+        count = len(tokens)
+        h_LSH = torch.zeros(self._layers, count, self._hidden, dtype=self._h_dtype, device=self.device)
+        p_LSE = torch.zeros(self._layers, count, self._experts, dtype=torch.float32, device=self.device)
+        segment = Segment(tokens, h_LSH, p_LSE)
+        self._segment_of[tokens] = len(self._segments)
+        self._slot_of[tokens] = np.arange(count)
+        self._segments.append(segment)
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        return segment
 
-    def write(self, layer: int, slots: IntArray, slots_device: Tensor, h_SH: Tensor, p_SE: Tensor) -> None:
-        """Keeps the features of one layer of one micro-batch; `slots` are the host's copy of `slots_device`."""
-        self._written[layer, slots] = True
-        h = h_SH.to(self.device, self._h_dtype, non_blocking=True)
-        p = p_SE.to(self.device, torch.float32, non_blocking=True)
-        if self._elsewhere(h_SH):
-            # Copies to pinned host memory are still on their way; reading them now would read anything.
-            self._in_flight.append((layer, slots_device, h, p))
-        else:
-            self._h_LSH[layer].index_copy_(0, slots_device, h)
-            self._p_LSE[layer].index_copy_(0, slots_device, p)
+    def remove_last(self) -> None:
+        """Forgets the segment that was added last."""
+        self._segment_of[self._segments.pop().tokens] = -1
+
+    def holds(self, tokens: IntArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which tokens have room here; -1 stands for no token."""
+        return np.where(tokens >= 0, self._segment_of[tokens] >= 0, False) if len(self._segment_of) else tokens < -1
+
+    def locate(self, tokens_T: IntArray, device: torch.device) -> Located:
+        """The rows of a micro-batch whose features are held.
+
+        Args:
+            tokens_T: flat token index per row, -1 for padding.
+            device: where the rows are wanted.
+        """
+        (rows,) = np.nonzero(self.holds(tokens_T))
+        segment_of = self._segment_of[tokens_T[rows]]
+        order, parts = [], []
+        for index in np.unique(segment_of).tolist():
+            (here,) = np.nonzero(segment_of == index)
+            order.append(rows[here])
+            slots = torch.from_numpy(self._slot_of[tokens_T[rows[here]]])
+            parts.append((self._segments[index], slots.to(self.device, non_blocking=True)))
+        ordered = np.concatenate(order) if order else np.zeros(0, dtype=np.int64)
+        return Located(torch.from_numpy(ordered).to(device, non_blocking=True), tuple(parts), len(ordered))
+
+    def write(self, layer: int, where: Located, h_SH: Tensor, p_SE: Tensor) -> None:
+        """Keeps the features of one layer of one micro-batch."""
+        start = 0
+        for segment, slots in where.parts:
+            share = slice(start, start := start + len(slots))
+            h = h_SH[share].to(self.device, self._h_dtype, non_blocking=True)
+            p = p_SE[share].to(self.device, torch.float32, non_blocking=True)
+            if h_SH.device.type != self.device.type:
+                # Copies to host memory are still on their way; reading them now would read anything.
+                segment.in_flight.append((layer, slots, h, p))
+            else:
+                segment.h_LSH[layer].index_copy_(0, slots, h)
+                segment.p_LSE[layer].index_copy_(0, slots, p)
 
     def settle(self) -> None:
         """Waits, once, for the copies that write() started from another device, and files them."""
-        if not self._in_flight:
+        if not any(segment.in_flight for segment in self._segments):
             return
         torch.cuda.current_stream().synchronize()
-        for layer, slots, h, p in self._in_flight:
-            self._h_LSH[layer].index_copy_(0, slots, h)
-            self._p_LSE[layer].index_copy_(0, slots, p)
-        self._in_flight = []
+        for segment in self._segments:
+            for layer, slots, h, p in segment.in_flight:
+                segment.h_LSH[layer].index_copy_(0, slots, h)
+                segment.p_LSE[layer].index_copy_(0, slots, p)
+            segment.in_flight = []
 
-    def written(self, slots: IntArray) -> npt.NDArray[np.bool_]:
-        """Which slots were written for every layer, [S]; known on the host, costs no synchronisation."""
-        return np.asarray(self._written[:, slots].all(axis=0))
-
-    def read(self, layer: int, slots_device: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(h_old [S, H], p_old [S, E]) of one layer on `device`."""
-        self.settle()
+    def read(self, layer: int, where: Located, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(h_old [S, H], p_old [S, E]) of one layer on `device`, in the order of `where.rows`."""
+        h = [segment.h_LSH[layer].index_select(0, slots) for segment, slots in where.parts]
+        p = [segment.p_LSE[layer].index_select(0, slots) for segment, slots in where.parts]
+        h.append(torch.empty(0, self._hidden, dtype=self._h_dtype, device=self.device))
+        p.append(torch.empty(0, self._experts, dtype=torch.float32, device=self.device))
         return (
-            self._h_LSH[layer].index_select(0, slots_device).to(device, non_blocking=True),
-            self._p_LSE[layer].index_select(0, slots_device).to(device, non_blocking=True),
+            _joined(h).to(device, non_blocking=True),
+            _joined(p).to(device, non_blocking=True),
         )
 
-    def _elsewhere(self, tensor: Tensor) -> bool:
-        return tensor.device.type != self.device.type
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor without a copy where there is one; the last part is empty, for where there is none."""
+    return parts[0] if len(parts) <= 2 else torch.cat(parts)

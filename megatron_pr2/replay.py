@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from torch import Tensor
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
 from megatron_pr2.router import PredictiveTopKRouter, TopK, select_experts
-from megatron_pr2.routes import RouteTable, expert_dtype
+from megatron_pr2.routes import RouteTable
+from megatron_pr2.scatter import RouteSlice
 from megatron_pr2.sites import RouterSite, unwrapped
 
 MODES = ("live", "record", "replay")
@@ -33,11 +34,11 @@ MODES = ("live", "record", "replay")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch as this rank's routers see it.
+    """A micro-batch, described alike on every rank that works on it.
 
     Attributes:
         key: identifies it within a pass.
-        grid: which token every row of the routers' input holds on this rank.
+        grid: which token every row of the whole micro-batch holds, before context and sequence parallelism cut it.
     """
 
     key: Hashable
@@ -46,53 +47,26 @@ class MicroBatch:
 
 @dataclass
 class BoundMicroBatch:
-    """A micro-batch with what its routers need, on the device.
+    """A micro-batch with what this rank's routers need of it.
 
     Attributes:
-        routes_LTK: compact ids of the local layers, or None when nothing is replayed.
+        local: which token every row of the routers' input holds on this rank.
+        slice: its routes, perhaps still on their way; None when nothing is replayed.
+        routes_LTK: compact ids of the local layers on the device, from the time that the micro-batch runs.
         missing: rows [M] that the live router decides, or None if there is none.
         recorded: ids [T, K] per local layer, filled while recording.
     """
 
     micro_batch: MicroBatch
-    routes_LTK: Tensor | None
-    missing: Tensor | None
-    recorded: dict[int, Tensor]
+    local: TokenGrid
+    slice: RouteSlice | None = None
+    routes_LTK: Tensor | None = None
+    missing: Tensor | None = None
+    recorded: dict[int, Tensor] = field(default_factory=dict)
 
 
 Observer = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], None]
-
-
-def gather_routes(
-    grid: TokenGrid, tables: Mapping[int, RouteTable], columns: Sequence[int], topk: int, num_experts: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """Routes of the rows of a grid from per-sequence tables.
-
-    Args:
-        columns: the L axis of the tables that this rank computes.
-
-    Returns:
-        [L, T, K] compact ids, and [T] bool: which rows hold a valid route.
-
-    Raises:
-        ReplayError: a sequence of the grid has no table, or a table is too short.
-    """
-    sequence, position = grid.rows()
-    ids = np.zeros((len(columns), grid.num_rows, topk), dtype=expert_dtype(num_experts))
-    valid = np.zeros(grid.num_rows, dtype=bool)
-    for sid in np.unique(sequence[sequence >= 0]):
-        table = tables.get(int(sid))
-        if table is None:
-            raise ReplayError(f"sequence {sid} has no route table on this rank; pass it to begin_rollout() before replaying it")
-        (rows,) = np.nonzero(sequence == sid)
-        positions = position[rows]
-        if positions.max(initial=0) >= table.num_tokens:
-            raise ReplayError(
-                f"sequence {sid}: position {positions.max()} is outside its route table of {table.num_tokens} tokens"
-            )
-        ids[:, rows] = table.experts[positions][:, list(columns)].transpose(1, 0, 2)
-        valid[rows] = table.valid[positions]
-    return ids, valid
+Routes = Callable[[TokenGrid], tuple[RouteSlice, npt.NDArray[np.bool_]]]
 
 
 class _SiteControl:
@@ -118,11 +92,11 @@ class _SiteControl:
     ) -> tuple[Tensor, Tensor]:
         bound, recomputing = self._session.current(self._site)
         self._session.count(self._site, bound, recomputing)
-        rows = bound.micro_batch.grid.num_rows
+        rows = bound.local.num_rows
         if scores.shape[0] != rows:
             raise ReplayError(
                 f"layer {self._site.layer}, micro-batch {bound.micro_batch.key!r}: the router sees {scores.shape[0]} rows, the "
-                f"micro-batch's grid has {rows}; the layout given to PR2 is not the one that the model runs"
+                f"micro-batch's grid has {rows} on this rank; the grid given to PR2 is not what the model runs"
             )
         if recomputing and self._site.local in bound.recorded:
             # What was live in the forward pass must be taken again, whatever the recomputed logits say.
@@ -158,7 +132,8 @@ class ReplaySession:
         micro_batches: Sequence[MicroBatch],
         *,
         mode: str,
-        tables: Mapping[int, RouteTable] | None = None,
+        localize: Callable[[TokenGrid], TokenGrid] = lambda grid: grid,
+        routes: Routes | None = None,
         observer: Observer | None = None,
         predict: Callable[[RouterSite, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
@@ -166,7 +141,8 @@ class ReplaySession:
         sites, chunks: this rank's routers and the model chunks that they live in.
         micro_batches: every micro-batch of the pass; keys must differ.
         mode: "live", "record" or "replay".
-        tables: routes per sequence, for "replay".
+        localize: gives this rank's rows of a whole micro-batch.
+        routes: gives this rank's routes of a whole micro-batch and which rows have one, for "replay".
         observer: sees (site, micro-batch, h [T, H], p [T, E]) once per forward.
         predict: while recording, logits by which the routes are chosen instead of the live ones.
         """
@@ -176,7 +152,7 @@ class ReplaySession:
         self._sites, self._predict = list(sites), predict
         self._chunk_of = {id(unwrapped(chunk)): index for index, chunk in enumerate(chunks)}
         self._micro_batches = list(micro_batches)
-        self._tables = tables or {}
+        self._localize, self._routes = localize, routes
         self._bound: dict[Hashable, BoundMicroBatch] = {}
         self._forward: dict[int, BoundMicroBatch] = {}
         self._backward: dict[int, BoundMicroBatch] = {}
@@ -184,7 +160,9 @@ class ReplaySession:
         self._closed = False
         self.missing_rows = 0
         self.replayed_rows = 0
-        self.id_dtype = torch.uint8
+        many = bool(self._sites) and self._sites[0].router.num_experts > 256
+        # torch indexes with signed ids only, hence int16 beyond 256 experts.
+        self.id_dtype = torch.int16 if many else torch.uint8
         if len({mb.key for mb in self._micro_batches}) != len(self._micro_batches):
             raise ReplayError("two micro-batches of one pass have the same key; keys must differ")
 
@@ -213,6 +191,8 @@ class ReplaySession:
         bound = self._bound.get(micro_batch.key)
         if bound is None:
             raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
+        if bound.slice is not None and bound.routes_LTK is None:
+            bound.routes_LTK = bound.slice.ids_LTK()
         self._forward[self._index(chunk)] = bound
 
     def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Tensor) -> None:
@@ -284,6 +264,18 @@ class ReplaySession:
         """Counts one selection of one layer for one micro-batch (invariant I4); host integers only."""
         self._seen[bound.micro_batch.key, site.local, recomputing] += 1
 
+    def recorded(self) -> Iterator[tuple[BoundMicroBatch, Tensor]]:
+        """What the pass recorded: every micro-batch with its ids [L, T, K] on the device.
+
+        Raises:
+            ReplayError: a layer was not recorded.
+        """
+        for bound in self._bound.values():
+            if len(bound.recorded) != len(self._sites):
+                raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")
+            if self._sites:
+                yield bound, torch.stack([bound.recorded[site.local] for site in self._sites])
+
     def recorded_tables(self, lengths: Mapping[int, int], num_columns: int, num_experts: int) -> dict[int, RouteTable]:
         """What the pass recorded, as one table per sequence; tokens and layers of other ranks stay missing or zero.
 
@@ -291,35 +283,30 @@ class ReplaySession:
         """
         tables: dict[int, RouteTable] = {}
         columns = np.array([site.column for site in self._sites], dtype=np.int64)
-        for bound in self._bound.values():
-            if len(bound.recorded) != len(self._sites):
-                raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")
-            ids_TLK = torch.stack([bound.recorded[site.local] for site in self._sites], dim=1).cpu().numpy()
-            sequence, position = bound.micro_batch.grid.rows()
-            for sid in np.unique(sequence[sequence >= 0]).tolist():
-                (rows,) = np.nonzero(sequence == sid)
+        for bound, ids_LTK in self.recorded():
+            ids_TLK = ids_LTK.transpose(0, 1).cpu().numpy()
+            rows, sequence, position = bound.local.real()
+            for sid in np.unique(sequence).tolist():
+                here = sequence == sid
                 table = tables.setdefault(sid, RouteTable.missing(lengths[sid], num_columns, ids_TLK.shape[2], num_experts))
-                table.experts[np.ix_(position[rows], columns)] = ids_TLK[rows]
-                table.valid[position[rows]] = True
+                table.experts[np.ix_(position[here], columns)] = ids_TLK[rows[here]]
+                table.valid[position[here]] = True
         return tables
 
     def _bind(self, micro_batch: MicroBatch) -> BoundMicroBatch:
-        if not self._sites:
-            return BoundMicroBatch(micro_batch, None, None, {})
-        router = self._sites[0].router
-        self.id_dtype = torch.uint8 if router.num_experts <= 256 else torch.int16
+        bound = BoundMicroBatch(micro_batch, self._localize(micro_batch.grid))
         if self.mode != "replay":
-            return BoundMicroBatch(micro_batch, None, None, {})
-        columns = [site.column for site in self._sites]
-        ids, valid = gather_routes(micro_batch.grid, self._tables, columns, router.topk, router.num_experts)
-        device = router.weight.device
+            return bound
+        if self._routes is None:
+            raise ReplayError("a replay session needs routes; open it with PR2.old_logprobs() or PR2.actor_update()")
+        # Also on a pipeline rank without MoE layers: the others of its replica are sending.
+        bound.slice, valid = self._routes(micro_batch.grid)
         (missing,) = np.nonzero(~valid)
         self.missing_rows += len(missing)
         self.replayed_rows += int(valid.sum())
-        # torch indexes with signed ids only; int16 holds every id of a uint16 table (at most 32767 experts).
-        routes = torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int16)).to(device, non_blocking=True)
-        rows = torch.from_numpy(missing).to(device, non_blocking=True) if len(missing) else None
-        return BoundMicroBatch(micro_batch, routes, rows, {})
+        if len(missing) and self._sites:
+            bound.missing = torch.from_numpy(missing).to(self._sites[0].router.weight.device, non_blocking=True)
+        return bound
 
     def _index(self, chunk: torch.nn.Module) -> int:
         index = self._chunk_of.get(id(unwrapped(chunk)))

@@ -6,13 +6,12 @@ import copy
 import logging
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_pr2.attach import ReplaySequence, attach
+from megatron_pr2.attach import PR2, ReplaySequence, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, RouteError
 from megatron_pr2.router import PredictiveTopKRouter
@@ -221,15 +220,42 @@ def test_the_report_counts() -> None:
     report = begin(PR2_CONFIG)
     assert report.tokens == 39 + 59  # the last tokens have no route by nature
     assert report.missing == 0
-    assert report.sampled == round(0.5 * 37) + round(0.5 * 57)
-    assert report.dropped_sequences == 0
     assert report.route_bytes == (40 + 60) * 4 + 5 + 8
-    assert report.feature_bytes == report.sampled * 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
+
+
+def kept_features(config: PR2Config, tables: dict[int, RouteTable], lengths: dict[int, int]) -> PR2:
+    """A handle after its log-prob pass."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, config)
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    toy.old_logprobs(pr2, chunk, toy.batches(lengths, 1))
+    return pr2
+
+
+def test_features_are_counted() -> None:
+    pr2 = kept_features(PR2_CONFIG, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS)
+    assert pr2.feature_plan.sampled_tokens == round(0.5 * 37) + round(0.5 * 57)
+    assert pr2.feature_plan.dropped_sequences == 0
+    assert pr2.features.nbytes == pr2.feature_plan.sampled_tokens * 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
 
 
 def test_a_missing_table_is_refused() -> None:
-    with pytest.raises(RouteError, match="sequence 1: routes='engine' but the engine returned none"):
+    with pytest.raises(RouteError, match="sequence 1: routes='engine' but there are none on the rank that owns them"):
         begin(PR2_CONFIG, routes=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": 0}, "sequence id 0 is negative or given twice"),
+        ({"id": -1}, "sequence id -1 is negative"),
+        ({"loss_stop": 61}, r"sequence 1: loss-bearing positions \[2, 61\) are outside its 60 tokens"),
+        ({"loss_start": 59, "loss_stop": 58}, r"\[59, 58\) are outside"),
+    ],
+)
+def test_sequences_that_contradict_themselves_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(RouteError, match=message):
+        begin(PR2_CONFIG, **changes)
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 59}, {"layers": 3}, {"topk": 3}, {"experts": 9}])
@@ -239,7 +265,7 @@ def test_tables_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
 
 
 def test_too_many_missing_rows_fail_or_warn(caplog: pytest.LogCaptureFixture) -> None:
-    message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst of this rank is sequence 1 with 3 of 60"
+    message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst of this rank is sequence 1 with 2 of 60"
     with pytest.raises(RouteError, match=message):
         begin(PR2Config.preset("pr2", max_missing_share=0.02), routes=table(missing=2))
     assert begin(PR2Config.preset("pr2", max_missing_share=0.021), routes=table(missing=2)).missing == 2
@@ -251,18 +277,17 @@ def test_too_many_missing_rows_fail_or_warn(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_only_loss_bearing_tokens_with_a_route_are_sampled() -> None:
-    config = toy.toy_config()
-    pr2 = attach(toy.ToyChunk(config), PR2Config.preset("pr2", sample_fraction=1.0, max_missing_share=1.0))
-    tables = toy.random_tables({0: 20}, config, missing=[(0, 7), (0, 11)])
-    pr2.begin_rollout([ReplaySequence(0, 20, 5, 19, tables[0])])
-    rows, _ = pr2.features.locate(np.zeros(20, dtype=np.int64), np.arange(20))
-    assert rows.tolist() == [p for p in range(5, 19) if p not in (7, 11)]
+    tables = toy.random_tables({0: 20}, toy.toy_config(), missing=[(0, 7), (0, 11)])
+    pr2 = kept_features(PR2Config.preset("pr2", sample_fraction=1.0, max_missing_share=1.0), tables, {0: 20})
+    (segment,) = pr2.features.segments
+    assert segment.tokens.tolist() == [p for p in range(2, 19) if p not in (7, 11)]
 
 
 def test_a_byte_budget_drops_sequences_and_says_so() -> None:
     per_token = 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
-    report = begin(PR2Config.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token))
-    assert (report.sampled, report.dropped_sequences) == (37, 1)
+    config = PR2Config.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token)
+    plan = kept_features(config, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS).feature_plan
+    assert (plan.sampled_tokens, plan.dropped_sequences) == (37, 1)
 
 
 def test_features_that_were_never_kept_are_counted() -> None:
@@ -371,8 +396,8 @@ def test_a_pipeline_rank_without_any_moe_layer_takes_part() -> None:
     assert "no router found for the MoE layers [1]" in first["refused"]
     assert first["refused"] == last["refused"]
     assert (first["sites"], last["sites"]) == (0, 1)
-    assert (first["tokens"], last["tokens"]) == (0, 37 + 57)
-    assert (first["drift"], last["drift"]) == ([], [37 + 57])
+    assert first["tokens"] == last["tokens"] == 37 + 57  # reports are of the whole model
+    assert first["drift"] == last["drift"] == [37 + 57]
     assert first["norm"] == last["norm"] > 0.1
     assert (first["layers"], last["layers"]) == ([], [1])
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.features import sample_positions
+from megatron_pr2.tokens import sample_positions
 from tests import toy
 from tests.distributed import pool
 from tests.loop import train_job

@@ -20,9 +20,10 @@ from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.replay import MicroBatch, ReplaySession, gather_routes
+from megatron_pr2.replay import MicroBatch, ReplaySession
 from megatron_pr2.router import select_experts
 from megatron_pr2.routes import RouteTable
+from megatron_pr2.scatter import slice_tables
 from tests import toy
 from tests.distributed import pool
 
@@ -300,7 +301,7 @@ def test_an_exception_releases_the_routers_and_is_not_replaced(where: str) -> No
     micro_batches = [b.micro_batch for b in data]
     if where == "enter":
         bad = MicroBatch("bad", layout.padded([99], [3], 3))
-        with pytest.raises(ReplayError, match="sequence 99 has no route table"), pr2.actor_update([*micro_batches, bad], 1):
+        with pytest.raises(ReplayError, match="sequence 99 has no routes"), pr2.actor_update([*micro_batches, bad], 1):
             pass
     else:
         with pytest.raises(ZeroDivisionError), pr2.actor_update(micro_batches, 1) as session:
@@ -396,7 +397,7 @@ def test_unknown_micro_batches_chunks_modes_and_mini_steps_are_refused() -> None
 def test_another_number_of_rows_is_refused() -> None:
     chunk, pr2, data, _ = prepared()
     with (
-        pytest.raises(ReplayError, match=r"router sees 20 rows, the micro-batch's grid has 22; the layout"),
+        pytest.raises(ReplayError, match=r"router sees 20 rows, the micro-batch's grid has 22 on this rank"),
         pr2.actor_update([data[0].micro_batch], 1) as session,
     ):
         session.begin(chunk, data[0].micro_batch)
@@ -418,11 +419,12 @@ def test_recorded_tables_of_an_incomplete_pass_are_refused() -> None:
 
 def test_tables_that_are_too_short_are_refused() -> None:
     tables = toy.random_tables({0: 4}, toy.toy_config())
+    where = toy.TOPK, toy.EXPERTS, torch.device("cpu")
     with pytest.raises(ReplayError, match="position 5 is outside its route table of 4 tokens"):
-        gather_routes(layout.padded([0], [6], 6), tables, [0, 1], toy.TOPK, toy.EXPERTS)
-    ids, valid = gather_routes(layout.padded([0], [4], 6), tables, [1], toy.TOPK, toy.EXPERTS)
+        slice_tables(layout.padded([0], [6], 6), tables, [0, 1], *where)
+    ids = slice_tables(layout.padded([0], [4], 6), tables, [1], *where).ids_LTK()
     assert ids.shape == (1, 6, toy.TOPK)
-    assert valid.tolist() == [True, True, True, False, False, False]
+    assert ids[0, :4].tolist() == tables[0].experts[:, 1].tolist()
 
 
 def test_a_recomputing_backward_after_the_session_is_refused() -> None:

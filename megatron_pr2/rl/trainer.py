@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_pr2.attach import RolloutReport
+from megatron_pr2.attach import PR2, RolloutReport
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
@@ -203,7 +203,7 @@ class Trainer:
         seconds: float,
     ) -> dict[str, Any]:
         summary = step_summary(samples, mpu.get_data_parallel_group())
-        routes, route_bytes, feature_bytes = _sum_reports(report, mpu.get_data_parallel_group())
+        routes, route_bytes, feature_bytes = _sum_reports(report, self._actor.pr2, mpu.get_data_parallel_group())
         routes["features_absent"] = sum(m["features_absent"] for m in mini_steps)
         tokens = int(summary.pop("tokens"))
         return {
@@ -242,13 +242,17 @@ class Trainer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
 
 
-def _sum_reports(report: RolloutReport, group: dist.ProcessGroup) -> tuple[dict[str, Any], int, int]:
-    names = list(asdict(report))
-    values = torch.tensor(list(asdict(report).values()), dtype=torch.int64)
+def _sum_reports(report: RolloutReport, pr2: PR2, group: dist.ProcessGroup) -> tuple[dict[str, Any], int, int]:
+    plan = pr2.feature_plan
+    counts = {
+        **asdict(report),
+        "sampled": plan.sampled_tokens,
+        "dropped_sequences": plan.dropped_sequences,
+        "feature_bytes": pr2.features.nbytes,
+    }
+    values = torch.tensor(list(counts.values()), dtype=torch.int64)
     dist.all_reduce(values, group=group)
-    total = dict(zip(names, values.tolist(), strict=True))
+    total = dict(zip(counts, values.tolist(), strict=True))
     route_bytes, feature_bytes = total.pop("route_bytes"), total.pop("feature_bytes")
     total["missing_share"] = total["missing"] / max(1, total["tokens"])
     return total, route_bytes, feature_bytes
-
-

@@ -1,0 +1,153 @@
+"""Which rank holds the features of which sampled token, and how they follow a token that moves.
+
+The rows of a rank depend on how a micro-batch is cut: under sequence parallelism on all of its sequences, under context parallelism
+on their padded lengths. A training pass that splits micro-batches otherwise than the log-prob pass may compute a token on another
+rank of the stage (context x tensor under sequence parallelism) than the one that kept its features. All ranks know the whole
+micro-batches, hence who holds and who needs what, and send only that; where nothing moves nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_pr2.features import FeatureStore
+from megatron_pr2.layout import IntArray, TokenGrid
+from megatron_pr2.replica import RankGroup
+from megatron_pr2.tokens import TokenIndex
+
+
+class FeaturePlan:
+    """The sampled tokens of a rollout batch and where their features are; the same on every rank of the stage.
+
+    Attributes:
+        dropped_sequences: left out because of the byte budget.
+        moved_tokens: features that came from other ranks since begin().
+    """
+
+    def __init__(self, store: FeatureStore, stage: RankGroup, *, budget_bytes: int, device: torch.device) -> None:
+        """Args: `device` is where the stage's backend communicates."""
+        self._store, self._stage, self._budget, self._device = store, stage, budget_bytes, device
+        self.begin(TokenIndex({}), np.zeros(0, dtype=bool))
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens whose features this rank keeps."""
+        return sum(len(segment.tokens) for segment in self._store.segments)
+
+    def begin(self, tokens: TokenIndex, sampled: npt.NDArray[np.bool_]) -> None:
+        """Forgets the last rollout batch.
+
+        Args:
+            sampled: which tokens are sampled, by flat token index.
+        """
+        self._tokens, self._sampled = tokens, sampled
+        self._holder = np.full(tokens.total, -1, dtype=np.int32)
+        self._load = np.zeros(self._stage.size, dtype=np.int64)
+        self._dropped: set[int] = set()
+        self._seen: set[bytes] = set()
+        self.moved_tokens = 0
+        self._store.begin(tokens.total)
+
+    @property
+    def dropped_sequences(self) -> int:
+        return len(self._dropped)
+
+    def make_room(self, grids: Sequence[TokenGrid]) -> None:
+        """Before a log-prob pass: room for the sampled tokens that this rank will compute.
+
+        Whole sequences are dropped, last ones first, where any rank of the stage would exceed its budget.
+        """
+        fresh = [grid for grid in grids if grid.fingerprint() not in self._seen]
+        wanted = [self._wanted(fresh, member) for member in range(self._stage.size)]
+        wanted = [tokens[self._holder[tokens] < 0] for tokens in wanted]
+        counts = np.zeros((self._stage.size, len(self._tokens.lengths)), dtype=np.int64)
+        for member, tokens in enumerate(wanted):
+            np.add.at(counts[member], self._tokens.sequence_of(tokens), 1)
+        # A rank without MoE layers keeps nothing; on it any number of tokens is free.
+        per_token = self._store.bytes_per_token
+        room = self._budget // per_token if per_token else np.iinfo(np.int64).max
+        for place, sequence in enumerate(self._tokens.lengths):
+            if not counts[:, place].any():
+                continue
+            if (self._load + counts[:, place] > room).any():
+                self._dropped.add(sequence)
+                self._sampled[self._tokens.span(sequence)] = False
+            else:
+                self._load += counts[:, place]
+        for member, tokens in enumerate(wanted):
+            self._holder[tokens[self._sampled[tokens]]] = member
+        own = wanted[self._stage.me]
+        self._store.add(own[self._sampled[own]])
+        self._seen.update(grid.fingerprint() for grid in grids)
+
+    def forget_last(self) -> None:
+        """After a log-prob pass that failed: its features are not there."""
+        self._holder[self._store.segments[-1].tokens] = -1
+        self._store.remove_last()
+        self._seen.clear()
+
+    def absent(self, tokens_T: IntArray) -> int:
+        """Sampled tokens among a micro-batch's rows whose features no log-prob pass kept."""
+        own = tokens_T[tokens_T >= 0]
+        return int((self._sampled[own] & ~self._store.holds(own)).sum())
+
+    def bring(self, grids: Sequence[TokenGrid]) -> bool:
+        """Before a training pass: fetches the features of tokens that this rank computes and another one holds.
+
+        Collective over the stage. What it fetched is the store's last segment and has to be removed after the pass.
+
+        Returns:
+            Whether there is such a segment.
+        """
+        if self._stage.size == 1 or all(grid.fingerprint() in self._seen for grid in grids):
+            return False
+        sends: list[list[IntArray]] = [[] for _ in range(self._stage.size)]
+        for receiver in range(self._stage.size):
+            needed = self._wanted(grids, receiver)
+            holder = self._holder[needed]
+            for sender in range(self._stage.size):
+                moving = needed[holder == sender] if sender != receiver else needed[:0]
+                sends[sender].append(moving)
+        if not any(len(moving) for row in sends for moving in row):
+            return False
+        self._exchange(sends)
+        return True
+
+    def _wanted(self, grids: Sequence[TokenGrid], member: int) -> IntArray:
+        """The sampled tokens that a member computes, ascending."""
+        parts = [self._tokens.of_grid(self._stage.rows(grid, member)) for grid in grids]
+        tokens = np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
+        tokens = tokens[tokens >= 0]
+        return tokens[self._sampled[tokens]]
+
+    def _exchange(self, sends: list[list[IntArray]]) -> None:
+        me = self._stage.me
+        outgoing = sends[me]
+        incoming = [sends[sender][me] for sender in range(self._stage.size)]
+        arriving = np.concatenate(incoming)
+        where = self._store.locate(np.concatenate(outgoing), self._device)
+        back = torch.argsort(where.rows)
+        segment = self._store.add(np.sort(arriving))
+        slots = torch.from_numpy(np.searchsorted(segment.tokens, arriving)).to(self._store.device)
+        splits = [len(part) for part in incoming], [len(part) for part in outgoing]
+        # Layer by layer, so that what is under way stays small.
+        for layer in range(len(segment.h_LSH)):
+            h, p = self._store.read(layer, where, self._device)
+            for source, target in ((h, segment.h_LSH[layer]), (p, segment.p_LSE[layer])):
+                received = _moved(source.index_select(0, back), *splits, self._stage.handle)
+                target.index_copy_(0, slots, received.to(target.device))
+        self.moved_tokens += len(arriving)
+
+
+def _moved(rows: Tensor, incoming: list[int], outgoing: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All-to-all of rows as bytes: not every backend knows every dtype."""
+    sent = rows.contiguous().view(torch.uint8)
+    received = torch.empty(sum(incoming), sent.shape[1], dtype=torch.uint8, device=rows.device)
+    dist.all_to_all_single(received, sent, incoming, outgoing, group=group)
+    return received.view(rows.dtype)

@@ -1,0 +1,79 @@
+"""What PR2 gathers over Megatron-Core's process groups beside routes and features: sums over tokens, stages' layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+
+def token_group(sequence_parallel: bool) -> dist.ProcessGroup | None:
+    """The ranks that hold other tokens of the same layers: data x context (x tensor under sequence parallelism)."""
+    if not mpu.model_parallel_is_initialized():
+        return None
+    if sequence_parallel:
+        return mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+def every_layer(own: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """W_p of every MoE layer of the model by 0-based layer; collective over the pipeline group where there is one.
+
+    Args:
+        own: those of this pipeline stage, [E, H] fp32.
+    """
+    group = _stages()
+    if group is None:
+        return dict(own)
+    parts: list[Any] = [None] * group.size()
+    shape = next((tuple(w.shape) for w in own.values()), None)
+    dist.all_gather_object(parts, (sorted(own), shape), group=group)
+    shape = next(shape for _, shape in parts if shape is not None)
+    device = next((w.device for w in own.values()), _device(group))
+    layers = {}
+    for stage, (held, _) in enumerate(parts):
+        for layer in held:
+            w = own[layer].contiguous() if stage == group.rank() else torch.empty(shape, dtype=torch.float32, device=device)
+            dist.broadcast(w, group=group, group_src=stage)
+            layers[layer] = w
+    return layers
+
+
+def whole_model(
+    columns: Sequence[int], drift: Mapping[str, list[float]], update: Mapping[str, float]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Drift metrics and predictor norms of the whole model from those of the stages; collective over the pipeline group.
+
+    Args:
+        columns: this stage's MoE layers, as indices among all.
+        drift: per metric a value per layer of this stage.
+        update: `tokens` and two norms over this stage's layers.
+    """
+    group = _stages()
+    if group is None:
+        return dict(drift), dict(update)
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, (list(columns), dict(drift), dict(update)), group=group)
+    order = sorted((column, stage, i) for stage, (held, *_) in enumerate(parts) for i, column in enumerate(held))
+    merged = {name: [parts[stage][1][name][i] for _, stage, i in order] for name in drift}
+    updates = [part[2] for part in parts]
+    whole = {name: math.sqrt(sum(u[name] ** 2 for u in updates)) for name in update}
+    return merged, {**whole, "tokens": sum(u["tokens"] for u in updates)}
+
+
+def _stages() -> dist.ProcessGroup | None:
+    if not mpu.model_parallel_is_initialized() or mpu.get_pipeline_model_parallel_world_size() == 1:
+        return None
+    return mpu.get_pipeline_model_parallel_group()
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where a rank without MoE layers receives those of the others."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

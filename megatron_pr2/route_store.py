@@ -1,0 +1,154 @@
+"""RouteStore: the routes of one rollout batch, wherever they come from, as slices for the micro-batches of this rank.
+
+A slice is made once per micro-batch and kept until the next rollout: a training pass that cuts its micro-batches as the log-prob
+pass did replays without moving anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_pr2.errors import ReplayError
+from megatron_pr2.layout import TokenGrid
+from megatron_pr2.replica import Replica
+from megatron_pr2.routes import RouteTable
+from megatron_pr2.scatter import RouteSlice, scatter_tables, slice_tables
+from megatron_pr2.tokens import TokenIndex
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class RouteStore:
+    """Routes of the sequences that this replica trains on.
+
+    Attributes:
+        valid: which tokens have a route, by flat token index; the same on every rank of the replica.
+        received_bytes: route bytes that came from other ranks since begin().
+    """
+
+    def __init__(
+        self, replica: Replica, num_columns: int, topk: int, num_experts: int, device: torch.device, *, scatter: bool
+    ) -> None:
+        """Args:
+        num_columns: MoE layers of the whole model.
+        scatter: the owner's tables are sent; otherwise every rank slices its own.
+        """
+        self._replica, self._num_columns, self._topk, self._experts = replica, num_columns, topk, num_experts
+        self._device, self._scatter = device, scatter
+        self.begin(TokenIndex({}), {}, np.zeros(0, dtype=bool))
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this rank has to be given the tables."""
+        return not self._scatter or self._replica.ranks.me == self._replica.ranks.owner
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables held by this rank."""
+        return sum(table.nbytes for table in self._tables.values())
+
+    def begin(self, tokens: TokenIndex, tables: Mapping[int, RouteTable], valid: BoolArray) -> None:
+        """Takes the routes of a new rollout batch and forgets the last one's.
+
+        Args:
+            tables: per sequence, on ranks that own them.
+            valid: per flat token index.
+        """
+        self._tokens, self._tables, self.valid = tokens, dict(tables), valid
+        self._slices: dict[bytes, RouteSlice] = {}
+        self._recorded: list[tuple[TokenGrid, Tensor]] = []
+        self._gathered = True
+        self.received_bytes = 0
+
+    def slice(self, grid: TokenGrid) -> tuple[RouteSlice, BoolArray]:
+        """Routes of this rank's rows of a whole micro-batch, and which rows [T] have one; collective over the replica.
+
+        Every rank of the replica asks for the same micro-batches in the same order.
+
+        Raises:
+            ReplayError: the micro-batch holds tokens that begin() was not told of.
+        """
+        local = self._replica.ranks.rows(grid)
+        self._require_known(grid)
+        index = self._tokens.of_grid(local)
+        valid = np.where(index >= 0, self.valid[index], False) if len(self.valid) else np.zeros(local.num_rows, dtype=bool)
+        key = grid.fingerprint()
+        found = self._slices.get(key)
+        if found is None:
+            self._gather_recorded()
+            columns = self._replica.ranks.members[self._replica.ranks.me].columns
+            if self._scatter and not self._recorded:
+                found = scatter_tables(
+                    self._replica.ranks, grid, self._tables, self._topk, self._experts, self._device
+                )
+            else:
+                found = slice_tables(local, self._tables, columns, self._topk, self._experts, self._device)
+            self.received_bytes += found.received_bytes
+            self._slices[key] = found
+        return found, valid
+
+    def record(self, grid: TokenGrid, ids_LTK: Tensor) -> None:
+        """Keeps what this rank's routers chose for a micro-batch, as its slice."""
+        self._slices[grid.fingerprint()] = RouteSlice(ids_LTK)
+        self._recorded.append((grid, ids_LTK))
+        self._gathered = False
+        index = self._tokens.of_grid(grid)
+        self.valid[index[index >= 0]] = True
+
+    def _gather_recorded(self) -> None:
+        """Tables of this stage's layers from what its ranks recorded: another cut may give this rank tokens of another one.
+
+        Collective over the stage: every rank of it comes here with the same micro-batches.
+        """
+        if self._gathered:
+            return
+        stage = self._replica.stage
+        columns = list(stage.members[stage.me].columns)
+        own = [(local.real()[0], ids) for grid, ids in self._recorded for local in (stage.rows(grid),)]
+        # One copy to the host, once per rollout and only if the passes are cut differently.
+        mine = torch.cat([ids[:, torch.from_numpy(rows).to(ids.device)].transpose(0, 1) for rows, ids in own])
+        counts = [sum(len(stage.rows(grid, m).real()[0]) for grid, _ in self._recorded) for m in range(stage.size)]
+        shares = _all_gathered(mine.contiguous(), counts, stage.handle)
+        for member, share in enumerate(shares):
+            ids_RLK = share.cpu().numpy()
+            start = 0
+            for grid, _ in self._recorded:
+                rows, sequence, position = stage.rows(grid, member).real()
+                part, start = ids_RLK[start : start + len(rows)], start + len(rows)
+                for sid in np.unique(sequence).tolist():
+                    length = self._tokens.lengths[sid]
+                    table = self._tables.setdefault(
+                        sid, RouteTable.missing(length, self._num_columns, self._topk, self._experts)
+                    )
+                    here = sequence == sid
+                    table.experts[np.ix_(position[here], columns)] = part[here]
+                    table.valid[position[here]] = True
+        self._gathered = True
+
+    def _require_known(self, grid: TokenGrid) -> None:
+        _, sequence, position = grid.real()
+        unknown = self._tokens.of(sequence, position) < 0
+        if unknown.any():
+            first = int(np.argmax(unknown))
+            sid, at = int(sequence[first]), int(position[first])
+            if sid not in self._tokens.lengths:
+                raise ReplayError(f"sequence {sid} has no routes; pass it to begin_rollout() before replaying it")
+            raise ReplayError(f"sequence {sid}: position {at} is outside its {self._tokens.lengths[sid]} tokens")
+
+
+def _all_gathered(mine: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Everyone's rows; collectives want equal shapes, so shares are padded to the longest."""
+    if group is None or len(counts) == 1:
+        return [mine]
+    longest = max(counts)
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]

@@ -1,0 +1,121 @@
+"""What a trainer tells PR2 of a rollout batch, and the checks of the routes that came with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_pr2.errors import RouteError
+from megatron_pr2.routes import RouteTable
+from megatron_pr2.tokens import TokenIndex, sample_positions
+
+
+@dataclass(frozen=True)
+class ReplaySequence:
+    """One rolled-out sequence, told alike on every rank that trains on it.
+
+    Attributes:
+        id: unique within the rollout batch.
+        length: tokens, prompt and response.
+        loss_start, loss_stop: input positions whose output bears loss: prompt_len - 1 to length - 1 for one prompt and response.
+        routes: what the engine returned; needed on the first rank of a replica (tensor, context and pipeline rank 0), on every rank
+            with `route_delivery="local"`, and nowhere when routes are live or recorded by the actor.
+    """
+
+    id: int
+    length: int
+    loss_start: int
+    loss_stop: int
+    routes: RouteTable | None = None
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What begin_rollout found in the sequences of this rank's replica.
+
+    Attributes:
+        tokens: tokens that could have a route (all but the last of each sequence).
+        missing: of these, tokens without a valid one.
+        route_bytes: of the tables held by this rank.
+    """
+
+    tokens: int
+    missing: int
+    route_bytes: int
+
+
+def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
+    """Refuses sequences that cannot be told apart or whose loss-bearing span is outside of them.
+
+    Raises:
+        RouteError: naming the sequence.
+    """
+    seen: set[int] = set()
+    for sequence in sequences:
+        if sequence.id in seen or sequence.id < 0:
+            raise RouteError(f"sequence id {sequence.id} is negative or given twice; ids must be unique within a rollout batch")
+        seen.add(sequence.id)
+        if not 0 <= sequence.loss_start <= sequence.loss_stop <= sequence.length:
+            raise RouteError(
+                f"sequence {sequence.id}: loss-bearing positions [{sequence.loss_start}, {sequence.loss_stop}) are outside its "
+                f"{sequence.length} tokens"
+            )
+
+
+def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_experts: int) -> RouteTable:
+    """The sequence's table, if it fits the model.
+
+    Raises:
+        RouteError: it is absent or of another shape.
+    """
+    table = sequence.routes
+    if table is None:
+        raise RouteError(
+            f"sequence {sequence.id}: routes='engine' but there are none on the rank that owns them; start the engine with route "
+            "return on, and give the tables to the first rank of each replica (to every rank with route_delivery='local')"
+        )
+    expected = (sequence.length, num_layers, topk, num_experts)
+    found = (table.num_tokens, table.num_layers, table.topk, table.num_experts)
+    if found != expected:
+        raise RouteError(
+            f"sequence {sequence.id}: its route table is (tokens, moe layers, top-k, experts) = {found}, expected {expected}"
+        )
+    return table
+
+
+def count_missing(valid: npt.NDArray[np.bool_], tokens: TokenIndex) -> dict[int, int]:
+    """Tokens without a valid route per sequence; the last one was never an engine's input and is not counted."""
+    return {sid: int((~valid[tokens.span(sid)][:-1]).sum()) for sid in tokens.lengths}
+
+
+def too_many_missing(missing: int, total: int, share: float, by_sequence: Mapping[int, int], tokens: TokenIndex) -> str:
+    """The message of a batch with too few routes."""
+    where = "all on other ranks"
+    if by_sequence and (worst := max(by_sequence, key=lambda sid: by_sequence[sid])) is not None and by_sequence[worst]:
+        where = f"worst of this rank is sequence {worst} with {by_sequence[worst]} of {tokens.lengths[worst]}"
+    return (
+        f"{missing} of {total} tokens ({missing / total:.1%}) have no valid route, more than max_missing_share={share:.1%}; "
+        f"{where}. The engine returns duplicate, all-zero or out-of-range expert ids: run the handshake, check its version and MoE "
+        "backend"
+    )
+
+
+def sampled_tokens(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, valid: npt.NDArray[np.bool_] | None, seed: int, fraction: float
+) -> npt.NDArray[np.bool_]:
+    """Which tokens are sampled, by flat token index: loss-bearing ones, with a route where routes came with the rollout.
+
+    Args:
+        valid: which tokens have a route; None where every one will have.
+    """
+    sampled = np.zeros(tokens.total, dtype=bool)
+    for sequence in sequences:
+        positions = np.arange(sequence.loss_start, sequence.loss_stop, dtype=np.int64)
+        start = tokens.span(sequence.id).start
+        if valid is not None:
+            positions = positions[valid[start + positions]]
+        sampled[start + sample_positions(seed, sequence.id, positions, fraction)] = True
+    return sampled
