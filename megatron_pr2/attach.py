@@ -168,6 +168,15 @@ class PR2:
         self.feature_plan.begin(tokens, sampled)
         return RolloutReport(total, missing, self.routes.table_bytes)
 
+    def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Starts moving the routes of micro-batches to the ranks that will replay them; the pass that runs them finds them there.
+
+        Optional, collective over the replica: call it before other work that the transfer can hide behind.
+        """
+        self._require_attached()
+        if self.config.routes == "engine":
+            self.routes.slices([micro_batch.grid for micro_batch in micro_batches])
+
     @contextmanager
     def old_logprobs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """The pass that computes old log-probs under theta_old: predictor off, routes replayed (or recorded), features kept."""
@@ -185,8 +194,8 @@ class PR2:
             raise
         self.features.settle()
         if mode == "record":
-            for bound, ids_LTK in session.recorded():
-                self.routes.record(bound.micro_batch.grid, ids_LTK)
+            for bound, ids_TLK in session.recorded():
+                self.routes.record(bound.micro_batch.grid, ids_TLK)
 
     @contextmanager
     def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int) -> Iterator[ReplaySession]:
@@ -383,7 +392,7 @@ class PR2:
             micro_batches,
             mode=mode,
             localize=self._replica.ranks.rows,
-            routes=self.routes.slice,
+            routes=self.routes.slices,
             observer=observer,
             predict=predict,
         )
@@ -406,8 +415,8 @@ class PR2:
         current_SK = select_experts(site.router, p_SE)
         frozen_SK = select_experts(site.router, p_old_SE)
         replayed_SK = frozen_SK
-        if bound.routes_LTK is not None:
-            replayed_SK = bound.routes_LTK[site.local].index_select(0, where.rows)
+        if bound.routes_TLK is not None:
+            replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
         q_hat_SE = p_old_SE
         if self.predictor is not None:
             q_hat_SE = predicted_logits(h_old_SH, p_old_SE, self.predictor.weight_LEH[site.local])

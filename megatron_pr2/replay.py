@@ -52,7 +52,7 @@ class BoundMicroBatch:
     Attributes:
         local: which token every row of the routers' input holds on this rank.
         slice: its routes, perhaps still on their way; None when nothing is replayed.
-        routes_LTK: compact ids of the local layers on the device, from the time that the micro-batch runs.
+        routes_TLK: compact ids of the local layers on the device, from the time that the micro-batch runs.
         missing: rows [M] that the live router decides, or None if there is none.
         recorded: ids [T, K] per local layer, filled while recording.
     """
@@ -60,13 +60,13 @@ class BoundMicroBatch:
     micro_batch: MicroBatch
     local: TokenGrid
     slice: RouteSlice | None = None
-    routes_LTK: Tensor | None = None
+    routes_TLK: Tensor | None = None
     missing: Tensor | None = None
     recorded: dict[int, Tensor] = field(default_factory=dict)
 
 
 Observer = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], None]
-Routes = Callable[[TokenGrid], tuple[RouteSlice, npt.NDArray[np.bool_]]]
+Routes = Callable[[Sequence[TokenGrid]], list[tuple[RouteSlice, npt.NDArray[np.bool_]]]]
 
 
 class _SiteControl:
@@ -102,7 +102,7 @@ class _SiteControl:
             # What was live in the forward pass must be taken again, whatever the recomputed logits say.
             ids = bound.recorded[self._site.local].long()
             return scores.gather(1, ids), ids
-        if bound.routes_LTK is None:
+        if bound.routes_TLK is None:
             if self._predicted is None:
                 chosen, ids = default_compute_topk(scores, topk, num_groups, group_topk)
             else:
@@ -111,7 +111,7 @@ class _SiteControl:
             if self._session.mode == "record":
                 bound.recorded[self._site.local] = ids.to(self._session.id_dtype)
             return chosen, ids
-        ids = bound.routes_LTK[self._site.local].long()
+        ids = bound.routes_TLK[:, self._site.local].long()
         if bound.missing is not None:
             # Group-limited selection needs all rows; otherwise only the missing ones are computed.
             if group_topk:
@@ -142,7 +142,7 @@ class ReplaySession:
         micro_batches: every micro-batch of the pass; keys must differ.
         mode: "live", "record" or "replay".
         localize: gives this rank's rows of a whole micro-batch.
-        routes: gives this rank's routes of a whole micro-batch and which rows have one, for "replay".
+        routes: gives this rank's routes of whole micro-batches and which rows have one, for "replay".
         observer: sees (site, micro-batch, h [T, H], p [T, E]) once per forward.
         predict: while recording, logits by which the routes are chosen instead of the live ones.
         """
@@ -170,8 +170,7 @@ class ReplaySession:
         for site in self._sites:
             site.router.set_control(_SiteControl(self, site))
         try:
-            for micro_batch in self._micro_batches:
-                self._bound[micro_batch.key] = self._bind(micro_batch)
+            self._bind()
         except BaseException:
             self._release()
             raise
@@ -191,8 +190,8 @@ class ReplaySession:
         bound = self._bound.get(micro_batch.key)
         if bound is None:
             raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
-        if bound.slice is not None and bound.routes_LTK is None:
-            bound.routes_LTK = bound.slice.ids_LTK()
+        if bound.slice is not None and bound.routes_TLK is None:
+            bound.routes_TLK = bound.slice.ids_TLK()
         self._forward[self._index(chunk)] = bound
 
     def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Tensor) -> None:
@@ -265,7 +264,7 @@ class ReplaySession:
         self._seen[bound.micro_batch.key, site.local, recomputing] += 1
 
     def recorded(self) -> Iterator[tuple[BoundMicroBatch, Tensor]]:
-        """What the pass recorded: every micro-batch with its ids [L, T, K] on the device.
+        """What the pass recorded: every micro-batch with its ids [T, L, K] on the device.
 
         Raises:
             ReplayError: a layer was not recorded.
@@ -274,7 +273,7 @@ class ReplaySession:
             if len(bound.recorded) != len(self._sites):
                 raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")
             if self._sites:
-                yield bound, torch.stack([bound.recorded[site.local] for site in self._sites])
+                yield bound, torch.stack([bound.recorded[site.local] for site in self._sites], dim=1)
 
     def recorded_tables(self, lengths: Mapping[int, int], num_columns: int, num_experts: int) -> dict[int, RouteTable]:
         """What the pass recorded, as one table per sequence; tokens and layers of other ranks stay missing or zero.
@@ -283,30 +282,32 @@ class ReplaySession:
         """
         tables: dict[int, RouteTable] = {}
         columns = np.array([site.column for site in self._sites], dtype=np.int64)
-        for bound, ids_LTK in self.recorded():
-            ids_TLK = ids_LTK.transpose(0, 1).cpu().numpy()
+        for bound, ids_TLK in self.recorded():
+            ids = ids_TLK.cpu().numpy()
             rows, sequence, position = bound.local.real()
             for sid in np.unique(sequence).tolist():
                 here = sequence == sid
-                table = tables.setdefault(sid, RouteTable.missing(lengths[sid], num_columns, ids_TLK.shape[2], num_experts))
-                table.experts[np.ix_(position[here], columns)] = ids_TLK[rows[here]]
+                table = tables.setdefault(sid, RouteTable.missing(lengths[sid], num_columns, ids.shape[2], num_experts))
+                table.experts[np.ix_(position[here], columns)] = ids[rows[here]]
                 table.valid[position[here]] = True
         return tables
 
-    def _bind(self, micro_batch: MicroBatch) -> BoundMicroBatch:
-        bound = BoundMicroBatch(micro_batch, self._localize(micro_batch.grid))
+    def _bind(self) -> None:
+        for micro_batch in self._micro_batches:
+            self._bound[micro_batch.key] = BoundMicroBatch(micro_batch, self._localize(micro_batch.grid))
         if self.mode != "replay":
-            return bound
+            return
         if self._routes is None:
             raise ReplayError("a replay session needs routes; open it with PR2.old_logprobs() or PR2.actor_update()")
         # Also on a pipeline rank without MoE layers: the others of its replica are sending.
-        bound.slice, valid = self._routes(micro_batch.grid)
-        (missing,) = np.nonzero(~valid)
-        self.missing_rows += len(missing)
-        self.replayed_rows += int(valid.sum())
-        if len(missing) and self._sites:
-            bound.missing = torch.from_numpy(missing).to(self._sites[0].router.weight.device, non_blocking=True)
-        return bound
+        found = self._routes([micro_batch.grid for micro_batch in self._micro_batches])
+        for bound, (routes, valid) in zip(self._bound.values(), found, strict=True):
+            bound.slice = routes
+            (missing,) = np.nonzero(~valid)
+            self.missing_rows += len(missing)
+            self.replayed_rows += int(valid.sum())
+            if len(missing) and self._sites:
+                bound.missing = torch.from_numpy(missing).to(self._sites[0].router.weight.device, non_blocking=True)
 
     def _index(self, chunk: torch.nn.Module) -> int:
         index = self._chunk_of.get(id(unwrapped(chunk)))

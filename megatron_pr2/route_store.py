@@ -66,37 +66,41 @@ class RouteStore:
         self._gathered = True
         self.received_bytes = 0
 
-    def slice(self, grid: TokenGrid) -> tuple[RouteSlice, BoolArray]:
-        """Routes of this rank's rows of a whole micro-batch, and which rows [T] have one; collective over the replica.
+    def slices(self, grids: Sequence[TokenGrid]) -> list[tuple[RouteSlice, BoolArray]]:
+        """Per whole micro-batch the routes of this rank's rows, and which rows [T] have one; collective over the replica.
 
         Every rank of the replica asks for the same micro-batches in the same order.
 
         Raises:
-            ReplayError: the micro-batch holds tokens that begin() was not told of.
+            ReplayError: a micro-batch holds tokens that begin() was not told of.
         """
-        local = self._replica.ranks.rows(grid)
-        self._require_known(grid)
-        index = self._tokens.of_grid(local)
-        valid = np.where(index >= 0, self.valid[index], False) if len(self.valid) else np.zeros(local.num_rows, dtype=bool)
-        key = grid.fingerprint()
-        found = self._slices.get(key)
-        if found is None:
+        for grid in grids:
+            self._require_known(grid)
+        wanted = {grid.fingerprint(): grid for grid in grids}
+        fresh = {key: grid for key, grid in wanted.items() if key not in self._slices}
+        if fresh:
             self._gather_recorded()
-            columns = self._replica.ranks.members[self._replica.ranks.me].columns
-            if self._scatter and not self._recorded:
-                found = scatter_tables(
-                    self._replica.ranks, grid, self._tables, self._topk, self._experts, self._device
-                )
-            else:
-                found = slice_tables(local, self._tables, columns, self._topk, self._experts, self._device)
-            self.received_bytes += found.received_bytes
-            self._slices[key] = found
-        return found, valid
+            made = self._scattered(list(fresh.values())) if self._scatter else self._sliced(list(fresh.values()))
+            self._slices.update(zip(fresh, made, strict=True))
+            self.received_bytes += sum(each.received_bytes for each in made)
+        return [(self._slices[grid.fingerprint()], self._valid_rows(grid)) for grid in grids]
 
-    def record(self, grid: TokenGrid, ids_LTK: Tensor) -> None:
+    def _scattered(self, grids: list[TokenGrid]) -> list[RouteSlice]:
+        return scatter_tables(self._replica.ranks, grids, self._tables, self._topk, self._experts, self._device)
+
+    def _sliced(self, grids: list[TokenGrid]) -> list[RouteSlice]:
+        ranks = self._replica.ranks
+        columns = ranks.members[ranks.me].columns
+        return [slice_tables(ranks.rows(g), self._tables, columns, self._topk, self._experts, self._device) for g in grids]
+
+    def _valid_rows(self, grid: TokenGrid) -> BoolArray:
+        index = self._tokens.of_grid(self._replica.ranks.rows(grid))
+        return np.where(index >= 0, self.valid[index], False) if len(self.valid) else index >= 0
+
+    def record(self, grid: TokenGrid, ids_TLK: Tensor) -> None:
         """Keeps what this rank's routers chose for a micro-batch, as its slice."""
-        self._slices[grid.fingerprint()] = RouteSlice(ids_LTK)
-        self._recorded.append((grid, ids_LTK))
+        self._slices[grid.fingerprint()] = RouteSlice(ids_TLK)
+        self._recorded.append((grid, ids_TLK))
         self._gathered = False
         index = self._tokens.of_grid(grid)
         self.valid[index[index >= 0]] = True
@@ -112,7 +116,7 @@ class RouteStore:
         columns = list(stage.members[stage.me].columns)
         own = [(local.real()[0], ids) for grid, ids in self._recorded for local in (stage.rows(grid),)]
         # One copy to the host, once per rollout and only if the passes are cut differently.
-        mine = torch.cat([ids[:, torch.from_numpy(rows).to(ids.device)].transpose(0, 1) for rows, ids in own])
+        mine = torch.cat([ids[torch.from_numpy(rows).to(ids.device)] for rows, ids in own])
         counts = [sum(len(stage.rows(grid, m).real()[0]) for grid, _ in self._recorded) for m in range(stage.size)]
         shares = _all_gathered(mine.contiguous(), counts, stage.handle)
         for member, share in enumerate(shares):

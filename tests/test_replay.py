@@ -422,9 +422,9 @@ def test_tables_that_are_too_short_are_refused() -> None:
     where = toy.TOPK, toy.EXPERTS, torch.device("cpu")
     with pytest.raises(ReplayError, match="position 5 is outside its route table of 4 tokens"):
         slice_tables(layout.padded([0], [6], 6), tables, [0, 1], *where)
-    ids = slice_tables(layout.padded([0], [4], 6), tables, [1], *where).ids_LTK()
-    assert ids.shape == (1, 6, toy.TOPK)
-    assert ids[0, :4].tolist() == tables[0].experts[:, 1].tolist()
+    ids = slice_tables(layout.padded([0], [4], 6), tables, [1], *where).ids_TLK()
+    assert ids.shape == (6, 1, toy.TOPK)
+    assert ids[:4, 0].tolist() == tables[0].experts[:, 1].tolist()
 
 
 def test_a_recomputing_backward_after_the_session_is_refused() -> None:

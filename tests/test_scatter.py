@@ -51,11 +51,11 @@ def micro_batches(multiple: int) -> list[TokenGrid]:
 
 def expected(local: TokenGrid, made: dict[int, RouteTable], columns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Token by token from the tables."""
-    experts = np.zeros((len(columns), local.num_rows, TOPK), dtype=np.int64)
+    experts = np.zeros((local.num_rows, len(columns), TOPK), dtype=np.int64)
     valid = np.zeros(local.num_rows, dtype=bool)
     for row, (sid, position) in enumerate(zip(*local.rows(), strict=True)):
         if sid >= 0:
-            experts[:, row] = made[int(sid)].experts[position][list(columns)]
+            experts[row] = made[int(sid)].experts[position][list(columns)]
             valid[row] = made[int(sid)].valid[position]
     return experts, valid
 
@@ -77,14 +77,14 @@ def scatter_job(size: tuple[int, int, int], experts: int, scatter: bool) -> dict
     # A rank that does not own the routes has none; were it to look, this would fail.
     store.begin(index, made if store.is_owner else {}, valid)
     grids = micro_batches(2 * cp * tp)
-    slices = [store.slice(grid) for grid in grids]
+    slices = store.slices(grids)
     wrong, rows = 0, 0
     for grid, (found, mask) in zip(grids, slices, strict=True):
         ids, has_route = expected(replica.ranks.rows(grid), made, columns)
-        wrong += int((found.ids_LTK().numpy().astype(np.int64) != ids).sum()) + int((mask != has_route).sum())
+        wrong += int((found.ids_TLK().numpy().astype(np.int64) != ids).sum()) + int((mask != has_route).sum())
         rows += int((replica.ranks.rows(grid).rows()[0] >= 0).sum())
     received = store.received_bytes
-    again = [store.slice(grid)[0] is found for grid, (found, _) in zip(grids, slices, strict=True)]
+    again = all(a is b for (a, _), (b, _) in zip(store.slices(grids[::-1])[::-1], slices, strict=True))
     owners = [i for i, member in enumerate(replica.ranks.members) if member.first]
     replica.release()
     return {
@@ -135,9 +135,9 @@ def two_replicas_job() -> tuple[int, int]:
     store = RouteStore(replica, 1, 2, 8, CPU, scatter=True)
     store.begin(TokenIndex({dp: length}), {dp: table} if store.is_owner else {}, table.valid)
     grid = packed([dp], [length])
-    found, _ = store.slice(grid)
+    ((found, _),) = store.slices([grid])
     _, position = replica.ranks.rows(grid).rows()
-    return dp, int((found.ids_LTK()[0].numpy() != ids[position, 0]).sum())
+    return dp, int((found.ids_TLK()[:, 0].numpy() != ids[position, 0]).sum())
 
 
 def test_replicas_do_not_mix() -> None:
