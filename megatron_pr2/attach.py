@@ -27,12 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pr2.agreement import AgreementCheck, require_alignment
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError, RouteError
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore, Located
-from megatron_pr2.groups import every_layer, token_group, whole_model
+from megatron_pr2.groups import communication_device, every_layer, everyone, token_group, whole_model
 from megatron_pr2.layout import IntArray
+from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.metrics import DriftMetrics, drift_columns
 from megatron_pr2.predictor import RoutePredictor, merge_gate, predicted_logits
 from megatron_pr2.replay import BoundMicroBatch, MicroBatch, Observer, ReplaySession
@@ -49,7 +51,7 @@ from megatron_pr2.sequences import (
     sampled_tokens,
     too_many_missing,
 )
-from megatron_pr2.sites import RouterSite, unwrapped, upgrade_routers
+from megatron_pr2.sites import RouterSite, check_config, unwrapped, upgrade_routers
 from megatron_pr2.tokens import TokenIndex
 
 logger = logging.getLogger(__name__)
@@ -67,17 +69,20 @@ class PR2:
         moe_layers: 0-based indices of all MoE layers of the model.
         predictor: W_p of this rank's layers, or None.
         routes: the routes of the rollout batch at work.
+        engine_agreement: share of the engine's experts that the live router chose as well in the last old-log-prob pass, or None.
         features, feature_plan: router inputs and logits of its sampled tokens, and which rank holds which.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
         self.config = config
         self._chunks = list(chunks)
-        self.sites, self.moe_layers = upgrade_routers(self._chunks)
         self._model_config = unwrapped(chunks[0]).config
+        check_config(self._model_config)
+        check_live_layout(self._model_config, communication_device())
+        self.sites, self.moe_layers = upgrade_routers(self._chunks)
         self._score_function = self._model_config.moe_router_score_function
         hidden, experts = self._model_config.hidden_size, self._model_config.num_moe_experts
-        device = self.sites[0].router.weight.device if self.sites else torch.device("cpu")
+        device = self.sites[0].router.weight.device if self.sites else communication_device()
         self._group = token_group(self._model_config.sequence_parallel)
         self._replica = find_replica([site.column for site in self.sites], self._model_config.sequence_parallel)
         self.predictor: RoutePredictor | None = None
@@ -112,6 +117,8 @@ class PR2:
         )
         self._device = device
         self._drift = DriftMetrics(len(self.sites), device)
+        self._agreement = AgreementCheck(device)
+        self.engine_agreement: float | None = None
         self._tokens = TokenIndex({})
         self._located: dict[Any, Located] = {}
         self._learning = False
@@ -179,7 +186,12 @@ class PR2:
 
     @contextmanager
     def old_logprobs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
-        """The pass that computes old log-probs under theta_old: predictor off, routes replayed (or recorded), features kept."""
+        """The pass that computes old log-probs under theta_old: predictor off, routes replayed (or recorded), features kept.
+
+        Raises:
+            ReplayError: a micro-batch was not run exactly once, or the live router agrees with fewer of the engine's experts than
+                `min_agreement`: routes and tokens are not aligned.
+        """
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self._predict if self.config.routes == "actor" and self.predictor is not None else None
         self._require_attached()
@@ -191,8 +203,13 @@ class PR2:
         except BaseException:
             # Features that no pass completed must not be learned from.
             self.feature_plan.forget_last()
+            self._agreement.discard()
             raise
         self.features.settle()
+        if mode == "replay":
+            self.engine_agreement = self._agreement.read(everyone(self._group))
+            topk, experts = self._model_config.moe_router_topk, self._model_config.num_moe_experts
+            require_alignment(self.engine_agreement, self.config.min_agreement, topk, experts)
         if mode == "record":
             for bound, ids_TLK in session.recorded():
                 self.routes.record(bound.micro_batch.grid, ids_TLK)
@@ -403,8 +420,13 @@ class PR2:
 
     def _keep_features(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         where = self._located[bound.micro_batch.key]
-        if where.count:
-            self.features.write(site.local, where, h_TH.index_select(0, where.rows), p_TE.index_select(0, where.rows))
+        if not where.count:
+            return
+        p_SE = p_TE.index_select(0, where.rows)
+        self.features.write(site.local, where, h_TH.index_select(0, where.rows), p_SE)
+        if bound.routes_TLK is not None:
+            replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
+            self._agreement.add(select_experts(site.router, p_SE.float()), replayed_SK, p_SE.shape[1])
 
     def _measure(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         where = self._located[bound.micro_batch.key]

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_pr2 import host
 from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.hf_files import TensorIndex, write_checkpoint
+from megatron_pr2.parallel import ParallelLayout
 from megatron_pr2.rollout.base import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -188,22 +189,9 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
     bridge.source_config = source
     if host.is_enabled():
         host.adapt_config(bridge.config)
-    _check_expert_gradients(bridge)
+    # Refuses, on every rank, what Megatron-Core would refuse later or compute wrongly.
+    ParallelLayout.of(bridge.config, world_size=dist.get_world_size())
     return bridge
-
-
-def _check_expert_gradients(bridge: Any) -> None:
-    """Refuses the one layout in which Megatron-Core 0.16 computes wrong expert gradients.
-
-    With one expert-parallel rank it reduces expert gradients over the data-parallel group, as if experts were sharded like
-    everything else; with a smaller expert-tensor size the copies of an expert on the other tensor-parallel ranks are left out.
-    """
-    sizes = bridge.mpu
-    if bridge.config.num_moe_experts and sizes.ep_size == 1 and sizes.etp_size != sizes.tp_size:
-        raise ConfigError(
-            f"tensor parallel {sizes.tp_size}, expert tensor parallel {sizes.etp_size}, expert parallel 1: Megatron-Core would "
-            f"lose expert gradients; set expert parallel above 1, or expert tensor parallel to {sizes.tp_size}"
-        )
 
 
 def _check_names(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:

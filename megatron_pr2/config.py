@@ -38,6 +38,8 @@ class PR2Config:
         feature_bytes: byte budget of the features on this rank; whole sequences are dropped (and counted) beyond it.
         feature_device: "device" keeps features where they were computed, "cpu" in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
+        min_agreement: smallest share of an engine's routes that the live router must agree with in the old-log-prob pass, on the
+            sampled tokens; fewer mean that routes lie on other tokens' rows. 0 switches the check off.
         strict: raise RouteError above max_missing_share; otherwise log a warning and count.
         seed: seeds the choice of sampled tokens.
     """
@@ -53,6 +55,7 @@ class PR2Config:
     feature_bytes: int = 4 << 30
     feature_device: str = "device"
     max_missing_share: float = 0.02
+    min_agreement: float = 0.5
     strict: bool = True
     seed: int = 0
 
@@ -72,6 +75,7 @@ class PR2Config:
         _in_range("alpha", self.alpha, 0.0, None)
         _in_range("eps", self.eps, 0.0, None)
         _in_range("max_missing_share", self.max_missing_share, 0.0, 1.0)
+        _in_range("min_agreement", self.min_agreement, 0.0, 1.0)
         if not 0.0 < self.sample_fraction <= 1.0:
             raise ConfigError(f"pr2.sample_fraction={self.sample_fraction}: expected a share in (0, 1]")
         if self.feature_bytes < 0:

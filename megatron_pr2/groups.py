@@ -21,6 +21,12 @@ def token_group(sequence_parallel: bool) -> dist.ProcessGroup | None:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
+def everyone(tokens: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+    """Groups over which a sum becomes that of the whole model and batch: a stage's token group, then the pipeline's."""
+    stages = _stages()
+    return [group for group in (tokens, stages) if group is not None]
+
+
 def every_layer(own: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """W_p of every MoE layer of the model by 0-based layer; collective over the pipeline group where there is one.
 
@@ -34,7 +40,7 @@ def every_layer(own: Mapping[int, Tensor]) -> dict[int, Tensor]:
     shape = next((tuple(w.shape) for w in own.values()), None)
     dist.all_gather_object(parts, (sorted(own), shape), group=group)
     shape = next(shape for _, shape in parts if shape is not None)
-    device = next((w.device for w in own.values()), _device(group))
+    device = next((w.device for w in own.values()), communication_device())
     layers = {}
     for stage, (held, _) in enumerate(parts):
         for layer in held:
@@ -72,8 +78,8 @@ def _stages() -> dist.ProcessGroup | None:
     return mpu.get_pipeline_model_parallel_group()
 
 
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where a rank without MoE layers receives those of the others."""
-    if dist.get_backend(group) == "nccl":
+def communication_device() -> torch.device:
+    """Where tensors have to be for the default process group, for ranks without a router to ask."""
+    if dist.is_initialized() and "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

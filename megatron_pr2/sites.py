@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.router import Router, TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.layout import moe_layer_indices
@@ -102,17 +103,12 @@ def check_all_found(layers: set[int], moe_layers: Sequence[int]) -> None:
         )
 
 
-def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], tuple[int, ...]]:
-    """Turns every decoder router into a PredictiveTopKRouter in place.
-
-    Returns:
-        The sites of this rank in ascending layer order, and the 0-based indices of all MoE layers of the model.
+def check_config(config: TransformerConfig) -> None:
+    """Refuses settings of the model under which replay would be wrong or impossible.
 
     Raises:
-        AttachError: no MoE layer in the whole model, a router that cannot be replayed, a MoE layer whose router is nowhere, or a
-            layer number that the config does not call MoE. Nothing is changed in that case.
+        AttachError: naming the setting and what to set it to.
     """
-    config = unwrapped(chunks[0]).config
     if not config.num_moe_experts:
         raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
     if config.moe_expert_capacity_factor is not None:
@@ -125,6 +121,35 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
             "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; "
             "replay cannot follow it: set it to False"
         )
+    if config.moe_router_force_load_balancing:
+        raise AttachError("moe_router_force_load_balancing=True replaces router logits by noise (for benchmarks); set it to False")
+    if getattr(config, "hybrid_context_parallel", False):
+        raise AttachError(
+            "hybrid_context_parallel=True changes the context-parallel size from sequence to sequence, and with it which rank "
+            "computes which token; replay cannot follow it: set it to False"
+        )
+    if getattr(config, "is_hybrid_model", False):
+        raise AttachError("is_hybrid_model=True: its layers follow a pattern, not moe_layer_freq, by which replay finds MoE layers")
+    scopes = {getattr(scope, "name", str(scope)) for scope in config.cuda_graph_scope or ()}
+    if config.cuda_graph_impl != "none" and (not scopes or scopes & {"moe", "moe_router", "moe_preprocess", "full_iteration"}):
+        raise AttachError(
+            f"cuda_graph_impl={config.cuda_graph_impl!r} with cuda_graph_scope={','.join(sorted(scopes)) or 'the whole layer'} captures "
+            "the routers: a captured router repeats the routes of the micro-batch that it was captured with; set cuda_graph_scope to "
+            "parts without them (attn, mlp)"
+        )
+
+
+def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], tuple[int, ...]]:
+    """Turns every decoder router into a PredictiveTopKRouter in place.
+
+    Returns:
+        The sites of this rank in ascending layer order, and the 0-based indices of all MoE layers of the model.
+
+    Raises:
+        AttachError: a router that cannot be replayed, a MoE layer whose router is nowhere, or a
+            layer number that the config does not call MoE. Nothing is changed in that case.
+    """
+    config = unwrapped(chunks[0]).config
     moe_layers = moe_layer_indices(config.num_layers, config.moe_layer_freq)
     found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)
     seen: dict[int, str] = {}

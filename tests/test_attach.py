@@ -22,7 +22,7 @@ from tests.ids import random_ids
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
-PR2_CONFIG = PR2Config.preset("pr2", sample_fraction=0.5)
+PR2_CONFIG = toy.preset("pr2", sample_fraction=0.5)
 LENGTHS = {0: 40, 1: 60}
 
 
@@ -78,13 +78,62 @@ def test_models_without_experts_and_no_model() -> None:
         attach([], PR2_CONFIG)
 
 
-def test_interleaved_expert_parallel_overlap() -> None:
-    """It runs layers outside of the chunk's forward, where no cursor can follow."""
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("overlap_moe_expert_parallel_comm", True, "overlap_moe_expert_parallel_comm=True"),
+        ("moe_router_force_load_balancing", True, "moe_router_force_load_balancing=True replaces router logits by noise"),
+        ("hybrid_context_parallel", True, "hybrid_context_parallel=True changes the context-parallel size"),
+        ("is_hybrid_model", True, "is_hybrid_model=True"),
+        ("cuda_graph_impl", "local", "cuda_graph_impl='local' with cuda_graph_scope=the whole layer captures the routers"),
+    ],
+)
+def test_settings_that_replay_cannot_follow(setting: str, value: Any, message: str) -> None:
     chunk = toy.ToyChunk(toy.toy_config())
-    chunk.config.overlap_moe_expert_parallel_comm = True
-    with pytest.raises(AttachError, match="overlap_moe_expert_parallel_comm=True"):
+    setattr(chunk.config, setting, value)
+    with pytest.raises(AttachError, match=message):
         attach(chunk, PR2_CONFIG)
     assert type(toy.routers(chunk)[0]) is TopKRouter
+
+
+def test_graphs_without_the_routers_are_fine() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.config.cuda_graph_impl, chunk.config.cuda_graph_scope = "transformer_engine", ["attn"]
+    attach(chunk, PR2_CONFIG)
+
+
+def wrong_layout_job(kind: str) -> str:
+    from megatron_pr2 import host
+
+    order = {"order": "cp-tp-ep-dp-pp"} if kind == "order" else {}
+    if kind == "order":
+        host.enable()
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, context_parallel_size=2, **order)
+        config = toy.toy_config(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True)
+    else:
+        host.init(context=2)
+        config = toy.toy_config()
+    chunk = toy.ToyChunk(config)
+    try:
+        attach(chunk, PR2_CONFIG)
+    except AttachError as error:
+        assert type(toy.routers(chunk)[0]) is TopKRouter
+        return str(error)
+    return "attached"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "message"),
+    [
+        ("order", 4, "it would lose expert gradients"),
+        ("config", 2, "context_parallel_size=1, Megatron-Core's process groups say 2"),
+    ],
+)
+def test_layouts_that_contradict_themselves_are_refused_on_all_ranks(kind: str, ranks: int, message: str) -> None:
+    errors = pool(ranks).run(wrong_layout_job, kind, timeout=60.0)
+    assert all(message in error for error in errors)
 
 
 def test_wrong_or_repeated_layer_numbers() -> None:
@@ -267,25 +316,25 @@ def test_tables_of_another_shape_are_refused(wrong: dict[str, int]) -> None:
 def test_too_many_missing_rows_fail_or_warn(caplog: pytest.LogCaptureFixture) -> None:
     message = r"2 of 98 tokens \(2.0%\) have no valid route.*worst of this rank is sequence 1 with 2 of 60"
     with pytest.raises(RouteError, match=message):
-        begin(PR2Config.preset("pr2", max_missing_share=0.02), routes=table(missing=2))
-    assert begin(PR2Config.preset("pr2", max_missing_share=0.021), routes=table(missing=2)).missing == 2
+        begin(toy.preset("pr2", max_missing_share=0.02), routes=table(missing=2))
+    assert begin(toy.preset("pr2", max_missing_share=0.021), routes=table(missing=2)).missing == 2
     assert not caplog.text
     with caplog.at_level(logging.WARNING):
-        report = begin(PR2Config.preset("pr2", max_missing_share=0.02, strict=False), routes=table(missing=2))
+        report = begin(toy.preset("pr2", max_missing_share=0.02, strict=False), routes=table(missing=2))
     assert report.missing == 2
     assert "2 of 98 tokens" in caplog.text
 
 
 def test_only_loss_bearing_tokens_with_a_route_are_sampled() -> None:
     tables = toy.random_tables({0: 20}, toy.toy_config(), missing=[(0, 7), (0, 11)])
-    pr2 = kept_features(PR2Config.preset("pr2", sample_fraction=1.0, max_missing_share=1.0), tables, {0: 20})
+    pr2 = kept_features(toy.preset("pr2", sample_fraction=1.0, max_missing_share=1.0), tables, {0: 20})
     (segment,) = pr2.features.segments
     assert segment.tokens.tolist() == [p for p in range(2, 19) if p not in (7, 11)]
 
 
 def test_a_byte_budget_drops_sequences_and_says_so() -> None:
     per_token = 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
-    config = PR2Config.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token)
+    config = toy.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token)
     plan = kept_features(config, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS).feature_plan
     assert (plan.sampled_tokens, plan.dropped_sequences) == (37, 1)
 
@@ -294,7 +343,7 @@ def test_features_that_were_never_kept_are_counted() -> None:
     """The old-log-prob pass saw sequence 0 only."""
     config = toy.toy_config()
     chunk = toy.ToyChunk(config)
-    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
     pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
     toy.old_logprobs(pr2, chunk, toy.batches({0: 40}, 1))
     toy.update(pr2, chunk, toy.batches(LENGTHS, 2), 2)
@@ -351,7 +400,7 @@ def test_engine_weights_of_another_naming_fail_after_the_last_one() -> None:
 
 
 def test_without_a_predictor_weights_pass_through() -> None:
-    pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2Config.preset("r3"))
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), toy.preset("r3"))
     weights = hf_weights("anything")
     assert [t is u for (_, t), (_, u) in zip(weights, pr2.engine_weights(iter(weights)), strict=True)] == [True] * len(weights)
     assert pr2.state_dict() == {}
@@ -372,7 +421,7 @@ def pipeline_job() -> dict[str, Any]:
     except AttachError as error:
         refused = str(error)
     chunk = toy.ToyChunk(config, layers=[stage + 1])
-    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
     pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
     data = toy.batches(LENGTHS, 1)
     toy.old_logprobs(pr2, chunk, data)
@@ -437,4 +486,4 @@ def test_state_belongs_to_its_layers(caplog: pytest.LogCaptureFixture) -> None:
         other.load_state_dict({})
     assert "starting with W_p = 0" in caplog.text
     assert not other.predictor.weight_LEH.any()
-    attach(toy.ToyChunk(config), PR2Config.preset("r3")).load_state_dict(state)
+    attach(toy.ToyChunk(config), toy.preset("r3")).load_state_dict(state)

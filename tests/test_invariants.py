@@ -27,7 +27,7 @@ from tests.loop import train_job
 pytestmark = pytest.mark.usefixtures("host_platform")
 
 LENGTHS = {0: 17, 1: 23, 2: 9}
-HALF = PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0)
+HALF = toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0)
 MISSING = [(0, 5), (1, 20), (1, 8)]
 
 
@@ -175,7 +175,7 @@ def sampled(pr2: PR2, tables: dict[int, Any], lengths: dict[int, int]) -> list[t
 def test_i5_a_sessions_gradient_is_autograd_of_the_mean_kl(kind: str, target: str) -> None:
     """Over exactly the sampled tokens: neither padding nor prompts nor tokens without a route or a sample contribute."""
     config = toy.toy_config(**toy.ROUTERS[kind])
-    pr2_config = PR2Config.preset("pr2", sample_fraction=0.4, target=target, max_missing_share=1.0, seed=5)
+    pr2_config = toy.preset("pr2", sample_fraction=0.4, target=target, max_missing_share=1.0, seed=5)
     pr2, old, new, tables, w_LEH = mini_step(config, pr2_config, LENGTHS, recompute=kind == "groups")
     assert pr2.predictor is not None
     tokens = sampled(pr2, tables, LENGTHS)
@@ -192,7 +192,7 @@ def test_the_predictor_does_not_learn_in_the_first_mini_step() -> None:
     """Then the policy is still the one that the features come from."""
     config = toy.toy_config()
     chunk = toy.ToyChunk(config)
-    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
     pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
     data = toy.batches(LENGTHS, 2)
     toy.old_logprobs(pr2, chunk, data)
@@ -234,7 +234,7 @@ def test_an_actor_that_records_can_predict_too() -> None:
     """routes=actor with a predictor: what is recorded is TopK(p_old + W_p h_old)."""
     config = toy.toy_config()
     chunk = toy.ToyChunk(config)
-    pr2 = attach(chunk, PR2Config.preset("pr2", routes="actor"))
+    pr2 = attach(chunk, toy.preset("pr2", routes="actor"))
     pr2.predictor.weight_LEH.normal_(0.0, 0.1)
     pr2.begin_rollout(toy.sequences(LENGTHS, None))
     data = toy.batches(LENGTHS, 3)
@@ -266,7 +266,7 @@ def engine_job(path: Path) -> dict[str, Any]:
     host.init(expert=2)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)
     model = chunks[0].eval()
-    pr2 = attach(model, PR2Config.preset("pr2"))
+    pr2 = attach(model, toy.preset("pr2"))
     w_LEH = pr2.predictor.weight_LEH
     w_LEH.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
     engine = MegatronEngine(model, pr2, pad_id=258)
@@ -390,7 +390,7 @@ def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> tuple
     """What the passes of a rollout batch, and the end of its mini-step, make the host wait for."""
     config = toy.toy_config(num_layers=layers, **toy.ROUTERS[kind])
     chunk = toy.ToyChunk(config, recompute=recompute)
-    pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0))
     lengths = {i: 8 + i for i in range(micro_batches)}
     pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, config, [(0, 4)])))
     data = toy.batches(lengths, 1)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("host_platform")
 
 LENGTHS = {0: 7, 1: 9, 2: 5, 3: 6}
 MISSING = [(0, 2), (0, 3), (1, 0), (3, 4)]
-R3 = PR2Config.preset("r3", max_missing_share=1.0)
+R3 = toy.preset("r3", max_missing_share=1.0)
 MODELS: dict[str, dict[str, Any]] = {
     **{kind: toy.ROUTERS[kind] for kind in ("softmax", "groups", "top-1")},
     "uint16": {"num_moe_experts": 300, "moe_router_topk": 4},
@@ -324,7 +324,7 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
     reports = []
     for fails in (False, True):
         chunk = toy.ToyChunk(config)
-        pr2 = attach(chunk, PR2Config.preset("pr2", sample_fraction=1.0))
+        pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
         pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
         data = toy.batches(LENGTHS, 2)
         toy.old_logprobs(pr2, chunk, data)
@@ -431,7 +431,7 @@ def test_a_recomputing_backward_after_the_session_is_refused() -> None:
     """The routers are released by then: recomputation would route live and silently contradict the forward pass."""
     chunk = toy.ToyChunk(toy.toy_config(), recompute=True)
     chunk.config.recompute_granularity = "full"
-    pr2 = attach(chunk, PR2Config.preset("r3"))
+    pr2 = attach(chunk, toy.preset("r3"))
     micro_batch = MicroBatch(0, layout.padded([0], [4], 4))
     with pr2.record([micro_batch]) as session:
         session.begin(chunk, micro_batch)
@@ -446,4 +446,29 @@ def test_token_dropping_is_refused() -> None:
     chunk = toy.ToyChunk(toy.toy_config())
     chunk.config.moe_expert_capacity_factor = 1.0
     with pytest.raises(AttachError, match="moe_expert_capacity_factor"):
-        attach(chunk, PR2Config.preset("r3"))
+        attach(chunk, toy.preset("r3"))
+
+
+def test_routes_on_other_tokens_rows_are_noticed() -> None:
+    """The number of rows is right, their content is not: only the router can tell."""
+    config = toy.toy_config(num_moe_experts=32)
+    chunk = toy.ToyChunk(config)
+    lengths = {0: 40, 1: 40}
+    data = toy.batches(lengths, 1)
+    recorder = attach(chunk, PR2Config.preset("r2"))
+    with recorder.record([b.micro_batch for b in data]) as session:
+        toy.run(session, chunk, data, backward=False)
+    tables = recorder.recorded_tables(session, lengths)
+    recorder.detach()
+    pr2 = attach(chunk, PR2Config.preset("r3", sample_fraction=1.0))
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    toy.old_logprobs(pr2, chunk, data)
+    assert pr2.engine_agreement == 1.0
+    swapped = [
+        toy.Batch(MicroBatch(b.micro_batch.key, other.micro_batch.grid), b.inputs_SBH)
+        for b, other in zip(data, data[::-1], strict=True)
+    ]
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    with pytest.raises(ReplayError, match=r"only \d+\.\d% of the replayed experts.*less than min_agreement=50%.*agree in 6\.2%"):
+        toy.old_logprobs(pr2, chunk, swapped)
+    assert pr2.engine_agreement < 0.2

@@ -17,7 +17,7 @@ from tests import toy
 pytestmark = pytest.mark.usefixtures("host_platform")
 
 LENGTHS = {0: 7, 1: 9, 2: 5}
-R3 = PR2Config.preset("r3", max_missing_share=1.0)
+R3 = toy.preset("r3", max_missing_share=1.0)
 
 
 def explicit_probs(router: Any, hidden_TH: Tensor, ids_TK: Tensor) -> Tensor:

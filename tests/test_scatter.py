@@ -153,7 +153,7 @@ def refusal_job(kind: str) -> str:
     host.init(context=2)
     rank = dist.get_rank()
     config = toy.toy_config(context_parallel_size=2)
-    pr2 = attach(toy.ToyChunk(config), PR2Config.preset("r3"))
+    pr2 = attach(toy.ToyChunk(config), toy.preset("r3"))
     lengths = {0: 8, 1: 12}
     made = toy.random_tables(lengths, config)
     sequences = [ReplaySequence(i, n, 2, n - 1, made[i] if rank == 0 else None) for i, n in lengths.items()]

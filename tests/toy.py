@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, ReplaySequence
+from megatron_pr2.config import PR2Config
 from megatron_pr2.replay import MicroBatch, ReplaySession
 from megatron_pr2.routes import RouteTable
 from tests.ids import random_ids
@@ -44,6 +45,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "fp32-router": {"moe_router_dtype": "fp32"},
     "top-1": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
 }
+
+
+def preset(name: str, **overrides: Any) -> PR2Config:
+    """A preset under which routes may be random: they agree with no router."""
+    return PR2Config.preset(name, min_agreement=0.0, **overrides)
 
 
 def toy_config(**changes: Any) -> TransformerConfig:

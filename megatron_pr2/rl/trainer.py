@@ -204,6 +204,9 @@ class Trainer:
     ) -> dict[str, Any]:
         summary = step_summary(samples, mpu.get_data_parallel_group())
         routes, route_bytes, feature_bytes = _sum_reports(report, self._actor.pr2, mpu.get_data_parallel_group())
+        # Engine and actor hold the same weights then, up to the prediction.
+        if self._actor.pr2.engine_agreement is not None:
+            routes["agreement"] = self._actor.pr2.engine_agreement
         routes["features_absent"] = sum(m["features_absent"] for m in mini_steps)
         tokens = int(summary.pop("tokens"))
         return {
