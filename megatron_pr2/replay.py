@@ -303,10 +303,12 @@ class ReplaySession:
         found = self._routes([micro_batch.grid for micro_batch in self._micro_batches])
         for bound, (routes, valid) in zip(self._bound.values(), found, strict=True):
             bound.slice = routes
+            if not self._sites:
+                continue
             (missing,) = np.nonzero(~valid)
             self.missing_rows += len(missing)
             self.replayed_rows += int(valid.sum())
-            if len(missing) and self._sites:
+            if len(missing):
                 bound.missing = torch.from_numpy(missing).to(self._sites[0].router.weight.device, non_blocking=True)
 
     def _index(self, chunk: torch.nn.Module) -> int:

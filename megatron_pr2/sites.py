@@ -132,10 +132,10 @@ def check_config(config: TransformerConfig) -> None:
         raise AttachError("is_hybrid_model=True: its layers follow a pattern, not moe_layer_freq, by which replay finds MoE layers")
     scopes = {getattr(scope, "name", str(scope)) for scope in config.cuda_graph_scope or ()}
     if config.cuda_graph_impl != "none" and (not scopes or scopes & {"moe", "moe_router", "moe_preprocess", "full_iteration"}):
+        captured = ",".join(sorted(scopes)) or "the whole layer"
         raise AttachError(
-            f"cuda_graph_impl={config.cuda_graph_impl!r} with cuda_graph_scope={','.join(sorted(scopes)) or 'the whole layer'} captures "
-            "the routers: a captured router repeats the routes of the micro-batch that it was captured with; set cuda_graph_scope to "
-            "parts without them (attn, mlp)"
+            f"cuda_graph_impl={config.cuda_graph_impl!r} with cuda_graph_scope={captured} captures the routers: a captured router "
+            "repeats the routes of the micro-batch that it was captured with; set cuda_graph_scope to others (attn, mlp)"
         )
 
 

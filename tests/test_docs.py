@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIG = (ROOT / "docs/config.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/design.md", "docs/config.md")
+DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/design.md", "docs/config.md", "docs/parallelism.md", "docs/platforms.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -148,9 +148,8 @@ def test_relative_links_and_images_exist(document: str) -> None:
 
 
 def test_files_named_in_the_documents_exist() -> None:
-    named = {
-        name for text in (README, DESIGN, CONFIG) for name in re.findall(r"`((?:megatron_pr2|tests|docs|examples)/[\w./-]*)`", text)
-    }
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
+    named = {name for text in texts for name in re.findall(r"`((?:megatron_pr2|tests|tools|docs|examples)/[\w./-]*)`", text)}
     assert {"megatron_pr2/attach.py"} <= named
     for name in named:
         assert (ROOT / name).exists(), f"{name} does not exist"
@@ -197,14 +196,19 @@ def test_messages_in_the_error_table_are_raised_somewhere() -> None:
         assert any(pattern.search(source) for source in sources), f"no such message in the code: {message}"
 
 
-def test_the_picture_is_self_contained() -> None:
+def test_the_picture_of_the_loop_names_its_parts() -> None:
     picture = ElementTree.parse(ROOT / "docs/loop.svg").getroot()
+    names = {"".join(element.itertext()) for element in picture.iter() if element.get("class") == "name"}
+    assert {"RouteTable", "ReplaySession", "PredictiveTopKRouter", "FeatureStore", "RoutePredictor"} <= names
+
+
+@pytest.mark.parametrize("name", ["loop.svg", "parallelism.svg"])
+def test_pictures_are_self_contained(name: str) -> None:
+    picture = ElementTree.parse(ROOT / "docs" / name).getroot()
     tags = {element.tag.rpartition("}")[2] for element in picture.iter()}
     assert {"title", "desc", "text"} <= tags
     assert not tags & {"script", "image", "foreignObject"}
-    names = {"".join(element.itertext()) for element in picture.iter() if element.get("class") == "name"}
-    assert {"RouteTable", "ReplaySession", "PredictiveTopKRouter", "FeatureStore", "RoutePredictor"} <= names
-    text = (ROOT / "docs/loop.svg").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text
     assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
 

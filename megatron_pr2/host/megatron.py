@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,36 @@ def _communicate_shapes(self: Any, tensor_send_next: Any, tensor_send_prev: Any,
     return tuple([0, 0, 0] if tensor is None else tensor.tolist() for tensor in received.values())
 
 
+def _gather_rows(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        size = group.size()
+        if output_split_sizes is None or size == 1:
+            return original(input_, group, output_split_sizes, use_global_buffer)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        sent = torch.cat([input_] * size)
+        torch.distributed.all_to_all_single(output, sent, output_split_sizes, [len(input_)] * size, group=group)
+        return output
+
+    return gather
+
+
+def _reduce_scatter_rows(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def reduce_scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        size = group.size()
+        if input_split_sizes is None or size == 1:
+            return original(input_, group, input_split_sizes, use_global_buffer)
+        own = input_split_sizes[group.rank()]
+        received = input_.new_empty(size * own, *input_.shape[1:])
+        torch.distributed.all_to_all_single(received, input_.contiguous(), [own] * size, input_split_sizes, group=group)
+        return received.view(size, own, *input_.shape[1:]).sum(0)
+
+    return reduce_scatter
+
+
 def patch_megatron(patches: PatchSet) -> None:
     """Applies everything of this module."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -78,6 +109,10 @@ def patch_megatron(patches: PatchSet) -> None:
     # Compiled with torch.compile at import; the host runs it as it is, a compiler is not required.
     compiled = router.TopKRouter._apply_expert_bias
     patches.set(router.TopKRouter, "_apply_expert_bias", getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    # With expert tensor parallelism every rank holds another number of an expert's tokens; gloo gathers equal shapes only.
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    patches.set(mappings, "_gather_along_first_dim", _gather_rows(mappings._gather_along_first_dim))
+    patches.set(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_rows(mappings._reduce_scatter_along_first_dim))
     # Writes environment variables that choose Transformer Engine's kernels and fails if a model built earlier chose others.
     patches.set(language.LanguageModule, "_set_attention_backend", lambda self: None)
     # gloo matches messages between two ranks by order alone. With two pipeline stages the previous and the next rank are

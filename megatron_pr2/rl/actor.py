@@ -94,7 +94,8 @@ class Actor:
         items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
         for chunk in self.chunks:
             chunk.eval()
-        with self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
+        # Without gradients Megatron-Core does not count these tokens for the expert bias either.
+        with torch.no_grad(), self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
             results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
