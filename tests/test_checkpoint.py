@@ -1,74 +1,140 @@
-"""Checkpoints of a run: complete or absent, and a resumed run that nobody can tell from an uninterrupted one."""
+"""Checkpoints of a run: complete or absent, for any layout, and a resumed run that nobody can tell from an uninterrupted one."""
 
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from safetensors.torch import load_file
+from torch import Tensor
 
+from megatron_pr2 import checkpoint_files as files
+from megatron_pr2 import host
 from megatron_pr2.errors import CheckpointError
 from megatron_pr2.rl import checkpoint
+from megatron_pr2.rl.batch import mini_batch_order
 from tests.distributed import pool
-from tests.loop import train_job
+from tests.loop import train, train_job
+
+OTHERS = {"epoch": 3, "values": [1, 2.5, "x", None]}
 
 
-def state(step: int) -> dict[str, Any]:
-    return {"weights": torch.full((4, 4), float(step)), "nested": {"rank": dist.get_rank(), "values": [1, 2.5, "x", None]}}
+def shards(values: Tensor) -> dict[str, Any]:
+    """A tensor of which every rank has as many rows as the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {"rows": ShardedTensor.from_rank_offsets("weights.rows", values, (0, rank, world))}
+
+
+def state(step: int, rows: int = 12) -> dict[str, Any]:
+    """Row r of the whole tensor holds step + r."""
+    share = rows // dist.get_world_size()
+    values = step + torch.arange(rows, dtype=torch.float32)[dist.get_rank() * share :][:share, None].repeat(1, 4)
+    return {"weights": shards(values), "others": OTHERS}
+
+
+def newest(directory: Path, rows: int = 12) -> tuple[int, Tensor, Any] | None:
+    """(step, this rank's rows, what is the same on all ranks)"""
+    found = checkpoint.load_latest(directory)
+    if found is None:
+        return None
+    loaded = found["weights"].read(shards(torch.zeros(rows // dist.get_world_size(), 4)))
+    return found["step"], loaded["rows"][:, 0].clone(), found["others"]
 
 
 def round_trip_job(directory: Path) -> tuple[Any, list[int], list[str], Any]:
-    first = checkpoint.load_latest(directory)
+    first = newest(directory)
     paths = [checkpoint.save(directory, step, state(step)).name for step in (1, 2, 3, 10)]
-    found = checkpoint.load_latest(directory)
-    return first, [step for step, _ in checkpoint.checkpoints(directory)], paths, found
+    return first, [step for step, _ in checkpoint.checkpoints(directory)], paths, newest(directory)
 
 
 def test_the_newest_checkpoint_comes_back_and_the_oldest_go(tmp_path: Path) -> None:
-    for rank, (first, steps, paths, found) in enumerate(pool(2).run(round_trip_job, tmp_path / "new")):
+    for rank, (first, steps, paths, (step, rows, others)) in enumerate(pool(2).run(round_trip_job, tmp_path / "new")):
         assert first is None
         assert paths == ["step_000001", "step_000002", "step_000003", "step_000010"]
         assert steps == [3, 10]
-        assert torch.equal(found["weights"], torch.full((4, 4), 10.0))
-        assert found["nested"] == {"rank": rank, "values": [1, 2.5, "x", None]}
-        assert (found["step"], found["world_size"]) == (10, 2)
+        assert (step, others) == (10, OTHERS)
+        assert rows.tolist() == [10.0 + 6 * rank + r for r in range(6)]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["step_000003", "step_000010"]
+
+
+def save_job(directory: Path) -> None:
+    checkpoint.save(directory, 1, state(1))
+
+
+def test_another_number_of_processes_finds_its_rows(tmp_path: Path) -> None:
+    pool(2).run(save_job, tmp_path)
+    for processes in (1, 3):
+        results = pool(processes).run(newest, tmp_path)
+        assert torch.cat([rows for _, rows, _ in results]).tolist() == [1.0 + r for r in range(12)]
+
+
+def fail(number: int, message: str) -> Any:
+    return mock.Mock(side_effect=OSError(number, message))
 
 
 def failing_job(directory: Path, how: str) -> tuple[str, Any]:
     """(what this rank raised, what can be loaded afterwards)"""
     checkpoint.save(directory, 1, state(1))
-    if dist.get_rank() == (0 if how == "rename" else 1):
-        if how == "writer":
-            patch = mock.patch.object(checkpoint, "_write", side_effect=OSError(28, "No space left on device"))
-        elif how == "pickle":
-            patch = mock.patch.object(checkpoint, "_write", side_effect=TypeError("cannot pickle"))
-        else:
-            patch = mock.patch.object(Path, "rename", side_effect=OSError(5, "Input/output error"))
-    else:
-        patch = mock.patch.object(checkpoint, "KEEP", checkpoint.KEEP)
+    second = state(2)
+    rename = Path.rename
+
+    def unmovable(path: Path, target: Path) -> Path:
+        if path.name == ".step_000002.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    patches = {
+        "shards": mock.patch.object(
+            torch.distributed.checkpoint.FileSystemWriter, "write_data", fail(28, "No space left on device")
+        ),
+        "index": mock.patch.object(torch.distributed.checkpoint.FileSystemWriter, "finish", fail(28, "No space left on device")),
+        "common": mock.patch.object(files, "_write_common", fail(28, "No space left on device")),
+        "format": mock.patch.object(files, "_write_format", fail(28, "No space left on device")),
+        "rename": mock.patch.object(Path, "rename", unmovable),
+        "twice": mock.patch.object(checkpoint, "KEEP", checkpoint.KEEP),
+        "pickle": mock.patch.object(checkpoint, "KEEP", checkpoint.KEEP),
+    }
+    if how == "twice":  # both ranks say that they have the first half
+        second["weights"]["rows"] = ShardedTensor.from_rank_offsets("weights.rows", torch.zeros(6, 4), (0, 0, 2))
+    if how == "pickle":
+        second["others"] = lambda: None
     raised = ""
-    with patch:
+    with (
+        patches[how] if dist.get_rank() == (1 if how == "shards" else 0) else mock.patch.object(checkpoint, "KEEP", checkpoint.KEEP)
+    ):
         try:
-            checkpoint.save(directory, 2, state(2))
+            checkpoint.save(directory, 2, second)
         except CheckpointError as error:
             raised = str(error)
-    return raised, checkpoint.load_latest(directory)
+    return raised, newest(directory)
 
 
-@pytest.mark.parametrize(("how", "words"), [("writer", "No space left"), ("pickle", "cannot pickle"), ("rename", "Input/output")])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("shards", "rank 1: OSError: [Errno 28] No space left"),
+        ("index", "rank 0: OSError: [Errno 28] No space left"),
+        ("common", "rank 0: OSError: [Errno 28] No space left"),
+        ("format", "rank 0: OSError: [Errno 28] No space left"),
+        ("rename", "rank 0: OSError: [Errno 5] Input/output"),
+        ("twice", "rank 0: CheckpointingException: Invalid access pattern"),
+        ("pickle", "rank 0: AttributeError: Can't pickle local object"),
+    ],
+)
 def test_a_failure_on_one_rank_is_raised_on_all_and_the_previous_checkpoint_is_whole(tmp_path: Path, how: str, words: str) -> None:
-    rank = 0 if how == "rename" else 1
     for raised, found in pool(2).run(failing_job, tmp_path, how, timeout=60):
-        assert raised.startswith(f"checkpoint {tmp_path}/step_000002 could not be written (rank {rank}: ")
-        assert words in raised
+        assert raised.startswith(f"checkpoint {tmp_path}/step_000002 could not be written ({words}")
         assert "earlier checkpoints are intact" in raised
-        assert found["step"] == 1
+        assert found[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
@@ -81,19 +147,19 @@ def full_disk_job(directory: Path) -> tuple[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
     raised = ""
     try:
-        checkpoint.save(directory, 2, {"weights": torch.zeros(1 << 20)})
+        checkpoint.save(directory, 2, state(2, rows=1 << 18))
     except CheckpointError as error:
         raised = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    return raised, checkpoint.load_latest(directory)
+    return raised, newest(directory)
 
 
 def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
     for raised, found in pool(2).run(full_disk_job, tmp_path, timeout=60):
         assert "could not be written (rank 1: " in raised
-        assert found["step"] == 1
+        assert found[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
@@ -113,29 +179,20 @@ def test_a_directory_that_cannot_be_made_is_said_on_every_rank(tmp_path: Path) -
 
 def load_job(directory: Path) -> str:
     try:
-        checkpoint.load_latest(directory)
+        newest(directory)
     except CheckpointError as error:
         return str(error)
     return ""
 
 
-def save_job(directory: Path) -> None:
-    checkpoint.save(directory, 1, state(1))
-
-
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("__1_0.distcp", {1}), ("common.pt", {0, 1}), (".metadata", {0, 1})])
+def test_a_damaged_file_is_told_on_every_rank(tmp_path: Path, name: str, ranks: set[int]) -> None:
     pool(2).run(save_job, tmp_path)
-    (tmp_path / "step_000001" / "rank_00002.pt").write_bytes(b"")
-    for raised in pool(2).run(load_job, tmp_path):
-        assert "was written by 3 processes, this run has 2; resume with parallel.processes=3" in raised
-
-
-def test_a_damaged_file_is_named_on_every_rank(tmp_path: Path) -> None:
-    pool(2).run(save_job, tmp_path)
-    file = tmp_path / "step_000001" / "rank_00001.pt"
+    file = tmp_path / "step_000001" / name
     file.write_bytes(file.read_bytes()[:100])
     for raised in pool(2).run(load_job, tmp_path, timeout=60):
-        assert f"{tmp_path}/step_000001 cannot be read (rank 1: " in raised
+        assert f"{tmp_path}/step_000001 cannot be read (" in raised
+        assert {rank for rank in (0, 1) if f"rank {rank}: " in raised} == ranks
         assert "remove it" in raised
 
 
@@ -161,3 +218,71 @@ def test_a_resumed_run_continues_with_the_same_bits(tiny_checkpoint: Path, tmp_p
         assert [record["step"] for record in second["records"]] == [2, 3]
         assert repr(first["records"] + second["records"]) == repr(straight["records"])
         assert second["predictor"] == straight["predictor"] > 0.1
+
+
+def layout_job(path: Path, run: Path, overrides: list[str], expert: int, resume: bool) -> dict[str, Any]:
+    """A run on this many processes."""
+    host.init(expert=expert)
+    return train(path, run, overrides, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def common() -> list[str]:
+    return ["preset=pr2", "pr2.alpha=3", "checkpoint_every=2", "rollout.prompts=2"]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_checkpoint: Path, common: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Four steps in one go and the run directory, and two of them in another one, per number of processes."""
+    runs = {}
+    for processes in (1, 2):
+        settings = [*common, f"parallel.processes={processes}", f"parallel.expert={processes}"]
+        whole, cut = (tmp_path_factory.mktemp(name) / "run" for name in ("straight", "cut"))
+        results = pool(processes).run(layout_job, tiny_checkpoint, whole, [*settings, "steps=4"], processes, False)
+        pool(processes).run(layout_job, tiny_checkpoint, cut, [*settings, "steps=2"], processes, False)
+        runs[processes] = results[0], whole, cut
+    return runs
+
+
+def test_a_samples_mini_step_does_not_depend_on_the_ranks() -> None:
+    kappa, count = 4, 48
+    whole = np.array(mini_batch_order(slice(0, count), kappa, [3, 7])).reshape(kappa, -1)
+    assert sorted(whole.reshape(-1).tolist()) == list(range(count))
+    assert mini_batch_order(slice(0, count), kappa, [3, 8]) != whole.reshape(-1).tolist()
+    for ranks in (2, 3, 4):
+        size = count // ranks
+        parts = [np.array(mini_batch_order(slice(r * size, (r + 1) * size), kappa, [3, 7])) + r * size for r in range(ranks)]
+        shares = np.concatenate([part.reshape(kappa, -1) for part in parts], axis=1)
+        assert np.array_equal(np.sort(shares), np.sort(whole))
+
+
+@pytest.mark.parametrize(("processes", "expert", "then", "then_expert"), [(2, 2, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2)])
+def test_a_run_resumes_in_another_layout(
+    processes: int,
+    expert: int,
+    then: int,
+    then_expert: int,
+    tiny_checkpoint: Path,
+    straight: dict[int, Any],
+    common: list[str],
+    tmp_path: Path,
+) -> None:
+    """The second half on another number of processes, or with the experts spread otherwise, is the one of the uninterrupted run."""
+    expected, whole, cut = straight[processes]
+    shutil.copytree(cut, tmp_path / "run")
+    settings = [*common, "steps=4", f"parallel.processes={then}", f"parallel.expert={then_expert}"]
+    resumed = pool(then).run(layout_job, tiny_checkpoint, tmp_path / "run", settings, then_expert, True)[0]
+    assert [record["step"] for record in resumed["records"]] == [2, 3]
+    for record, wanted in zip(resumed["records"], expected["records"][2:], strict=True):
+        assert record["reward"] == wanted["reward"]
+        assert record["routes"]["sampled"] == wanted["routes"]["sampled"]
+        for name in ("policy_loss", "grad_norm"):
+            assert record[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+        for name in ("grad_norm", "weight_norm"):
+            assert record["predictor"][name] == pytest.approx(wanted["predictor"][name], rel=1e-4), name
+    one, other = (load_file(run / "final" / "model.safetensors") for run in (tmp_path / "run", whole))
+    before = load_file(tiny_checkpoint / "model.safetensors")
+    for name, weight in other.items():
+        # Of what training has moved; a gradient that is almost zero makes Adam's step a matter of rounding.
+        moved = float((weight - before[name]).abs().mean())
+        assert float((one[name] - weight).abs().mean()) < 1e-3 * moved, name

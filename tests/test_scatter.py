@@ -242,3 +242,29 @@ def test_recorded_routes_follow_tokens_to_another_rank() -> None:
     assert [wrong for wrong, *_ in results] == [0] * 4
     assert sum(moved for _, moved, _ in results) > 10
     assert [absent for *_, absent in results] == [0] * 4
+
+
+def prefetch_job() -> tuple[int, int, int]:
+    from megatron_pr2 import host
+
+    host.init(context=2)
+    config = toy.toy_config(context_parallel_size=2)
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, toy.preset("r3"))
+    lengths = {0: 8, 1: 12}
+    made = toy.random_tables(lengths, config) if pr2.routes.is_owner else None
+    pr2.begin_rollout(toy.sequences(lengths, made))
+    grids = [padded([i], [n], n) for i, n in lengths.items()]
+    data = [toy.Batch(toy.MicroBatch(i, g), toy.token_inputs(pr2.routes._replica.ranks.rows(g))) for i, g in enumerate(grids)]
+    pr2.prefetch([batch.micro_batch for batch in data])
+    early = pr2.routes.received_bytes
+    toy.old_logprobs(pr2, chunk, data)
+    toy.update(pr2, chunk, data[::-1], 1)
+    return dist.get_rank(), early, pr2.routes.received_bytes
+
+
+def test_routes_that_were_fetched_early_are_not_sent_again() -> None:
+    """Neither in the log-prob pass nor in a training pass with the same micro-batches."""
+    (_, owner, owner_later), (_, other, later) = pool(2).run(prefetch_job)
+    assert owner == owner_later == 0
+    assert other == later == (8 + 12) // 2 * toy.LAYERS * toy.TOPK

@@ -160,7 +160,9 @@ def worker(rank: int, store: str, cases: list[Case], repeats: int, int32: bool, 
 
 def measure(cases: list[Case], repeats: int, int32: bool) -> Iterator[dict[str, Any]]:
     """Runs the cases of one number of ranks in one set of processes."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    # Imported once, not by every process.
+    context.set_forkserver_preload(["megatron_pr2.scatter"])
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as directory:
         processes = [

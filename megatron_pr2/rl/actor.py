@@ -22,11 +22,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from megatron_pr2 import checkpoint as pr2_checkpoint
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.bridge import export_weights, load_model, save_hf
 from megatron_pr2.rl.batch import Sample, micro_batches
+from megatron_pr2.rl.checkpoint import Shards
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
+from megatron_pr2.rl.sharding import (
+    load_model_shards,
+    load_optimizer_shards,
+    model_shards,
+    optimizer_shards,
+    optimizer_template,
+)
 
 LossFunction = Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
@@ -94,8 +103,7 @@ class Actor:
         items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
         for chunk in self.chunks:
             chunk.eval()
-        # Without gradients Megatron-Core does not count these tokens for the expert bias either.
-        with torch.no_grad(), self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
+        with self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
             results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
@@ -152,20 +160,27 @@ class Actor:
         save_hf(self._bridge, self.chunks, path, tokenizer_from=self._hf_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's share of everything that training continues from."""
+        """Everything that training continues from, as shards that any parallel layout can read."""
+        model = model_shards(self.chunks)
         return {
-            "model": [chunk.state_dict() for chunk in self.chunks],
-            "optimizer": self.optimizer.state_dict(),
-            "pr2": self.pr2.state_dict(),
+            "model": model,
+            "optimizer": optimizer_shards(self.optimizer, model),
+            "pr2": pr2_checkpoint.sharded_state_dict(self.pr2),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict` under the same parallel layout."""
-        for chunk, chunk_state in zip(self.chunks, state["model"], strict=True):
-            chunk.load_state_dict(chunk_state)
-        # Holds the fp32 master weights of a bf16 model; reload_model_params() would replace them by the rounded ones.
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.pr2.load_state_dict(state["pr2"])
+    def load_state_dict(self, saved: Shards) -> None:
+        """Restores :meth:`state_dict`, in whatever layout it was written; collective.
+
+        Raises:
+            CheckpointError: on every rank, if any rank cannot read its part, or it is of another model.
+        """
+        model = model_shards(self.chunks)
+        optimizer = optimizer_template(self.optimizer, model)
+        pr2 = pr2_checkpoint.sharded_state_dict(self.pr2, load_from=saved.directory)
+        loaded = saved.read({"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2})
+        load_model_shards(self.chunks, loaded["model"])
+        load_optimizer_shards(self.optimizer, optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
+        pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
 
     def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:
         rows, width = items[0]["tokens"].shape

@@ -1,26 +1,49 @@
-"""Checkpoints that a run resumes from: one directory per step, complete or absent.
+"""Checkpoints that a run resumes from, in any parallel layout: one directory per step, complete or absent.
 
-Every rank writes its own file into a temporary directory; only when all of them are on disk does rank 0 rename it into place.
-An interruption or a full disk therefore leaves the previous checkpoint whole.
+All ranks write into a temporary directory (megatron_pr2.checkpoint_files); only when everything is on disk does rank 0 rename it
+into place. An interruption or a full disk therefore leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+from megatron_pr2 import checkpoint_files as files
 from megatron_pr2.errors import CheckpointError
 
-T = TypeVar("T")
 _STEP = re.compile(r"step_(\d{6})")
 KEEP = 2
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A part of a checkpoint that each rank reads its own share of.
+
+    Attributes:
+        directory: of the checkpoint.
+    """
+
+    directory: Path
+    name: str
+
+    def read(self, template: dict[str, Any]) -> dict[str, Any]:
+        """The shards that `template` asks for and what is saved beside them; collective.
+
+        Raises:
+            CheckpointError: on every rank, if any rank cannot read its part.
+        """
+        try:
+            return dict(files.read({self.name: template}, self.directory)[self.name])
+        except CheckpointError as error:
+            raise _unreadable(self.directory, error) from error
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -30,16 +53,16 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes this rank's state; collective. Older checkpoints than the last two are removed afterwards.
+    """Writes the state; collective. Older checkpoints than the last two are removed afterwards.
 
     Args:
         step: rollout batches done.
-        state: tensors, numbers, strings and containers of them.
+        state: entries with ShardedTensors in them are written by all ranks, the others as rank 0 has them.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; the previous checkpoint is untouched.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     final = directory / f"step_{step:06d}"
     temporary = directory / f".step_{step:06d}.tmp"
 
@@ -50,64 +73,45 @@ def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
     def put_in_place() -> None:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        files.synced(directory)
+        for _, old in checkpoints(directory)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
 
+    sharded = [name for name, value in state.items() if isinstance(value, dict) and _has_shards(value)]
     try:
-        _together(prepare if rank == 0 else None)
-        _together(lambda: _write({**state, "step": step, "world_size": world}, temporary / f"rank_{rank:05d}.pt"))
-        _together(put_in_place if rank == 0 else None)
+        files.together(lambda: prepare() if rank == 0 else None)
+        files.write({**state, "step": step, "sharded": sharded}, temporary)
+        files.together(lambda: put_in_place() if rank == 0 else None)
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} could not be written ({error}); earlier checkpoints are intact") from error
-    if rank == 0:
-        for _, old in checkpoints(directory)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def load_latest(directory: Path) -> dict[str, Any] | None:
-    """This rank's state of the newest checkpoint, or None where there is none; collective.
+    """The newest checkpoint's state, or None where there is none; collective. Entries with shards come as :class:`Shards`.
 
     Raises:
-        CheckpointError: on every rank, if it was written by another number of processes or any rank cannot read its part.
+        CheckpointError: on every rank, if any rank cannot read it.
     """
-    found = checkpoints(directory)
-    if not found:
+    found = [path for _, path in checkpoints(directory)]
+    # As rank 0 sees it: the others may look at an older state of a shared file system.
+    newest: list[Path | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(newest, found[-1] if found else None)
+    path = newest[0]
+    if path is None:
         return None
-    _, path = found[-1]
-    world = dist.get_world_size()
-    written = len(list(path.glob("rank_*.pt")))
-    if written != world:
-        raise CheckpointError(
-            f"{path} was written by {written} processes, this run has {world}; resume with parallel.processes={written}"
-        )
-    file = path / f"rank_{dist.get_rank():05d}.pt"
     try:
-        return _together(lambda: torch.load(file, map_location="cpu", weights_only=True))
+        state = files.common(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it to resume from the checkpoint before it") from error
+        raise _unreadable(path, error) from error
+    return {**state, **{name: Shards(path, name) for name in state.pop("sharded")}}
 
 
-def _together(action: Callable[[], T] | None) -> T | None:
-    """Does what this rank has to do and waits for the others.
-
-    Raises:
-        CheckpointError: on every rank, if it failed on any.
-    """
-    result, failure = None, None
-    try:
-        result = action() if action is not None else None
-    except Exception as error:
-        failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if failures := [f for f in failures if f]:
-        raise CheckpointError("; ".join(failures))
-    return result
+def _has_shards(value: dict[str, Any]) -> bool:
+    return any(isinstance(each, ShardedBase) for each in nested_values(value))
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error}); remove it to resume from the checkpoint before it")

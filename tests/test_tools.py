@@ -1,0 +1,31 @@
+"""The benchmarks run in a minimal size; their times are printed, not judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_bench_scatter_counts_bytes() -> None:
+    """Every rank receives 1 / (tp cp pp) of what a broadcast brings, and holds the same afterwards."""
+    small = ["--tokens", "512", "--layers", "4", "--topk", "2", "--sequence", "64", "--rows", "128", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools/bench_scatter.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    layouts = {(case["tensor"], case["context"], case["pipeline"]) for case in report["cases"]}
+    assert layouts == {(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)}
+    assert len({case["tokens"] for case in report["cases"]}) == 3
+    for case in report["cases"]:
+        assert case["identical"]
+        assert case["received_bytes"]["broadcast"] == case["table_bytes"] == case["tokens"] * 4 * 2
+        assert case["received_bytes"]["scatter"] * case["ranks"] == case["table_bytes"]
+        assert case["received_bytes"]["broadcast_int32"] == 4 * case["table_bytes"]
+        assert all(seconds > 0 for seconds in case["seconds"].values())
+    ratios = {c["ranks"]: round(c["seconds"]["scatter"] / c["seconds"]["broadcast"], 2) for c in report["cases"]}
+    sys.stdout.write(f"scatter against broadcast, by ranks: {ratios}\n")
