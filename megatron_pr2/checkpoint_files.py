@@ -55,15 +55,16 @@ def write(state: dict[str, Any], directory: Path) -> None:
     """
     rank = dist.get_rank()
     together(lambda: _refuse_checkpoint(directory) if rank == 0 else None)
-    sharded, common = together(lambda: save_preprocess(state, validate_access_integrity=False))
+    sharded, same_everywhere = together(lambda: save_preprocess(state, validate_access_integrity=False))
     _, everyones = determine_global_metadata(sharded)
     together(lambda: validate_sharding_integrity(everyones))
-    together(lambda: _write_common(common, directory) if rank == 0 else None)
+    together(lambda: _write_common(same_everywhere, directory) if rank == 0 else None)
+    by_key = together(lambda: _by_key(sharded))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             dcp.save(
-                _by_key(sharded),
+                by_key,
                 storage_writer=dcp.FileSystemWriter(directory),
                 planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pr2.features import FeatureStore
+from megatron_pr2.features import FeatureStore, Segment
 from megatron_pr2.layout import IntArray, TokenGrid
 from megatron_pr2.replica import RankGroup
 from megatron_pr2.tokens import TokenIndex
@@ -51,12 +51,46 @@ class FeaturePlan:
         self._load = np.zeros(self._stage.size, dtype=np.int64)
         self._dropped: set[int] = set()
         self._seen: set[bytes] = set()
+        # What the last log-prob pass keeps, per member.
+        self._newest: list[IntArray] = []
         self.moved_tokens = 0
         self._store.begin(tokens.total)
 
     @property
     def dropped_sequences(self) -> int:
         return len(self._dropped)
+
+    @property
+    def sampled(self) -> npt.NDArray[np.bool_]:
+        """Which tokens are sampled, by flat token index."""
+        return self._sampled
+
+    def restore(self, sampled: npt.NDArray[np.bool_], held: IntArray, members: IntArray | None) -> Segment:
+        """After begin_rollout: room for features of a checkpoint.
+
+        Args:
+            sampled: which tokens are sampled, by flat token index.
+            held: of these, the ones that the checkpoint has features of, ascending; the same on every rank of the stage.
+            members: of the stage, who gets each of them; None, or more than a rank's budget for one, spreads them evenly.
+
+        Returns:
+            This rank's share, to be filled.
+        """
+        self.begin(self._tokens, sampled)
+        per_token = self._store.bytes_per_token
+        room = self._budget // per_token if per_token else len(held)
+        if members is None or (np.bincount(members, minlength=1) > room).any():
+            if len(held) > room * self._stage.size:
+                # Whole sequences, last ones first: the one in which the room ends, and all after it.
+                first = int(self._tokens.sequence_of(held[room * self._stage.size, None])[0])
+                for sequence in list(self._tokens.lengths)[first:]:
+                    self._dropped.add(sequence)
+                    self._sampled[self._tokens.span(sequence)] = False
+                held = held[self._sampled[held]]
+            members = np.arange(len(held)) * self._stage.size // max(1, len(held))
+        self._holder[held] = members
+        self._load += np.bincount(members, minlength=self._stage.size)
+        return self._store.add(held[members == self._stage.me])
 
     def make_room(self, grids: Sequence[TokenGrid]) -> None:
         """Before a log-prob pass: room for the sampled tokens that this rank will compute.
@@ -80,15 +114,18 @@ class FeaturePlan:
                 self._sampled[self._tokens.span(sequence)] = False
             else:
                 self._load += counts[:, place]
-        for member, tokens in enumerate(wanted):
-            self._holder[tokens[self._sampled[tokens]]] = member
-        own = wanted[self._stage.me]
-        self._store.add(own[self._sampled[own]])
+        self._newest = [tokens[self._sampled[tokens]] for tokens in wanted]
+        for member, tokens in enumerate(self._newest):
+            self._holder[tokens] = member
+        self._store.add(self._newest[self._stage.me])
         self._seen.update(grid.fingerprint() for grid in grids)
 
     def forget_last(self) -> None:
-        """After a log-prob pass that failed: its features are not there."""
-        self._holder[self._store.segments[-1].tokens] = -1
+        """After a log-prob pass that failed on the whole stage: its features are nowhere, and their room is free again."""
+        for member, tokens in enumerate(self._newest):
+            self._holder[tokens] = -1
+            self._load[member] -= len(tokens)
+        self._newest = []
         self._store.remove_last()
         self._seen.clear()
 

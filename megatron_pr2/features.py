@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megatron_pr2.layout import IntArray
 
+# Copies to host memory that may be under way beside the features themselves; then write() waits for the device, once for all.
+STAGING_BYTES = 256 << 20
+
 
 @dataclass(eq=False)
 class Segment:
@@ -72,8 +75,8 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(segment.nbytes for segment in self._segments)
+        """Bytes held now, copies that are under way included."""
+        return sum(segment.nbytes for segment in self._segments) + self._staged
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -85,6 +88,7 @@ class FeatureStore:
         self._segments: list[Segment] = []
         self._segment_of = np.full(num_tokens, -1, dtype=np.int32)
         self._slot_of = np.zeros(num_tokens, dtype=np.int64)
+        self._staged = 0
         self.peak_bytes = 0
 
     def add(self, tokens: IntArray) -> Segment:
@@ -105,7 +109,9 @@ class FeatureStore:
 
     def remove_last(self) -> None:
         """Forgets the segment that was added last."""
-        self._segment_of[self._segments.pop().tokens] = -1
+        segment = self._segments.pop()
+        self._segment_of[segment.tokens] = -1
+        self._staged -= sum(h.nbytes + p.nbytes for *_, h, p in segment.in_flight)
 
     def holds(self, tokens: IntArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which tokens have room here; -1 stands for no token."""
@@ -139,9 +145,13 @@ class FeatureStore:
             if h_SH.device.type != self.device.type:
                 # Copies to host memory are still on their way; reading them now would read anything.
                 segment.in_flight.append((layer, slots, h, p))
+                self._staged += h.nbytes + p.nbytes
             else:
                 segment.h_LSH[layer].index_copy_(0, slots, h)
                 segment.p_LSE[layer].index_copy_(0, slots, p)
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        if self._staged > STAGING_BYTES:
+            self.settle()
 
     def settle(self) -> None:
         """Waits, once, for the copies that write() started from another device, and files them."""
@@ -153,6 +163,7 @@ class FeatureStore:
                 segment.h_LSH[layer].index_copy_(0, slots, h)
                 segment.p_LSE[layer].index_copy_(0, slots, p)
             segment.in_flight = []
+        self._staged = 0
 
     def read(self, layer: int, where: Located, device: torch.device) -> tuple[Tensor, Tensor]:
         """(h_old [S, H], p_old [S, E]) of one layer on `device`, in the order of `where.rows`."""

@@ -53,6 +53,11 @@ class RouteStore:
         """Bytes of the tables held by this rank."""
         return sum(table.nbytes for table in self._tables.values())
 
+    def tables(self) -> Mapping[int, RouteTable]:
+        """Tables per sequence: an engine's where it is owned, recorded ones with this stage's layers; collective over the stage."""
+        self._gather_recorded()
+        return self._tables
+
     def begin(self, tokens: TokenIndex, tables: Mapping[int, RouteTable], valid: BoolArray) -> None:
         """Takes the routes of a new rollout batch and forgets the last one's.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch.distributed as dist
 
 from megatron_pr2.errors import RouteError
+from megatron_pr2.replica import RankGroup
 from megatron_pr2.routes import RouteTable
 from megatron_pr2.tokens import TokenIndex, sample_positions
 
@@ -84,6 +88,41 @@ def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_expe
             f"sequence {sequence.id}: its route table is (tokens, moe layers, top-k, experts) = {found}, expected {expected}"
         )
     return table
+
+
+def agree_on_rollout(
+    ranks: RankGroup, failure: str | None, tokens: TokenIndex, valid: npt.NDArray[np.bool_], *, is_owner: bool
+) -> tuple[str | None, npt.NDArray[np.bool_]]:
+    """The first failure within a replica, and which tokens have a route, from the ranks that own the tables; collective over it.
+
+    Args:
+        failure: what this rank refuses.
+        valid: which tokens have a route, by flat token index; read on owners.
+        is_owner: whether this rank was given the tables.
+
+    Returns:
+        The same on every rank of the replica.
+    """
+    if ranks.handle is None:
+        return failure, valid
+    told = list(tokens.lengths.items())
+    digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+    packed = np.packbits(valid).tobytes() if is_owner else None
+    parts: list[Any] = [None] * ranks.size
+    # One bit per token and a few bytes, once per rollout batch.
+    dist.all_gather_object(parts, (failure, digest, packed), group=ranks.handle)
+    owners = parts[ranks.owner]
+    failure = next((part[0] for part in parts if part[0] is not None), None)
+    if failure is None and any(part[1] != owners[1] for part in parts):
+        failure = (
+            "the ranks of a replica (tensor x context x pipeline parallel) were told of different sequences; pass the same ones, "
+            "in the same order, to begin_rollout() on all of them"
+        )
+    if failure is None and any(part[2] not in (None, owners[2]) for part in parts):
+        failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
+    if failure is None:
+        valid = np.unpackbits(np.frombuffer(owners[2], dtype=np.uint8), count=tokens.total).astype(bool)
+    return failure, valid
 
 
 def count_missing(valid: npt.NDArray[np.bool_], tokens: TokenIndex) -> dict[int, int]:

@@ -51,6 +51,21 @@ class Sample:
         return ReplaySequence(self.id, self.length, *self.loss_span, routes=self.response.routes)
 
 
+def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[int]:
+    """The order in which a rank trains on its samples, as indices into them: first its share of the first mini-step, and so on.
+
+    Of every `mini_steps` samples of the rollout batch one goes into each mini-step, at random, so that every prompt's responses are
+    spread over all of them. A sample's mini-step does not depend on the number of ranks.
+
+    Args:
+        own: this rank's samples among all of the rollout batch; both ends are multiples of `mini_steps`.
+        seed: of the rollout batch.
+    """
+    blocks = range(own.start // mini_steps, own.stop // mini_steps)
+    drawn = np.stack([np.random.default_rng([*seed, block]).permutation(mini_steps) for block in blocks])
+    return (drawn + mini_steps * np.arange(len(blocks))[:, None]).T.reshape(-1).tolist()
+
+
 def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dict[str, Any]]:
     """Cuts samples into micro-batches of `size` sequences, in order.
 

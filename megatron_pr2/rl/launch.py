@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 ERRORS_FILE = "errors.log"
 # What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
-_MAY_CHANGE = ("steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.url")
+_MAY_CHANGE = (
+    "steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.url",
+    "parallel.processes", "parallel.expert",
+)  # fmt: skip
 
 
 class TrainingFailed(PR2Error, RuntimeError):

@@ -23,7 +23,7 @@ from megatron_pr2.attach import PR2, RolloutReport
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
-from megatron_pr2.rl.batch import Sample
+from megatron_pr2.rl.batch import Sample, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, PromptSampler
 from megatron_pr2.rl.losses import group_advantages
@@ -172,9 +172,8 @@ class Trainer:
             Sample(first_id + own.start + i, response, reward, float(advantage))
             for i, (response, reward, advantage) in enumerate(zip(responses, rewards, advantages, strict=True))
         ]
-        # Mini-batches take whole prompts' responses apart: a fixed shuffle mixes groups over the mini-steps on every rank alike.
-        order = np.random.default_rng([self._config.seed, self._step]).permutation(len(samples))
-        return [samples[i] for i in order], stats
+        mini_steps = self._config.algorithm.mini_steps
+        return [samples[i] for i in mini_batch_order(own, mini_steps, [self._config.seed, self._step])], stats
 
     def _retrying(self, action: Callable[[], T]) -> T:
         """Does what the engine is asked; an engine that died meanwhile is restarted and gets the same weights first.
