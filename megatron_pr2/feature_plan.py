@@ -99,7 +99,10 @@ class FeaturePlan:
         """
         fresh = [grid for grid in grids if grid.fingerprint() not in self._seen]
         wanted = [self._wanted(fresh, member) for member in range(self._stage.size)]
-        wanted = [tokens[self._holder[tokens] < 0] for tokens in wanted]
+        holders = [self._holder[tokens] for tokens in wanted]
+        # A pass over the same tokens under another cut: features stay where the first pass left them.
+        elsewhere = any(((holder >= 0) & (holder != member)).any() for member, holder in enumerate(holders))
+        wanted = [tokens[holder < 0] for tokens, holder in zip(wanted, holders, strict=True)]
         counts = np.zeros((self._stage.size, len(self._tokens.lengths)), dtype=np.int64)
         for member, tokens in enumerate(wanted):
             np.add.at(counts[member], self._tokens.sequence_of(tokens), 1)
@@ -118,7 +121,8 @@ class FeaturePlan:
         for member, tokens in enumerate(self._newest):
             self._holder[tokens] = member
         self._store.add(self._newest[self._stage.me])
-        self._seen.update(grid.fingerprint() for grid in grids)
+        if not elsewhere:
+            self._seen.update(grid.fingerprint() for grid in grids)
 
     def forget_last(self) -> None:
         """After a log-prob pass that failed on the whole stage: its features are nowhere, and their room is free again."""
