@@ -26,6 +26,7 @@ class Case:
         config: fields of TransformerConfig.
         ddp: fields of DistributedDataParallelConfig.
         delivery: PR2Config.route_delivery.
+        routes: PR2Config.routes: "engine", or "actor" for routes that the old-log-prob pass records.
     """
 
     processes: int = 1
@@ -36,6 +37,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, bool] = field(default_factory=dict)
     delivery: str = "scatter"
+    routes: str = "engine"
 
 
 @dataclass

@@ -90,6 +90,11 @@ def assert_every_route_replayed_once(results: Sequence[Result], expected: Result
         _assert_counts(result)
 
 
+def selected_experts(results: Sequence[Result], *, training: bool) -> dict[tuple[int, int, int], int]:
+    """(layer, sequence, position) -> experts as bits, over all ranks, in a pass's forward."""
+    return dict(_selected((seen for result in results for seen in result.seen), training, recomputed=False))
+
+
 def assert_routes_were_taken(result: Result, tables: dict[int, Tensor], columns: dict[int, int]) -> None:
     """The single process selected the tables' experts for every valid route and as many elsewhere, in both passes.
 

@@ -61,7 +61,13 @@ def run_case(path: Path, case: Case) -> Result:
         )
     pr2 = attach(
         chunks,
-        PR2Config.preset("pr2", sample_fraction=0.5, max_missing_share=1.0, min_agreement=0.0, route_delivery=case.delivery),
+        PR2Config(
+            routes=case.routes,
+            route_delivery=case.delivery,
+            sample_fraction=0.5,
+            max_missing_share=1.0,
+            min_agreement=0.0,
+        ),
     )
     # bf16 features turn a difference in the last fp32 bit into one of 0.4 %; the layouts are compared in fp32.
     pr2.features._h_dtype = torch.float32
@@ -127,7 +133,7 @@ class _Run:
     def _begin_rollout(self) -> None:
         place, config = self.place, self.config
         first = place.tp_rank == place.cp_rank == mpu.get_pipeline_model_parallel_rank() == 0
-        owns = first or self.case.delivery == "local"
+        owns = self.case.routes == "engine" and (first or self.case.delivery == "local")
         shape = (len(self.pr2.moe_layers), config.moe_router_topk, config.num_moe_experts)
         self.pr2.begin_rollout(
             [

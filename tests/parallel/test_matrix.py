@@ -67,6 +67,10 @@ CASES: dict[str, Case] = {
     "tp2-cp2-pp2-ep2": case(8, {"tensor": 2, "context": 2, "pipeline": 2, **EP2}, BLOCK, packed=True, old=BUDGET, new=TWO),
     "tp2-pp2-vpp2-ep2-zero": case(8, {**VPP, "tensor": 2, "expert": 2}, old=TWO, new=Split(reverse=True), ddp=ZERO),
 }
+RECORDED: dict[str, Case] = {
+    "tp2-cp2-ep2": case(4, {"tensor": 2, "context": 2, **EP2}, UNIFORM, packed=True, old=FOUR, new=REVERSED, routes="actor"),
+    "pp2-vpp2-ep2": case(4, {**VPP, "expert": 2}, old=TWO, new=Split(reverse=True), routes="actor"),
+}
 QUICK = {"packed", "dp2", "ep2", "tp2", "cp2-packed-zero", "pp2-packed", "pp2-vpp2", "tp2-cp2-ep2", "pp2-vpp2-ep2"}
 ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 
@@ -144,3 +148,22 @@ def test_numbers_of_one_process(name: str, checkpoint: Path, expected: Result) -
     results = pool(row.processes).run(run_case, checkpoint, row)
     compare.assert_same_numbers(results, expected)
     compare.assert_every_route_replayed_once(results, expected, recomputed=recomputes(row))
+
+
+@pytest.fixture(scope="module")
+def recorded(checkpoint: Path) -> Result:
+    """One process that replays what its own predicted log-prob pass recorded."""
+    return pool(1).run(run_case, checkpoint, Case(routes="actor"))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDED)
+def test_routes_that_the_actor_recorded(name: str, checkpoint: Path, recorded: Result) -> None:
+    """They are chosen on the rank that computes a token and replayed on the one that trains on it, the same or another."""
+    results = pool(RECORDED[name].processes).run(run_case, checkpoint, RECORDED[name])
+    compare.assert_same_numbers(results, recorded)
+    for result in results:
+        assert result.counts[0] == (0, 0)
+        assert result.counts[1][0] > 0
+    trained = compare.selected_experts(results, training=True)
+    assert trained == compare.selected_experts(results, training=False) == compare.selected_experts([recorded], training=True)
