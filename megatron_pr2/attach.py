@@ -195,14 +195,14 @@ class PR2:
         try:
             with self._session(micro_batches, mode, self.measurement.keep_features, predict) as session:
                 yield session
+            if mode == "replay":
+                self.engine_agreement = self.measurement.agreement.read(everyone(self.token_group))
+                topk, experts = self.model_config.moe_router_topk, self.model_config.num_moe_experts
+                require_alignment(self.engine_agreement, self.config.min_agreement, topk, experts)
         except BaseException:
             self.measurement.abort_log_prob_pass()
             raise
-        self.features.settle()
-        if mode == "replay":
-            self.engine_agreement = self.measurement.agreement.read(everyone(self.token_group))
-            topk, experts = self.model_config.moe_router_topk, self.model_config.num_moe_experts
-            require_alignment(self.engine_agreement, self.config.min_agreement, topk, experts)
+        self.measurement.close_log_prob_pass()
         if mode == "record":
             for bound, ids_TLK in session.recorded():
                 self.routes.record(bound.micro_batch.grid, ids_TLK)

@@ -17,6 +17,7 @@ from megatron_pr2.agreement import AgreementCheck
 from megatron_pr2.config import PR2Config
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore, Located
+from megatron_pr2.layout import IntArray
 from megatron_pr2.metrics import DriftMetrics, drift_columns
 from megatron_pr2.predictor import RoutePredictor, predicted_logits
 from megatron_pr2.replay import BoundMicroBatch, MicroBatch
@@ -66,18 +67,26 @@ class Measurement:
 
     def begin(self, tokens: TokenIndex, sampled: npt.NDArray[np.bool_]) -> None:
         """Forgets the last rollout batch; `sampled` says which tokens of the new one are sampled."""
-        self._tokens = tokens
+        # Located features would outlive the batch, and its budget, through them.
+        self._tokens, self._located = tokens, {}
         self.plan.begin(tokens, sampled)
 
     def open_log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Makes room for the features of the sampled tokens that this rank is going to compute."""
+        rows = self._rows(micro_batches)
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
-        self._locate(micro_batches)
+        self._locate(micro_batches, rows)
 
     def abort_log_prob_pass(self) -> None:
-        """Forgets features that no pass completed: they must not be learned from."""
+        """Forgets features of a pass that failed: they must not be learned from."""
+        self._located = {}
         self.plan.forget_last()
         self.agreement.discard()
+
+    def close_log_prob_pass(self) -> None:
+        """Files what is still on its way."""
+        self._located = {}
+        self.features.settle()
 
     def open_training_pass(self, micro_batches: Sequence[MicroBatch], *, learning: bool) -> bool:
         """Brings features to the tokens that this rank is going to compute; collective over the stage.
@@ -85,9 +94,11 @@ class Measurement:
         Returns:
             Whether any came from other ranks; close_training_pass() has to be told.
         """
+        rows = self._rows(micro_batches)
         brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
         self.learning = learning
-        self.features_absent += sum(map(self.plan.absent, self._locate(micro_batches)))
+        self.features_absent += sum(map(self.plan.absent, rows))
+        self._locate(micro_batches, rows)
         return brought
 
     def close_training_pass(self, brought: bool) -> None:
@@ -134,11 +145,13 @@ class Measurement:
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, columns)
 
-    def _locate(self, micro_batches: Sequence[MicroBatch]) -> list[npt.NDArray[np.int64]]:
-        """Finds the features of every micro-batch's rows; returns the rows' flat token indices."""
-        rows = [self._tokens.of_grid(self._stage.rows(micro_batch.grid)) for micro_batch in micro_batches]
+    def _rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
+        """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
+        return [self._tokens.of_grid(self._stage.rows(micro_batch.grid)) for micro_batch in micro_batches]
+
+    def _locate(self, micro_batches: Sequence[MicroBatch], rows: Sequence[IntArray]) -> None:
+        """Finds the features of every micro-batch's rows."""
         self._located = {
             micro_batch.key: self.features.locate(tokens, self._device)
             for micro_batch, tokens in zip(micro_batches, rows, strict=True)
         }
-        return rows

@@ -321,6 +321,9 @@ class ReplaySession:
         self._closed = True
         for site in self._sites:
             site.router.set_control(None)
+        for bound in self._bound.values():
+            # A trainer may keep the session; the routes belong to the rollout batch.
+            bound.slice = bound.routes_TLK = None
         self._forward.clear()
         self._backward.clear()
 

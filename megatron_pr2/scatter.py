@@ -118,7 +118,8 @@ def slice_tables(
     pack_rows(sequence, position, tables, columns, packed)
     # torch indexes with signed ids only; int16 holds every id of a uint16 table (at most 32767 experts).
     signed = packed if packed.dtype == np.uint8 else packed.view(np.int16)
-    return RouteSlice(_placed(torch.from_numpy(signed).to(device, non_blocking=True), rows, local.num_rows))
+    ids_RLK, rows_R = (torch.from_numpy(each).to(device, non_blocking=True) for each in (signed, rows))
+    return RouteSlice(_placed(ids_RLK, rows_R, local.num_rows))
 
 
 def scatter_tables(
@@ -181,9 +182,11 @@ def _scatter_bucket(
     incoming = [len(flat) if i == group.owner else 0 for i in range(group.size)]
     work = dist.all_to_all_single(flat, nothing, incoming, [0] * group.size, group=group.handle, async_op=True)
     parts = received.split([len(each) for each in rows])
+    # The row numbers go to the device now: in the middle of a pass such a copy may wait for all that is queued there.
+    places = [torch.from_numpy(each).to(device, non_blocking=True) for each in rows]
     return [
         RouteSlice(partial(_received, work, part, each, local.num_rows), part.nbytes)
-        for part, each, local in zip(parts, rows, locals_, strict=True)
+        for part, each, local in zip(parts, places, locals_, strict=True)
     ]
 
 
@@ -192,9 +195,9 @@ def _sent(work: dist.Work, own: RouteSlice) -> Tensor:
     return own.ids_TLK()
 
 
-def _received(work: dist.Work, ids_RLK: Tensor, rows: IntArray, num_rows: int) -> Tensor:
+def _received(work: dist.Work, ids_RLK: Tensor, rows_R: Tensor, num_rows: int) -> Tensor:
     work.wait()
-    return _placed(ids_RLK, rows, num_rows)
+    return _placed(ids_RLK, rows_R, num_rows)
 
 
 def _outgoing(
@@ -218,9 +221,9 @@ def _outgoing(
     return outgoing, sizes
 
 
-def _placed(ids_RLK: Tensor, rows: IntArray, num_rows: int) -> Tensor:
+def _placed(ids_RLK: Tensor, rows_R: Tensor, num_rows: int) -> Tensor:
     """[T, L, K] from the ids of the rows that hold a token; zeros elsewhere."""
-    if len(rows) == num_rows:
+    if len(rows_R) == num_rows:
         return ids_RLK
     placed = ids_RLK.new_zeros(num_rows, *ids_RLK.shape[1:])
-    return placed.index_copy_(0, torch.from_numpy(rows).to(ids_RLK.device, non_blocking=True), ids_RLK)
+    return placed.index_copy_(0, rows_R, ids_RLK)

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
+from megatron_pr2.layout import padded
+from megatron_pr2.replay import MicroBatch
 from megatron_pr2.tokens import sample_positions
 from tests import toy
 from tests.distributed import pool
@@ -348,7 +350,7 @@ class SyncCounter(TorchDispatchMode):
 
 
 class ReadCounter(TorchFunctionMode):
-    """Counts methods that copy values to the host."""
+    """Counts methods that copy values to the host. What is then done with such a copy waits for nothing and is not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,9 +358,16 @@ class ReadCounter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = (resolve_name(func) or "").rsplit(".", 1)[-1]
-        if name in READING or (name == "to" and "cpu" in [a for a in args if isinstance(a, str)]):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        copied = bool(tensors) and all(getattr(tensor, "host_copy", False) for tensor in tensors)
+        reads = name in READING or (name == "to" and "cpu" in [a for a in args if isinstance(a, str)])
+        if reads and not copied:
             self.found[name] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # Without a device, a copy to the host may be the tensor itself, which stays what it is.
+        if isinstance(result, Tensor) and (copied or (reads and all(result is not tensor for tensor in tensors))):
+            result.host_copy = True
+        return result
 
 
 def counted(function: Callable[[], Any]) -> Counter[str]:
@@ -383,11 +392,56 @@ def test_the_counter_counts() -> None:
         lambda: x.index_put_((x > 1,), torch.zeros(())),
     ):
         assert counted(sync), sync
+    assert counted(lambda: (x.to("cpu", copy=True)[1:] / 2).tolist()) == Counter(to=1)
+    assert counted(lambda: (x.to("cpu"), (x + 1).tolist())) == Counter(to=1, tolist=1)
     assert not counted(lambda: (x @ x, x.gather(0, torch.tensor([1])), x.index_select(0, torch.tensor([2])), x.topk(2)))
 
 
-def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> tuple[Counter[str], Counter[str]]:
-    """What the passes of a rollout batch, and the end of its mini-step, make the host wait for."""
+def reads(
+    layers: int, micro_batches: int, *, recompute: bool = False, routes: str = "engine", context: int = 1
+) -> dict[str, Counter[str]]:
+    """What every call of a rollout batch of two mini-steps makes the host wait for."""
+    config = toy.toy_config(num_layers=layers, context_parallel_size=context)
+    chunk = toy.ToyChunk(config, recompute=recompute)
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, max_missing_share=1.0, routes=routes))
+    lengths = {i: 17 + i for i in range(micro_batches)}
+    tables = toy.random_tables(lengths, config, [(0, 4)]) if routes == "engine" else None
+
+    def padded_to(width: int) -> list[toy.Batch]:
+        grids = [padded([i], [n], width) for i, n in lengths.items()]
+        rows = pr2.feature_plan._stage.rows
+        return [toy.Batch(MicroBatch(i, grid), toy.token_inputs(rows(grid))) for i, grid in enumerate(grids)]
+
+    # The training passes are cut otherwise: routes are sliced and, among several ranks, features move once more.
+    first, second = padded_to(20), padded_to(28)
+    found = {"begin_rollout": counted(lambda: pr2.begin_rollout(toy.sequences(lengths, tables)))}
+    found["old_logprobs"] = counted(lambda: toy.old_logprobs(pr2, chunk, first))
+    assert (pr2.engine_agreement is None) == (routes == "actor")
+    for number in (1, 2):
+        toy.drift(chunk, seed=number)
+        found[f"actor_update {number}"] = counted(lambda number=number: toy.update(pr2, chunk, second, number))
+        reports: list[dict[str, Any]] = []
+        found[f"step {number}"] = counted(lambda into=reports: into.append(pr2.step(0.1)))
+        assert min(reports[0]["drift"]["tokens"]) > 0
+        assert (reports[0]["predictor"]["tokens"] > 0) == (number == 2)
+    assert context == 1 or pr2.feature_plan.moved_tokens > 0
+    return found
+
+
+# Five reads per rollout batch of two mini-steps, and one that torch's Adam makes of its step count, which it keeps on the host.
+READS = {
+    "begin_rollout": Counter(),
+    "old_logprobs": Counter(tolist=1),  # the engine's agreement
+    "actor_update 1": Counter(),
+    "step 1": Counter(to=1),  # the drift metrics
+    "actor_update 2": Counter(),
+    # The same, the predictor's tokens and gradient norm, and its weight norm. (item and float() count as an operator as well.)
+    "step 2": Counter({"to": 1, "tolist": 1, "__float__": 1, "item": 1, "_local_scalar_dense.default": 2}),
+}
+
+
+def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> Counter[str]:
+    """What the passes of a rollout batch make the host wait for."""
     config = toy.toy_config(num_layers=layers, **toy.ROUTERS[kind])
     chunk = toy.ToyChunk(config, recompute=recompute)
     pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0))
@@ -399,18 +453,38 @@ def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> tuple
     toy.drift(chunk)
     with pr2.actor_update([b.micro_batch for b in data], 2) as session:
         found += counted(lambda: toy.run(session, chunk, data))
-    return found, counted(lambda: pr2.step(0.1))
+    return found
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "groups", "top-1"])
 def test_i8_passes_do_not_wait_for_the_device(kind: str, recompute: bool) -> None:
-    found, _ = passes(2, 3, kind, recompute)
-    assert not found
+    assert not passes(2, 3, kind, recompute)
 
 
-def test_i8_a_mini_steps_reads_are_constant() -> None:
+@pytest.mark.parametrize("size", [(2, 1), (6, 1), (2, 4), (6, 4)])
+def test_i8_the_reads_of_a_step_are_few_and_constant(size: tuple[int, int]) -> None:
     """However many layers and micro-batches there are."""
-    few, many = passes(2, 1, "softmax", False)[1], passes(5, 4, "softmax", False)[1]
-    assert few == many
-    assert 0 < sum(few.values()) < 20  # the drift metrics come in one copy, which is then cut into a list per name
+    assert reads(*size) == READS
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_i8_recording_reads_no_more(recompute: bool) -> None:
+    """An actor's own routes stay on the device, unless passes are cut differently: then they are read once per rollout batch."""
+    cut_again = Counter({"cpu": 1, "numpy": 1})
+    found = reads(3, 2, routes="actor", recompute=recompute)
+    assert found == {**READS, "old_logprobs": Counter(), "actor_update 1": cut_again}
+
+
+def reads_job(sizes: list[tuple[int, int]]) -> list[dict[str, Counter[str]]]:
+    from megatron_pr2 import host
+
+    host.init(context=2)
+    return [reads(*size, context=2) for size in sizes]
+
+
+def test_i8_moving_routes_and_features_reads_nothing() -> None:
+    for few, many in pool(2).run(reads_job, [(2, 1), (6, 4)]):
+        assert few == many
+        # Beside what the ranks tell each other of the sequences, once per rollout batch.
+        assert {**few, "begin_rollout": Counter()} == READS
