@@ -1,6 +1,7 @@
 # make quickstart                  train the tiny policy with PR2 on two CPU cores, rollouts by the embedded engine
 # make quickstart ENGINE=sglang    the same, rollouts by a real SGLang server
 # make test                        linters and every test, SGLang included
+# make test-fast                   linters and the tests of a few minutes: no SGLang, no whole training runs, some of the layouts
 # Settings: VENV (environment, .venv), RUN (run directory, runs/quickstart), ENGINE, ARGS (key=value ...), PYTHON.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ ENVIRONMENT := $(BASE) $(if $(filter sglang,$(ENGINE)),$(SGLANG))
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-fast lint clean
 
 quickstart: $(ENVIRONMENT)
 	$(VENV)/bin/megatron-pr2 train --config examples/quickstart.yaml run=$(RUN) rollout.engine=$(ENGINE) $(ARGS)
@@ -29,6 +30,10 @@ quickstart: $(ENVIRONMENT)
 test: $(BASE) $(SGLANG) $(DEV)
 	$(MAKE) --no-print-directory lint
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(BASE) $(DEV)
+	$(MAKE) --no-print-directory lint
+	$(VENV)/bin/python -m pytest -m "not slow and not sglang" $(PYTEST_ARGS)
 
 lint: $(BASE) $(DEV)
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ class PR2:
         check_live_layout(self.model_config, communication_device())
         self.sites, self.moe_layers = upgrade_routers(self._chunks)
         hidden, experts = self.model_config.hidden_size, self.model_config.num_moe_experts
-        device = self.sites[0].router.weight.device if self.sites else communication_device()
+        device = next((p.device for chunk in self._chunks for p in chunk.parameters()), communication_device())
+        if device.type == "cpu" and communication_device().type == "cuda":
+            raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
         self.token_group = token_group(self.model_config.sequence_parallel)
         self.replica = find_replica([site.column for site in self.sites], self.model_config.sequence_parallel)
         self.predictor: RoutePredictor | None = None
@@ -94,7 +97,7 @@ class PR2:
                 device=device,
             )
         self.measurement = Measurement(
-            config, self.model_config, self.sites, self.predictor, self.replica.stage, device
+            config, self.model_config, self.sites, self.predictor, self.replica, device
         )
         self.routes = RouteStore(
             self.replica,
@@ -141,11 +144,12 @@ class PR2:
             if from_engine and self.routes.is_owner:
                 shape = len(self.moe_layers), self.model_config.moe_router_topk, self.model_config.num_moe_experts
                 tables = {s.id: checked_table(s, *shape) for s in sequences}
-        except RouteError as error:
-            failure = str(error)
+        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
+            failure = str(error) if isinstance(error, RouteError) else f"{type(error).__name__}: {error}"
+            sequences = ()
         tokens = TokenIndex({s.id: s.length for s in sequences})
         valid = np.zeros(tokens.total, dtype=bool)
-        for sid, table in tables.items():
+        for sid, table in tables.items() if failure is None else ():
             valid[tokens.span(sid)] = table.valid
         failure, valid = agree_on_rollout(self.replica.ranks, failure, tokens, valid, is_owner=self.routes.is_owner)
         by_sequence = count_missing(valid, tokens) if from_engine else {}
@@ -178,11 +182,15 @@ class PR2:
         """
         self._require_attached()
         if self.config.routes == "engine":
+            self._agree_on_pass(micro_batches)
             self.routes.slices([micro_batch.grid for micro_batch in micro_batches])
 
     @contextmanager
     def old_logprobs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """The pass that computes old log-probs under theta_old: predictor off, routes replayed (or recorded), features kept.
+
+        Collective over all ranks of the model: each opens it equally often, without micro-batches where it has none. All ranks of a
+        replica pass the same ones in the same order.
 
         Raises:
             ReplayError: a micro-batch was not run exactly once, or the live router agrees with fewer of the engine's experts than
@@ -191,6 +199,7 @@ class PR2:
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self._predict if self.config.routes == "actor" and self.predictor is not None else None
         self._require_attached()
+        self._agree_on_pass(micro_batches)
         self.measurement.open_log_prob_pass(micro_batches)
         try:
             with self._session(micro_batches, mode, self.measurement.keep_features, predict) as session:
@@ -204,12 +213,15 @@ class PR2:
             raise
         self.measurement.close_log_prob_pass()
         if mode == "record":
+            self.routes.mark_recorded([micro_batch.grid for micro_batch in micro_batches])
             for bound, ids_TLK in session.recorded():
                 self.routes.record(bound.micro_batch.grid, ids_TLK)
 
     @contextmanager
     def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int) -> Iterator[ReplaySession]:
         """Forward and backward of one mini-step: routes replayed, gate weights live, drift measured, predictor gradient gathered.
+
+        Collective over a replica, whose ranks pass the same micro-batches in the same order.
 
         Args:
             mini_step: 1 for the first mini-step after the rollout, as in the paper; the predictor learns from 2 on, because at 1
@@ -222,8 +234,10 @@ class PR2:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         mode = "replay" if self.config.replays else "live"
         self._require_attached()
-        brought = self.measurement.open_training_pass(micro_batches, learning=self.predictor is not None and mini_step >= 2)
+        self._agree_on_pass(micro_batches)
+        brought = False
         try:
+            brought = self.measurement.open_training_pass(micro_batches, learning=self.predictor is not None and mini_step >= 2)
             with self._session(micro_batches, mode, self.measurement.compare, None) as session:
                 yield session
         except BaseException:
@@ -253,6 +267,12 @@ class PR2:
         drift, update = whole_model([site.column for site in self.sites], drift, update)
         return {"drift": drift, "predictor": update, "features_absent": absent}
 
+    def end_rollout(self) -> None:
+        """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective."""
+        self.tokens, self.sequences = TokenIndex({}), ()
+        self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
+        self.measurement.begin(self.tokens, np.zeros(0, dtype=bool))
+
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
@@ -265,18 +285,24 @@ class PR2:
 
     # ---- weights for the engine --------------------------------------------------------------------------------------
 
-    def engine_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def engine_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, own_stage: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """Passes weights in Hugging Face names through and merges W_p into the gates on the way.
+
+        Collective over the pipeline group at the call (not while the result is walked), unless `own_stage`.
+
+        Args:
+            weights: of the whole model, or with `own_stage` of this pipeline stage only.
 
         Raises:
             AttachError: after the last weight, if not every MoE layer's gate came by (another naming would lose the prediction
                 silently).
         """
         if self.predictor is None:
-            yield from weights
-            return
-        w_by_layer = every_layer({site.layer: self.predictor.weight_LEH[site.local] for site in self.sites})
-        yield from merge_gates(weights, w_by_layer)
+            return iter(weights)
+        own = {site.layer: self.predictor.weight_LEH[site.local] for site in self.sites}
+        return merge_gates(weights, own if own_stage else every_layer(own))
 
     @contextmanager
     def merged_gates(self) -> Iterator[None]:
@@ -316,6 +342,20 @@ class PR2:
         dist.all_reduce(total, group=self.token_group)
         return [int(v) for v in total.tolist()]
 
+    def _agree_on_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuses a pass that the ranks of a replica cut differently: their transfers would not fit together, or wait for ever."""
+        ranks = self.replica.ranks
+        if ranks.handle is None:
+            return
+        mine = hashlib.blake2b(b"".join(micro_batch.grid.fingerprint() for micro_batch in micro_batches), digest_size=16).digest()
+        parts: list[Any] = [None] * ranks.size
+        dist.all_gather_object(parts, mine, group=ranks.handle)
+        if len(set(parts)) > 1:
+            raise ReplayError(
+                "the ranks of a replica (tensor x context x pipeline parallel) describe different micro-batches for one pass; each "
+                "passes the same whole micro-batches in the same order"
+            )
+
     def _session(
         self, micro_batches: Sequence[MicroBatch], mode: str, observer: Observer | None, predict: Any
     ) -> ReplaySession:
@@ -338,6 +378,8 @@ class PR2:
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
     """Adds predictive routing replay to a built Megatron-Core model (plain, DDP- or Float16Module-wrapped), in place.
+
+    Collective over all ranks of the default process group, which all hold a part of the model.
 
     Args:
         model_chunks: the model, or its virtual pipeline chunks.

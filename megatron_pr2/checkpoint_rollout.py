@@ -39,6 +39,8 @@ from megatron_pr2.layout import IntArray
 from megatron_pr2.routes import RouteTable, expert_dtype
 from megatron_pr2.sequences import ReplaySequence, RolloutReport
 
+# Rows: reading so many for nothing is cheaper than another read.
+FAR = 256
 PREFIX = "pr2.rollout."
 SEQUENCES, TOKENS, ROUTES = f"{PREFIX}sequences", f"{PREFIX}tokens", f"{PREFIX}routes"
 
@@ -193,11 +195,13 @@ def _read_features(pr2: PR2, reader: files.RowReader, segment: Segment) -> None:
         (rows,) = np.nonzero(np.isin(tokens_S, segment.tokens))
         if not len(rows):
             continue
-        slots = torch.from_numpy(np.searchsorted(segment.tokens, tokens_S[rows]))
-        first, last = int(rows[0]), int(rows[-1])
-        for name, target in (("h_old", segment.h_LSH[site.local]), ("p_old", segment.p_LSE[site.local])):
-            part = reader.read(_key(site.layer, name), first, last + 1)[torch.from_numpy(rows - first)]
-            target.index_copy_(0, slots.to(target.device), part.to(target.device, target.dtype))
+        # Under another layout a rank's rows are spread over the file; what lies far between them is not read.
+        for run in np.split(rows, np.nonzero(np.diff(rows) > FAR)[0] + 1):
+            slots = torch.from_numpy(np.searchsorted(segment.tokens, tokens_S[run]))
+            wanted = torch.from_numpy(run - run[0])
+            for name, target in (("h_old", segment.h_LSH[site.local]), ("p_old", segment.p_LSE[site.local])):
+                part = reader.read(_key(site.layer, name), int(run[0]), int(run[-1]) + 1)[wanted]
+                target.index_copy_(0, slots.to(target.device), part.to(target.device, target.dtype))
 
 
 def _rows(pr2: PR2, reader: files.RowReader, layer: int) -> tuple[IntArray, IntArray]:

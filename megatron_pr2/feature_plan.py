@@ -30,8 +30,15 @@ class FeaturePlan:
         moved_tokens: features that came from other ranks since begin().
     """
 
-    def __init__(self, store: FeatureStore, stage: RankGroup, *, budget_bytes: int, device: torch.device) -> None:
-        """Args: `device` is where the stage's backend communicates."""
+    def __init__(
+        self, store: FeatureStore, stage: RankGroup, *, budget_bytes: int, most_layers: int, device: torch.device
+    ) -> None:
+        """Args:
+        budget_bytes: of the features on one rank.
+        most_layers: MoE layers of the replica's fullest stage, by which all of its stages drop the same sequences.
+        device: where the stage's backend communicates.
+        """
+        self._per_token = store.bytes_of(most_layers)
         self._store, self._stage, self._budget, self._device = store, stage, budget_bytes, device
         self.begin(TokenIndex({}), np.zeros(0, dtype=bool))
 
@@ -77,8 +84,7 @@ class FeaturePlan:
             This rank's share, to be filled.
         """
         self.begin(self._tokens, sampled)
-        per_token = self._store.bytes_per_token
-        room = self._budget // per_token if per_token else len(held)
+        room = self._budget // self._per_token
         if members is None or (np.bincount(members, minlength=1) > room).any():
             if len(held) > room * self._stage.size:
                 # Whole sequences, last ones first: the one in which the room ends, and all after it.
@@ -106,9 +112,7 @@ class FeaturePlan:
         counts = np.zeros((self._stage.size, len(self._tokens.lengths)), dtype=np.int64)
         for member, tokens in enumerate(wanted):
             np.add.at(counts[member], self._tokens.sequence_of(tokens), 1)
-        # A rank without MoE layers keeps nothing; on it any number of tokens is free.
-        per_token = self._store.bytes_per_token
-        room = self._budget // per_token if per_token else np.iinfo(np.int64).max
+        room = self._budget // self._per_token
         for place, sequence in enumerate(self._tokens.lengths):
             if not counts[:, place].any():
                 continue
@@ -178,11 +182,16 @@ class FeaturePlan:
         slots = torch.from_numpy(np.searchsorted(segment.tokens, arriving)).to(self._store.device)
         splits = [len(part) for part in incoming], [len(part) for part in outgoing]
         # Layer by layer, so that what is under way stays small.
-        for layer in range(len(segment.h_LSH)):
-            h, p = self._store.read(layer, where, self._device)
-            for source, target in ((h, segment.h_LSH[layer]), (p, segment.p_LSE[layer])):
-                received = _moved(source.index_select(0, back), *splits, self._stage.handle)
-                target.index_copy_(0, slots, received.to(target.device))
+        try:
+            for layer in range(len(segment.h_LSH)):
+                h, p = self._store.read(layer, where, self._device)
+                for source, target in ((h, segment.h_LSH[layer]), (p, segment.p_LSE[layer])):
+                    received = _moved(source.index_select(0, back), *splits, self._stage.handle)
+                    target.index_copy_(0, slots, received.to(target.device))
+        except BaseException:
+            # Half of them would be learned from as zeros.
+            self._store.remove_last()
+            raise
         self.moved_tokens += len(arriving)
 
 

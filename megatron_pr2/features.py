@@ -71,7 +71,11 @@ class FeatureStore:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one sampled token over all local layers."""
-        return self._layers * (self._hidden * self._h_dtype.itemsize + self._experts * 4)
+        return self.bytes_of(self._layers)
+
+    def bytes_of(self, layers: int) -> int:
+        """Bytes of one sampled token over so many layers."""
+        return layers * (self._hidden * self._h_dtype.itemsize + self._experts * 4)
 
     @property
     def nbytes(self) -> int:

@@ -29,7 +29,9 @@ def merge_gates(weights: Iterable[tuple[str, Tensor]], w_by_layer: Mapping[int, 
             tensor = merge_gate(tensor, w_by_layer[layer])
         yield name, tensor
     if merged != set(w_by_layer):
+        why = "if the weights are those of one pipeline stage only, say own_stage=True"
+        if not merged:
+            why = "their names do not follow Hugging Face's '...layers.N.mlp.gate.weight' or '...block_sparse_moe.gate.weight'"
         raise AttachError(
-            f"engine_weights: merged the gates of layers {sorted(merged)}, the model has MoE layers {sorted(w_by_layer)}; the "
-            "weights' names do not follow Hugging Face's '...layers.N.mlp.gate.weight' or '...block_sparse_moe.gate.weight'"
+            f"engine_weights: merged the gates of layers {sorted(merged)}, the model has MoE layers {sorted(w_by_layer)}; {why}"
         )

@@ -80,6 +80,7 @@ def _stages() -> dist.ProcessGroup | None:
 
 def communication_device() -> torch.device:
     """Where tensors have to be for the default process group, for ranks without a router to ask."""
-    if dist.is_initialized() and "nccl" in dist.get_backend():
+    # A default group for both kinds of tensors does not say "nccl".
+    if dist.is_initialized() and torch.cuda.is_available() and dist.get_backend() != "gloo":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

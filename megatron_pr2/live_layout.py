@@ -17,6 +17,11 @@ def check_live_layout(config: TransformerConfig, device: torch.device) -> None:
         AttachError: on every rank.
     """
     if not mpu.model_parallel_is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise AttachError(
+                f"{dist.get_world_size()} processes, but Megatron-Core's parallel_state is not initialised, from which PR2 takes "
+                "its groups; call initialize_model_parallel() before attach()"
+            )
         return
     sizes = {
         "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),

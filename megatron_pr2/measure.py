@@ -21,7 +21,7 @@ from megatron_pr2.layout import IntArray
 from megatron_pr2.metrics import DriftMetrics, drift_columns
 from megatron_pr2.predictor import RoutePredictor, predicted_logits
 from megatron_pr2.replay import BoundMicroBatch, MicroBatch
-from megatron_pr2.replica import RankGroup
+from megatron_pr2.replica import Replica
 from megatron_pr2.router import select_experts
 from megatron_pr2.sites import RouterSite
 from megatron_pr2.tokens import TokenIndex
@@ -44,11 +44,11 @@ class Measurement:
         model_config: Any,
         sites: Sequence[RouterSite],
         predictor: RoutePredictor | None,
-        stage: RankGroup,
+        replica: Replica,
         device: torch.device,
     ) -> None:
-        """Args: `stage` holds the ranks with other tokens of the same layers; `device` is the routers'."""
-        self._predictor, self._stage, self._device = predictor, stage, device
+        """Args: `device` is the routers'."""
+        self._predictor, self._stage, self._device = predictor, replica.stage, device
         self._score_function = model_config.moe_router_score_function
         self.features = FeatureStore(
             len(sites),
@@ -57,7 +57,11 @@ class Measurement:
             device=device if config.feature_device == "device" else torch.device("cpu"),
             h_dtype=torch.bfloat16,
         )
-        self.plan = FeaturePlan(self.features, stage, budget_bytes=config.feature_bytes, device=device)
+        # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
+        layers = max(len(member.columns) for member in replica.ranks.members)
+        self.plan = FeaturePlan(
+            self.features, replica.stage, budget_bytes=config.feature_bytes, most_layers=layers, device=device
+        )
         self.agreement = AgreementCheck(device)
         self.drift = DriftMetrics(len(sites), device)
         self.learning = False
@@ -69,6 +73,8 @@ class Measurement:
         """Forgets the last rollout batch; `sampled` says which tokens of the new one are sampled."""
         # Located features would outlive the batch, and its budget, through them.
         self._tokens, self._located = tokens, {}
+        # A mini-step that was never ended by step() belongs to the last batch.
+        self.discard()
         self.plan.begin(tokens, sampled)
 
     def open_log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> None:

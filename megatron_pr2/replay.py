@@ -156,6 +156,7 @@ class ReplaySession:
         self._bound: dict[Hashable, BoundMicroBatch] = {}
         self._forward: dict[int, BoundMicroBatch] = {}
         self._backward: dict[int, BoundMicroBatch] = {}
+        self._started: Counter[int] = Counter()
         self._seen: Counter[tuple[Hashable, int, bool]] = Counter()
         self._closed = False
         self.missing_rows = 0
@@ -217,12 +218,24 @@ class ReplaySession:
         """Wraps a Megatron forward step function `(data_iterator, model) -> (output, loss_func)`.
 
         Args:
-            function: the pipeline's own forward step; it takes its batch by `next(data_iterator)`.
+            function: the pipeline's own forward step; it takes its batch by `next(data_iterator)`. Where Megatron gives it None
+                (tensor-parallel ranks that are sent their batch, inner pipeline stages), micro-batches run in the pass's order.
             locate: finds the MicroBatch in what the iterator yields.
         """
 
         def wrapped(data_iterator: Iterator[Any], model: torch.nn.Module, *args: Any) -> Any:
             current: list[MicroBatch] = []
+            if data_iterator is None:
+                # Megatron's tensor-parallel ranks and inner stages get their batch otherwise; a chunk sees all in order.
+                index = self._index(model)
+                if self._started[index] >= len(self._micro_batches):
+                    raise ReplayError(f"the schedule runs more than the {len(self._micro_batches)} micro-batches of this pass")
+                current = [self._micro_batches[self._started[index]]]
+                self._started[index] += 1
+                self.begin(model, current[0])
+                output, loss_func = function(None, model, *args)
+                self.end(model, current[0], output)
+                return output, loss_func
 
             def bind() -> Iterator[Any]:
                 for item in data_iterator:

@@ -107,8 +107,12 @@ class RouteStore:
         self._slices[grid.fingerprint()] = RouteSlice(ids_TLK)
         self._recorded.append((grid, ids_TLK))
         self._gathered = False
-        index = self._tokens.of_grid(grid)
-        self.valid[index[index >= 0]] = True
+
+    def mark_recorded(self, grids: Sequence[TokenGrid]) -> None:
+        """After a recorded pass: its tokens have routes, also in the eyes of a stage that recorded none."""
+        for grid in grids:
+            index = self._tokens.of_grid(grid)
+            self.valid[index[index >= 0]] = True
 
     def _gather_recorded(self) -> None:
         """Tables of this stage's layers from what its ranks recorded: another cut may give this rank tokens of another one.
@@ -159,5 +163,6 @@ def _all_gathered(mine: Tensor, counts: Sequence[int], group: dist.ProcessGroup 
     padded = mine.new_zeros(longest, *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    # As bytes: neither gloo nor NCCL knows int16.
+    dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=group)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]

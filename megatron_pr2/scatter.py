@@ -3,7 +3,8 @@
 The first rank of a replica (tensor x context x pipeline parallel) owns the tables of the sequences that the replica trains on. An
 all-to-all in which only the owner sends gives every other rank its own tokens x its own MoE layers x top-k in the compact dtype:
 1 / (tp * cp * pp) of what a broadcast of the table moves to it. Micro-batches travel in buckets, issued when a pass is opened (or
-earlier: PR2.prefetch) and awaited when their micro-batch runs, so that they overlap with the compute of the ones before.
+earlier: PR2.prefetch) and awaited when their micro-batch runs, so that the transfer overlaps with the compute of the ones before.
+Cutting the shares out of the tables is the work of the owner's host, before its first micro-batch.
 
 `slice_tables` is the variant without communication, for pipelines in which every rank already has the tables.
 
@@ -205,7 +206,12 @@ def _outgoing(
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """What the owner sends, one member after the other, and the bytes for each."""
     dtype = expert_dtype(experts)
-    tokens = [[group.rows(grid, i).real()[1:] for grid in grids] for i in range(group.size)]
+    # The stages of a pipeline compute the same tokens.
+    shares: dict[tuple[int, int], list[tuple[IntArray, IntArray]]] = {}
+    for i, member in enumerate(group.members):
+        if (member.cp_rank, member.tp_rank) not in shares:
+            shares[member.cp_rank, member.tp_rank] = [group.rows(grid, i).real()[1:] for grid in grids]
+    tokens = [shares[member.cp_rank, member.tp_rank] for member in group.members]
     counts = [0 if i == group.owner else sum(len(sequence) for sequence, _ in tokens[i]) for i in range(group.size)]
     sizes = [
         count * len(member.columns) * topk * dtype.itemsize for count, member in zip(counts, group.members, strict=True)

@@ -105,6 +105,11 @@ def wrong_layout_job(kind: str) -> str:
     from megatron_pr2 import host
 
     order = {"order": "cp-tp-ep-dp-pp"} if kind == "order" else {}
+    if kind == "groups":
+        try:
+            attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
+        except AttachError as error:
+            return str(error)
     if kind == "order":
         host.enable()
         from megatron.core import parallel_state
@@ -128,6 +133,7 @@ def wrong_layout_job(kind: str) -> str:
     [
         ("order", 4, "it would lose expert gradients"),
         ("config", 2, "context_parallel_size=1, Megatron-Core's process groups say 2"),
+        ("groups", 2, "2 processes, but Megatron-Core's parallel_state is not initialised"),
     ],
 )
 def test_layouts_that_contradict_themselves_are_refused_on_all_ranks(kind: str, ranks: int, message: str) -> None:
@@ -392,7 +398,7 @@ def test_engine_weights_of_another_naming_fail_after_the_last_one() -> None:
     pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
     for weights in (hf_weights("feed_forward"), hf_weights("mlp", range(1)), []):
         seen = []
-        with pytest.raises(AttachError, match=r"the model has MoE layers \[0, 1\].*names do not follow"):  # noqa: PT012
+        with pytest.raises(AttachError, match=r"the model has MoE layers \[0, 1\]; (their names do not follow|.*own_stage)"):  # noqa: PT012
             for name, _ in pr2.engine_weights(iter(weights)):
                 seen.append(name)
         assert seen == [name for name, _ in weights]
@@ -428,6 +434,9 @@ def pipeline_job() -> dict[str, Any]:
     report = pr2.step(0.1)
     gate = torch.zeros(toy.EXPERTS, toy.HIDDEN)
     weights = dict(pr2.engine_weights([("model.layers.1.mlp.gate.weight", gate)]))
+    if pr2.sites:  # a stage that sends its own layers does not wait for the other
+        own = dict(pr2.engine_weights([("model.layers.1.mlp.gate.weight", gate)], own_stage=True))
+        assert torch.equal(own["model.layers.1.mlp.gate.weight"], weights["model.layers.1.mlp.gate.weight"])
     return {
         "refused": refused,
         "sites": len(pr2.sites),
@@ -467,3 +476,27 @@ def test_merged_gates_come_back_bit_by_bit(fails: bool) -> None:
     for router, (identity, pointer, saved) in zip(toy.routers(chunk), before, strict=True):
         assert (id(router.weight), router.weight.data_ptr()) == (identity, pointer)
         assert torch.equal(router.weight, saved)
+
+
+def test_a_mini_step_that_was_not_ended_is_not_learned_from() -> None:
+    """A trainer that stops early leaves out step(); the next rollout batch starts from nothing."""
+    config = toy.toy_config()
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
+    tables, data = toy.random_tables(LENGTHS, config), toy.batches(LENGTHS, 2)
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    toy.old_logprobs(pr2, chunk, data)
+    toy.drift(chunk)
+    toy.update(pr2, chunk, data, 2)
+    assert pr2.predictor.token_count_L.sum() > 0
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    assert pr2.predictor.token_count_L.sum() == 0
+    assert not pr2.predictor.grad_sum_LEH.any()
+    report = pr2.step(0.1)
+    assert report["predictor"]["tokens"] == report["drift"]["tokens"][0] == 0
+
+
+def test_part_of_the_gates_is_not_blamed_on_their_names() -> None:
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
+    with pytest.raises(AttachError, match=r"merged the gates of layers \[0\].*say own_stage=True"):
+        list(pr2.engine_weights(hf_weights("mlp", range(1))))

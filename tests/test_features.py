@@ -208,7 +208,7 @@ def stage(me: int = 0, cp: int = 1, tp: int = 1) -> RankGroup:
 def plan(group: RankGroup, tokens: int, lengths: dict[int, int] = LENGTHS) -> tuple[FeaturePlan, FeatureStore]:
     """A plan with room for so many tokens; every token is sampled."""
     features = store(0)
-    made = FeaturePlan(features, group, budget_bytes=tokens * BYTES, device=CPU)
+    made = FeaturePlan(features, group, budget_bytes=tokens * BYTES, most_layers=L, device=CPU)
     index = TokenIndex(lengths)
     made.begin(index, np.ones(index.total, dtype=bool))
     return made, features

@@ -424,7 +424,14 @@ def reads(
         found[f"step {number}"] = counted(lambda into=reports: into.append(pr2.step(0.1)))
         assert min(reports[0]["drift"]["tokens"]) > 0
         assert (reports[0]["predictor"]["tokens"] > 0) == (number == 2)
-    assert context == 1 or pr2.feature_plan.moved_tokens > 0
+    if context > 1:
+        assert pr2.feature_plan.moved_tokens > 0
+        # Among several ranks a pass begins with telling each other its micro-batches, once.
+        told = counted(lambda: pr2._agree_on_pass([batch.micro_batch for batch in second]))
+        assert told
+        for name in ("old_logprobs", "actor_update 1", "actor_update 2"):
+            assert not told - found[name]
+            found[name] -= told
     return found
 
 
@@ -486,5 +493,5 @@ def reads_job(sizes: list[tuple[int, int]]) -> list[dict[str, Counter[str]]]:
 def test_i8_moving_routes_and_features_reads_nothing() -> None:
     for few, many in pool(2).run(reads_job, [(2, 1), (6, 4)]):
         assert few == many
-        # Beside what the ranks tell each other of the sequences, once per rollout batch.
+        # Beside what the ranks tell each other of the sequences, once per rollout batch, and of the micro-batches, once per pass.
         assert {**few, "begin_rollout": Counter()} == READS

@@ -442,7 +442,7 @@ def test_a_failed_pass_gives_its_room_back_on_every_rank() -> None:
     members = tuple(Member(c, 0, (0, 1), c == 0) for c in range(2))
     for me in range(2):
         store = FeatureStore(L, E, H, device=CPU, h_dtype=torch.bfloat16)
-        plan = FeaturePlan(store, RankGroup(None, members, me, 2, 1), budget_bytes=16 * FEATURE, device=CPU)
+        plan = FeaturePlan(store, RankGroup(None, members, me, 2, 1), budget_bytes=16 * FEATURE, most_layers=L, device=CPU)
         plan.begin(TokenIndex(lengths), np.ones(32, dtype=bool))
         plan.make_room(grids[:1])
         for _ in range(3):

@@ -472,3 +472,25 @@ def test_routes_on_other_tokens_rows_are_noticed() -> None:
     with pytest.raises(ReplayError, match=r"only \d+\.\d% of the replayed experts.*less than min_agreement=50%.*agree in 6\.2%"):
         toy.old_logprobs(pr2, chunk, swapped)
     assert pr2.engine_agreement < 0.2
+
+
+def test_ranks_without_a_data_iterator_run_in_order() -> None:
+    """Megatron gives None to tensor-parallel ranks that are sent their batch, and to inner pipeline stages."""
+    chunk, pr2, data, tables = prepared()
+    batches = iter(data)
+
+    def forward_step(iterator: Any, model: torch.nn.Module) -> Any:
+        assert iterator is None
+        return model(next(batches).inputs_SBH), toy.loss
+
+    with toy.observed(chunk) as calls, pr2.actor_update([b.micro_batch for b in data], 1) as session:
+        wrapped = session.forward_step(forward_step)
+        for _ in data:
+            wrapped(None, chunk)
+        with pytest.raises(ReplayError, match=f"more than the {len(data)} micro-batches"):
+            wrapped(None, chunk)
+    for call in calls:
+        for row, (sid, position) in enumerate(zip(*data[call.number].micro_batch.grid.rows(), strict=True)):
+            if sid >= 0 and tables[int(sid)].valid[position]:
+                chosen = call.map_TE[row].nonzero().flatten().tolist()
+                assert chosen == sorted(tables[int(sid)].experts[position, call.layer].tolist())

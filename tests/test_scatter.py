@@ -161,6 +161,10 @@ def refusal_job(kind: str) -> str:
         sequences[1] = ReplaySequence(1, 12, 2, 11, toy.random_tables({1: 11}, config)[1])
     if kind == "sequences" and rank == 1:
         sequences = sequences[::-1]
+    if kind == "object" and rank == 0:
+        sequences[1] = ReplaySequence(1, 12, 2, 11, b"routes")
+    if kind == "length" and rank == 1:
+        sequences[1] = ReplaySequence(1, -12, 2, 11)
     if kind == "tables" and rank == 1:
         # Given although not needed: what contradicts must not pass.
         sequences = [ReplaySequence(i, n, 2, n - 1, made[i]) for i, n in lengths.items()]
@@ -168,9 +172,11 @@ def refusal_job(kind: str) -> str:
         pr2.begin_rollout(sequences)
     except RouteError as error:
         return str(error)
-    micro_batch = toy.MicroBatch(0, padded([0, 5] if kind == "unknown" else [0], [8, 8] if kind == "unknown" else [8], 8))
+    micro_batches = [toy.MicroBatch(0, padded([0, 5] if kind == "unknown" else [0], [8, 8] if kind == "unknown" else [8], 8))]
+    if kind == "micro-batches" and rank == 1:
+        micro_batches = [toy.MicroBatch(0, padded([1], [12], 12))]
     try:
-        with pr2.old_logprobs([micro_batch]):
+        with pr2.old_logprobs(micro_batches):
             raise KeyError
     except ReplayError as error:
         return str(error)
@@ -183,6 +189,9 @@ def refusal_job(kind: str) -> str:
     [
         ("short", "sequence 1: its route table is (tokens, moe layers, top-k, experts) = (11, 2, 2, 8), expected (12, 2, 2, 8)"),
         ("sequences", "were told of different sequences"),
+        ("object", "AttributeError: 'bytes' object has no attribute 'num_tokens'"),
+        ("length", "sequence 1: loss-bearing positions [2, 11) are outside its -12 tokens"),
+        ("micro-batches", "describe different micro-batches for one pass"),
         ("unknown", "sequence 5 has no routes"),
         ("tables", "ran"),
         ("fine", "ran"),
@@ -195,17 +204,18 @@ def test_all_ranks_refuse_together(kind: str, message: str) -> None:
     assert message in second
 
 
-def recorded_job(order: list[int], width: int) -> tuple[int, int, int]:
+def recorded_job(order: list[int], width: int, experts: int) -> tuple[int, int, int]:
     """r2: the actor records under one cut and replays under another."""
     from megatron_pr2 import host
 
     host.init(tensor=2, context=2)
-    config = toy.toy_config(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True)
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True}
+    config = toy.toy_config(num_moe_experts=experts, **sizes)
     chunk = toy.ToyChunk(config)
     pr2 = attach(chunk, PR2Config.preset("r2", sample_fraction=1.0))
     lengths = {0: 13, 1: 24, 2: 5, 3: 9}
     pr2.begin_rollout(toy.sequences(lengths, None))
-    group = pr2.routes._replica.ranks
+    group = pr2.replica.ranks
 
     def batch(ids: list[int], rows: int) -> tuple[toy.MicroBatch, toy.Batch]:
         grid = padded(ids, [lengths[i] for i in ids], rows)
@@ -237,8 +247,9 @@ def recorded_job(order: list[int], width: int) -> tuple[int, int, int]:
     return wrong, moved, pr2.step(0.0)["features_absent"]
 
 
-def test_recorded_routes_follow_tokens_to_another_rank() -> None:
-    results = pool(4).run(recorded_job, [2, 0, 3], 32)
+@pytest.mark.parametrize("experts", [8, 300])
+def test_recorded_routes_follow_tokens_to_another_rank(experts: int) -> None:
+    results = pool(4).run(recorded_job, [2, 0, 3], 32, experts)
     assert [wrong for wrong, *_ in results] == [0] * 4
     assert sum(moved for _, moved, _ in results) > 10
     assert [absent for *_, absent in results] == [0] * 4
@@ -255,7 +266,7 @@ def prefetch_job() -> tuple[int, int, int]:
     made = toy.random_tables(lengths, config) if pr2.routes.is_owner else None
     pr2.begin_rollout(toy.sequences(lengths, made))
     grids = [padded([i], [n], n) for i, n in lengths.items()]
-    data = [toy.Batch(toy.MicroBatch(i, g), toy.token_inputs(pr2.routes._replica.ranks.rows(g))) for i, g in enumerate(grids)]
+    data = [toy.Batch(toy.MicroBatch(i, g), toy.token_inputs(pr2.replica.ranks.rows(g))) for i, g in enumerate(grids)]
     pr2.prefetch([batch.micro_batch for batch in data])
     early = pr2.routes.received_bytes
     toy.old_logprobs(pr2, chunk, data)
@@ -268,3 +279,23 @@ def test_routes_that_were_fetched_early_are_not_sent_again() -> None:
     (_, owner, owner_later), (_, other, later) = pool(2).run(prefetch_job)
     assert owner == owner_later == 0
     assert other == later == (8 + 12) // 2 * toy.LAYERS * toy.TOPK
+
+
+def stage_without_routers_job() -> tuple[bool, bool]:
+    """Recorded routes: both stages know which tokens have one, also the stage that recorded none."""
+    from megatron_pr2 import host
+
+    host.init(pipeline=2)
+    config = toy.toy_config(moe_layer_freq=[0, 1], pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    chunk = toy.ToyChunk(config, layers=[dist.get_rank() + 1])
+    pr2 = attach(chunk, PR2Config.preset("r2"))
+    lengths = {0: 8, 1: 5}
+    pr2.begin_rollout(toy.sequences(lengths, None))
+    toy.old_logprobs(pr2, chunk, toy.batches(lengths, 2))
+    known = bool(pr2.routes.valid.all())
+    pr2.end_rollout()
+    return known, pr2.routes.valid.size == pr2.features.nbytes == pr2.tokens.total == 0
+
+
+def test_every_stage_knows_what_was_recorded() -> None:
+    assert pool(2).run(stage_without_routers_job) == [(True, True)] * 2

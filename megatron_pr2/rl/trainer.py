@@ -127,7 +127,9 @@ class Trainer:
                 self._phase(f"mini-step {mini_step} of {kappa}")
                 mini_batch = samples[(mini_step - 1) * size : mini_step * size]
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
-        return self._record(samples, stats, report, mini_steps, time.monotonic() - started)
+        record = self._record(samples, stats, report, mini_steps, time.monotonic() - started)
+        self._actor.pr2.end_rollout()
+        return record
 
     def _push(self) -> None:
         if self._pushed == self._step:
