@@ -86,7 +86,11 @@ def assert_continued(resumed: list[jobs.Outcome], expected: list[jobs.Outcome], 
             assert values == pytest.approx(expected[0].report["drift"][name], abs=1e-5), name
 
 
-@pytest.mark.parametrize(("source", "target"), RESUMED)
+QUICK = {("tp2", "one"), ("one", "cp2"), ("pp2-vpp2", "dp2"), ("ep2", "pp2")}
+ROWS = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in RESUMED]
+
+
+@pytest.mark.parametrize(("source", "target"), ROWS)
 def test_another_layout_continues_with_the_same_numbers(source: str, target: str, model: Path, straight: Straight) -> None:
     """Saved between two mini-steps: W_p, Adam, routes and features; one step further W_p is what it would have been."""
     directory, expected = straight(source)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_bench_scatter_counts_bytes() -> None:
     """Every rank receives 1 / (tp cp pp) of what a broadcast brings, and holds the same afterwards."""
     small = ["--tokens", "512", "--layers", "4", "--topk", "2", "--sequence", "64", "--rows", "128", "--repeats", "1"]

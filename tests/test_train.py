@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from megatron_pr2.cli import app
 
+pytestmark = pytest.mark.slow
+
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 # Small enough for a step in about a second; off-2, so that the predictor learns in every step.
 SMALL = (

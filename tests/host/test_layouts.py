@@ -45,6 +45,10 @@ CASES: dict[str, tuple[int, dict[str, Any], bool, dict[str, Any]]] = {
 }
 
 
+QUICK = {"packed", "ep2-packed", "tp2-sp", "cp2", "pp2-vpp2"}
+ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("qwen3_moe"), tiny_config("qwen3_moe"))
@@ -55,7 +59,7 @@ def expected(checkpoint: Path) -> tuple[float, training.Weights]:
     return pool(1).run(training.gradients, checkpoint, {}, training.random_sequences())[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ROWS)
 def test_gradients_of_one_process(case: str, checkpoint: Path, expected: tuple[float, training.Weights]) -> None:
     processes, layout, packed, extra = CASES[case]
     # The dispatcher that gathers all tokens needs them equally long everywhere.
@@ -75,6 +79,7 @@ def test_gradients_of_one_process(case: str, checkpoint: Path, expected: tuple[f
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
 def test_gradients_of_other_families(family: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / family, tiny_config(family, num_hidden_layers=2))

@@ -14,6 +14,8 @@ from tests.distributed import pool
 from tests.host import training
 from tests.host.models import make_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 EP2 = {"expert": 2}
 
 
