@@ -122,9 +122,10 @@ class FeaturePlan:
             else:
                 self._load += counts[:, place]
         self._newest = [tokens[self._sampled[tokens]] for tokens in wanted]
+        # First what can fail for lack of memory.
+        self._store.add(self._newest[self._stage.me])
         for member, tokens in enumerate(self._newest):
             self._holder[tokens] = member
-        self._store.add(self._newest[self._stage.me])
         if not elsewhere:
             self._seen.update(grid.fingerprint() for grid in grids)
 

@@ -81,7 +81,12 @@ class Measurement:
         """Makes room for the features of the sampled tokens that this rank is going to compute."""
         rows = self._rows(micro_batches)
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
-        self._locate(micro_batches, rows)
+        try:
+            self._locate(micro_batches, rows)
+        except BaseException:
+            # Room without features would be learned from as zeros by a second attempt.
+            self.plan.forget_last()
+            raise
 
     def abort_log_prob_pass(self) -> None:
         """Forgets features of a pass that failed: they must not be learned from."""
@@ -103,8 +108,12 @@ class Measurement:
         rows = self._rows(micro_batches)
         brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
         self.learning = learning
-        self.features_absent += sum(map(self.plan.absent, rows))
-        self._locate(micro_batches, rows)
+        try:
+            self.features_absent += sum(map(self.plan.absent, rows))
+            self._locate(micro_batches, rows)
+        except BaseException:
+            self.close_training_pass(brought)
+            raise
         return brought
 
     def close_training_pass(self, brought: bool) -> None:
