@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.8",
         "jinja2",
         "httpx",
+        "pybase64",
     ],
     extras_require={
         "sglang": ["sglang>=0.5.19"],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_pr2.distinct import all_distinct
 from megatron_pr2.errors import RouteError
 
 
@@ -32,9 +33,9 @@ def expert_dtype(num_experts: int) -> np.dtype:
 def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
     """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids."""
     valid: npt.NDArray[np.bool_] = np.asarray(((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2)))
-    if experts_TLK.shape[2] > 1:
-        ordered = np.sort(experts_TLK, axis=2)
-        valid &= (ordered[:, :, 1:] != ordered[:, :, :-1]).all(axis=(1, 2))
+    tokens, layers, topk = experts_TLK.shape
+    if topk > 1:
+        valid &= all_distinct(experts_TLK.reshape(-1, topk)).reshape(tokens, layers).all(axis=1)
     return valid
 
 

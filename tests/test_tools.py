@@ -32,3 +32,17 @@ def test_bench_scatter_counts_bytes() -> None:
         assert all(seconds > 0 for seconds in case["seconds"].values())
     ratios = {c["ranks"]: round(c["seconds"]["scatter"] / c["seconds"]["broadcast"], 2) for c in report["cases"]}
     sys.stdout.write(f"scatter against broadcast, by ranks: {ratios}\n")
+
+
+def test_bench_routes_decodes_the_same() -> None:
+    small = ["--tokens", "256", "--layers", "4", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools/bench_routes.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    measured = [(case["tokens"], case["way"]) for case in report["cases"]]
+    assert measured == [(n, way) for n in (64, 128, 256) for way in ("ours", "usual")]
+    assert all(case["identical"] and case["mb_per_s"] > 0 for case in report["cases"])
+    ours, usual = report["cases"][-2:]
+    assert usual["result_bytes"] == 4 * ours["result_bytes"]
+    sys.stdout.write(f"ours against json + numpy: {ours['mb_per_s'] / usual['mb_per_s']:.1f} times as fast\n")

@@ -25,6 +25,7 @@ from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_http import HttpClient
 from megatron_pr2.rollout.sglang_info import check_server_info, weight_group_size
 from megatron_pr2.rollout.sglang_push import WeightPusher
+from megatron_pr2.rollout.sglang_routes import parse_body
 from megatron_pr2.rollout.sglang_server import SGLangServer
 from megatron_pr2.routes import RouteTable
 
@@ -248,13 +249,8 @@ class SGLangEngine:
 
         async def one(index: int, request: RolloutRequest) -> wire.ParsedResponse:
             where = f"request {index} of {len(requests)} (seed {request.seed})"
-            answer = await client.json(
-                "POST",
-                "/generate",
-                wire.generate_payload(request, sampling, return_routes=return_routes),
-                where=where,
-                max_bytes=wire.max_answer_bytes(len(request.prompt_ids) + sampling.max_new_tokens, self.shape),
-            )
+            payload = wire.generate_payload(request, sampling, return_routes=return_routes)
+            answer = await self._answer(client, payload, len(request.prompt_ids) + sampling.max_new_tokens, where)
             return wire.parse_generate(
                 answer,
                 request,
@@ -300,13 +296,11 @@ class SGLangEngine:
         client = self._usable_client()
         wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
         client.run(client.text("POST", "/flush_cache", where="score"))
-        answer = client.run(
-            client.json(
-                "POST",
-                "/generate",
-                wire.score_payload(token_ids),
-                where="score",
-                max_bytes=wire.max_answer_bytes(len(token_ids) + 1, self.shape),
-            )
-        )
+        answer = client.run(self._answer(client, wire.score_payload(token_ids), len(token_ids) + 1, "score"))
         return wire.parse_score(answer, token_ids, self.shape, "score")
+
+    async def _answer(self, client: HttpClient, payload: dict[str, Any], num_tokens: int, where: str) -> Any:
+        """The parsed answer of /generate, its routes as a view into the body."""
+        limit = wire.max_answer_bytes(num_tokens, self.shape)
+        body = await client.body("POST", "/generate", payload, where=where, max_bytes=limit)
+        return parse_body(body, where)

@@ -131,6 +131,21 @@ class HttpClient:
         retry: bool = True,
         timeout_s: float | None = None,
     ) -> str:
+        """The 200 answer's body as text; see :meth:`body`."""
+        body = await self.body(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
+        return body.decode("utf-8", errors="replace")
+
+    async def body(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        where: str,
+        max_bytes: int = 1 << 20,
+        retry: bool = True,
+        timeout_s: float | None = None,
+    ) -> bytearray:
         """Sends one request and returns the body of its 200 answer.
 
         Args:
@@ -166,9 +181,10 @@ class HttpClient:
             else:
                 if status == 200:
                     return body
-                problem = f"HTTP {status}: {body[:500]}"
+                text = body.decode("utf-8", errors="replace")
+                problem = f"HTTP {status}: {text[:500]}"
                 if status not in _RETRIED_STATUS:
-                    raise RefusedError(f"{where}: {path} was refused with {problem}", status, body)
+                    raise RefusedError(f"{where}: {path} was refused with {problem}", status, text)
             logger.info("%s: %s, attempt %d of %d: %s", where, path, attempt + 1, attempts, problem)
         if not retry:
             await asyncio.sleep(self._backoff_s)  # the end of a dying process takes a moment to be seen
@@ -180,16 +196,14 @@ class HttpClient:
         if reason is not None:
             raise RolloutError(f"{where}: {problem}; the engine died: {reason}")
 
-    async def _attempt(self, method: str, path: str, payload: Mapping[str, Any] | None, max_bytes: int) -> tuple[int, str]:
+    async def _attempt(self, method: str, path: str, payload: Mapping[str, Any] | None, max_bytes: int) -> tuple[int, bytearray]:
         async with self._client.stream(method, self._url + path, json=payload) as response:
-            chunks: list[bytes] = []
-            size = 0
+            body = bytearray()
             async for chunk in response.aiter_bytes():
-                size += len(chunk)
-                if size > max_bytes:
+                if len(body) + len(chunk) > max_bytes:
                     raise _TooLongError
-                chunks.append(chunk)
-            return response.status_code, b"".join(chunks).decode("utf-8", errors="replace")
+                body += chunk
+            return response.status_code, body
 
 
 class _TooLongError(Exception):

@@ -1,13 +1,7 @@
-"""What SGLang's /generate is sent and what is believed of its answer; pure functions.
-
-T tokens, L MoE layers, K top-k. SGLang returns routes as base64 of C-order int32 [T - 1, hidden layers, K]: row i belongs to input
-token i, dense layers hold zeros, the last sampled token was never an input.
-"""
+"""What SGLang's /generate is sent and what is believed of its answer; pure functions. Routes: sglang_routes.py."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_pr2.errors import RolloutError, RouteError
+from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import ModelShape, RolloutRequest, RolloutResponse, SamplingParams
+from megatron_pr2.rollout.sglang_routes import decode_table
 from megatron_pr2.routes import RouteTable
 
 # [log-prob, token id, null] in JSON, with room for another spelling of the numbers.
@@ -92,27 +87,6 @@ def max_answer_bytes(num_tokens: int, shape: ModelShape) -> int:
     return _FIXED_BYTES + routes + 4 + num_tokens * _BYTES_PER_LOGPROB
 
 
-def decode_routes(encoded: Any, *, rows: int, shape: ModelShape, where: str) -> npt.NDArray[np.int32]:
-    """base64 of little-endian int32 to [rows, hidden layers, K], without a Python object per token.
-
-    Raises:
-        RouteError: absent, not base64, truncated, or of another number of rows.
-    """
-    if not isinstance(encoded, str):
-        raise RouteError(f"{where}: the answer holds no routed_experts; start the server with --enable-return-routed-experts")
-    try:
-        raw = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RouteError(f"{where}: routed_experts is not valid base64 ({error}), {len(encoded)} characters") from error
-    row_bytes = 4 * shape.num_hidden_layers * shape.topk
-    if len(raw) != rows * row_bytes:
-        raise RouteError(
-            f"{where}: routed_experts holds {len(raw)} bytes = {len(raw) / row_bytes:g} rows of {shape.num_hidden_layers} layers x "
-            f"top-{shape.topk}, expected {rows} rows ({rows * row_bytes} bytes); check that engine and actor run the same model"
-        )
-    return np.frombuffer(raw, dtype="<i4").reshape(rows, shape.num_hidden_layers, shape.topk)
-
-
 def parse_generate(
     answer: Any,
     request: RolloutRequest,
@@ -148,18 +122,9 @@ def parse_generate(
     routes, route_bytes, invalid_rows = None, 0, 0
     if return_routes:
         num_tokens = len(request.prompt_ids) + len(response_ids)
-        encoded = meta.get("routed_experts")
-        rows = decode_routes(encoded, rows=num_tokens - 1, shape=shape, where=where)
-        routes = RouteTable.from_engine(
-            rows,
-            num_tokens=num_tokens,
-            moe_layers=shape.moe_layers,
-            num_hidden_layers=shape.num_hidden_layers,
-            topk=shape.topk,
-            num_experts=shape.num_experts,
-            where=where,
-        )
-        route_bytes, invalid_rows = len(str(encoded)), routes.num_missing - 1
+        encoded: Any = meta.get("routed_experts")
+        routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where)
+        route_bytes, invalid_rows = len(encoded), routes.num_missing - 1
     return ParsedResponse(
         RolloutResponse(
             prompt_ids=tuple(request.prompt_ids),
@@ -184,9 +149,9 @@ def parse_score(answer: Any, token_ids: Sequence[int], shape: ModelShape, where:
         got = len(entries) if isinstance(entries, list) else None
         raise RolloutError(f"{where}: {got} input log-probs, expected {len(token_ids)} (the first is empty)")
     logprobs = _logprobs(entries[1:], token_ids[1:], "input_token_logprobs", where)
-    rows = decode_routes(meta.get("routed_experts"), rows=len(token_ids), shape=shape, where=where)
-    moe_rows = rows[:, np.asarray(shape.moe_layers, dtype=np.int64), :]
-    return logprobs, RouteTable.from_ids(moe_rows, shape.num_experts)
+    # One token was sampled after them; it has no row.
+    table = decode_table(meta.get("routed_experts"), num_tokens=len(token_ids) + 1, shape=shape, where=where)
+    return logprobs, RouteTable(table.experts[:-1], table.valid[:-1], shape.num_experts)
 
 
 def parse_version(label: Any) -> int:
