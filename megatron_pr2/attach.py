@@ -32,7 +32,7 @@ from megatron_pr2.errors import AttachError, ReplayError, RouteError
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
 from megatron_pr2.gates import merge_gates
-from megatron_pr2.groups import communication_device, every_layer, everyone, token_group, whole_model
+from megatron_pr2.groups import communication_device, every_layer, everyone, gathered, token_group, whole_model
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
 from megatron_pr2.predictor import RoutePredictor, predicted_logits
@@ -347,10 +347,8 @@ class PR2:
         ranks = self.replica.ranks
         if ranks.handle is None:
             return
-        mine = hashlib.blake2b(b"".join(micro_batch.grid.fingerprint() for micro_batch in micro_batches), digest_size=16).digest()
-        parts: list[Any] = [None] * ranks.size
-        dist.all_gather_object(parts, mine, group=ranks.handle)
-        if len(set(parts)) > 1:
+        mine = hashlib.blake2b(b"".join(micro_batch.grid.fingerprint for micro_batch in micro_batches), digest_size=16).digest()
+        if len(set(gathered(mine, ranks.handle))) > 1:
             raise ReplayError(
                 "the ranks of a replica (tensor x context x pipeline parallel) describe different micro-batches for one pass; each "
                 "passes the same whole micro-batches in the same order"

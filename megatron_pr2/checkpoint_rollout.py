@@ -35,6 +35,7 @@ from megatron_pr2 import checkpoint_files as files
 from megatron_pr2.attach import PR2
 from megatron_pr2.errors import CheckpointError
 from megatron_pr2.features import Segment
+from megatron_pr2.groups import gathered
 from megatron_pr2.layout import IntArray
 from megatron_pr2.routes import RouteTable, expert_dtype
 from megatron_pr2.sequences import ReplaySequence, RolloutReport
@@ -225,8 +226,7 @@ def _share(count: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Where this rank's rows start among those of a group's ranks, and how many there are in all."""
     if group is None or group.size() == 1:
         return 0, count
-    counts: list[Any] = [None] * group.size()
-    dist.all_gather_object(counts, count, group=group)
+    counts = gathered(count, group)
     return sum(counts[: group.rank()]), sum(counts)
 
 

@@ -103,7 +103,7 @@ class FeaturePlan:
 
         Whole sequences are dropped, last ones first, where any rank of the stage would exceed its budget.
         """
-        fresh = [grid for grid in grids if grid.fingerprint() not in self._seen]
+        fresh = [grid for grid in grids if grid.fingerprint not in self._seen]
         wanted = [self._wanted(fresh, member) for member in range(self._stage.size)]
         holders = [self._holder[tokens] for tokens in wanted]
         # A pass over the same tokens under another cut: features stay where the first pass left them.
@@ -127,7 +127,7 @@ class FeaturePlan:
         for member, tokens in enumerate(self._newest):
             self._holder[tokens] = member
         if not elsewhere:
-            self._seen.update(grid.fingerprint() for grid in grids)
+            self._seen.update(grid.fingerprint for grid in grids)
 
     def forget_last(self) -> None:
         """After a log-prob pass that failed on the whole stage: its features are nowhere, and their room is free again."""
@@ -151,7 +151,7 @@ class FeaturePlan:
         Returns:
             Whether there is such a segment.
         """
-        if self._stage.size == 1 or all(grid.fingerprint() in self._seen for grid in grids):
+        if self._stage.size == 1 or all(grid.fingerprint in self._seen for grid in grids):
             return False
         sends: list[list[IntArray]] = [[] for _ in range(self._stage.size)]
         for receiver in range(self._stage.size):

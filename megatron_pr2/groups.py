@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def gathered(item: T, group: dist.ProcessGroup) -> list[T]:
+    """What every rank of a group says, in the order of its ranks; collective. For small objects, once in a while."""
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, item, group=group)
+    return parts
 
 
 def token_group(sequence_parallel: bool) -> dist.ProcessGroup | None:
@@ -23,7 +32,7 @@ def token_group(sequence_parallel: bool) -> dist.ProcessGroup | None:
 
 def everyone(tokens: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
     """Groups over which a sum becomes that of the whole model and batch: a stage's token group, then the pipeline's."""
-    stages = _stages()
+    stages = pipeline_group()
     return [group for group in (tokens, stages) if group is not None]
 
 
@@ -33,12 +42,11 @@ def every_layer(own: Mapping[int, Tensor]) -> dict[int, Tensor]:
     Args:
         own: those of this pipeline stage, [E, H] fp32.
     """
-    group = _stages()
+    group = pipeline_group()
     if group is None:
         return dict(own)
-    parts: list[Any] = [None] * group.size()
     shape = next((tuple(w.shape) for w in own.values()), None)
-    dist.all_gather_object(parts, (sorted(own), shape), group=group)
+    parts = gathered((sorted(own), shape), group)
     shape = next(shape for _, shape in parts if shape is not None)
     device = next((w.device for w in own.values()), communication_device())
     layers = {}
@@ -60,11 +68,10 @@ def whole_model(
         drift: per metric a value per layer of this stage.
         update: `tokens` and two norms over this stage's layers.
     """
-    group = _stages()
+    group = pipeline_group()
     if group is None:
         return dict(drift), dict(update)
-    parts: list[Any] = [None] * group.size()
-    dist.all_gather_object(parts, (list(columns), dict(drift), dict(update)), group=group)
+    parts = gathered((list(columns), dict(drift), dict(update)), group)
     order = sorted((column, stage, i) for stage, (held, *_) in enumerate(parts) for i, column in enumerate(held))
     merged = {name: [parts[stage][1][name][i] for _, stage, i in order] for name in drift}
     updates = [part[2] for part in parts]
@@ -72,7 +79,8 @@ def whole_model(
     return merged, {**whole, "tokens": sum(u["tokens"] for u in updates)}
 
 
-def _stages() -> dist.ProcessGroup | None:
+def pipeline_group() -> dist.ProcessGroup | None:
+    """The stages of the pipeline; None where there is only one."""
     if not mpu.model_parallel_is_initialized() or mpu.get_pipeline_model_parallel_world_size() == 1:
         return None
     return mpu.get_pipeline_model_parallel_group()

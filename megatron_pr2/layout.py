@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,7 @@ class TokenGrid:
         (row,) = np.nonzero(sequence != PADDING)
         return row, sequence[row], position[row]
 
+    @cached_property
     def fingerprint(self) -> bytes:
         """Equal for grids that describe the same rows, cut in the same way."""
         digest = hashlib.blake2b(repr((self.sequence.shape, self.padded_lengths)).encode(), digest_size=16)

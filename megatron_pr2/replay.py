@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
 from megatron_pr2.router import PredictiveTopKRouter, TopK, select_experts
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes import RouteTable, file_rows
 from megatron_pr2.scatter import RouteSlice
 from megatron_pr2.sites import RouterSite, unwrapped
 
@@ -294,15 +294,14 @@ class ReplaySession:
         One device-to-host copy per micro-batch.
         """
         tables: dict[int, RouteTable] = {}
-        columns = np.array([site.column for site in self._sites], dtype=np.int64)
+        columns = [site.column for site in self._sites]
         for bound, ids_TLK in self.recorded():
-            ids = ids_TLK.cpu().numpy()
             rows, sequence, position = bound.local.real()
-            for sid in np.unique(sequence).tolist():
-                here = sequence == sid
-                table = tables.setdefault(sid, RouteTable.missing(lengths[sid], num_columns, ids.shape[2], num_experts))
-                table.experts[np.ix_(position[here], columns)] = ids[rows[here]]
-                table.valid[position[here]] = True
+            ids_RLK = ids_TLK.cpu().numpy()[rows]
+            file_rows(
+                tables, ids_RLK, sequence, position,
+                columns=columns, lengths=lengths, num_columns=num_columns, num_experts=num_experts,
+            )  # fmt: skip
         return tables
 
     def _bind(self) -> None:

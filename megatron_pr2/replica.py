@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from megatron_pr2.groups import gathered
 from megatron_pr2.layout import TokenGrid, cut
 
 
@@ -122,8 +122,8 @@ def _joined(tokens: dist.ProcessGroup, stages: dist.ProcessGroup) -> dist.Proces
     (use_local_synchronization) is named after the number of groups that a rank knows, which differs between pipeline stages: the
     ranks would wait for each other under different names.
     """
-    first = min(min(part) for part in _gathered(dist.get_process_group_ranks(tokens), stages))
-    firsts = _gathered(first, dist.group.WORLD)
+    first = min(min(part) for part in gathered(dist.get_process_group_ranks(tokens), stages))
+    firsts = gathered(first, dist.group.WORLD)
     groups = {}
     for each in sorted(set(firsts)):
         groups[each] = dist.new_group([rank for rank, its in enumerate(firsts) if its == each])
@@ -133,10 +133,4 @@ def _joined(tokens: dist.ProcessGroup, stages: dist.ProcessGroup) -> dist.Proces
 def _introduced(me: Member, group: dist.ProcessGroup, cp_size: int, tp_size: int) -> RankGroup:
     if group.size() == 1:
         return RankGroup(None, (me,), 0, cp_size, tp_size)
-    return RankGroup(group, tuple(_gathered(me, group)), group.rank(), cp_size, tp_size)
-
-
-def _gathered(item: Any, group: dist.ProcessGroup) -> list[Any]:
-    parts: list[Any] = [None] * group.size()
-    dist.all_gather_object(parts, item, group=group)
-    return parts
+    return RankGroup(group, tuple(gathered(me, group)), group.rank(), cp_size, tp_size)

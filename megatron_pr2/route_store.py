@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
 from megatron_pr2.replica import Replica
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes import RouteTable, file_rows
 from megatron_pr2.scatter import RouteSlice, scatter_tables, slice_tables
 from megatron_pr2.tokens import TokenIndex
 
@@ -81,14 +81,14 @@ class RouteStore:
         """
         for grid in grids:
             self._require_known(grid)
-        wanted = {grid.fingerprint(): grid for grid in grids}
+        wanted = {grid.fingerprint: grid for grid in grids}
         fresh = {key: grid for key, grid in wanted.items() if key not in self._slices}
         if fresh:
             self._gather_recorded()
             made = self._scattered(list(fresh.values())) if self._scatter else self._sliced(list(fresh.values()))
             self._slices.update(zip(fresh, made, strict=True))
             self.received_bytes += sum(each.received_bytes for each in made)
-        return [(self._slices[grid.fingerprint()], self._valid_rows(grid)) for grid in grids]
+        return [(self._slices[grid.fingerprint], self._valid_rows(grid)) for grid in grids]
 
     def _scattered(self, grids: list[TokenGrid]) -> list[RouteSlice]:
         return scatter_tables(self._replica.ranks, grids, self._tables, self._topk, self._experts, self._device)
@@ -104,7 +104,7 @@ class RouteStore:
 
     def record(self, grid: TokenGrid, ids_TLK: Tensor) -> None:
         """Keeps what this rank's routers chose for a micro-batch, as its slice."""
-        self._slices[grid.fingerprint()] = RouteSlice(ids_TLK)
+        self._slices[grid.fingerprint] = RouteSlice(ids_TLK)
         self._recorded.append((grid, ids_TLK))
         self._gathered = False
 
@@ -134,14 +134,10 @@ class RouteStore:
             for grid, _ in self._recorded:
                 rows, sequence, position = stage.rows(grid, member).real()
                 part, start = ids_RLK[start : start + len(rows)], start + len(rows)
-                for sid in np.unique(sequence).tolist():
-                    length = self._tokens.lengths[sid]
-                    table = self._tables.setdefault(
-                        sid, RouteTable.missing(length, self._num_columns, self._topk, self._experts)
-                    )
-                    here = sequence == sid
-                    table.experts[np.ix_(position[here], columns)] = part[here]
-                    table.valid[position[here]] = True
+                file_rows(
+                    self._tables, part, sequence, position,
+                    columns=columns, lengths=self._tokens.lengths, num_columns=self._num_columns, num_experts=self._experts,
+                )  # fmt: skip
         self._gathered = True
 
     def _require_known(self, grid: TokenGrid) -> None:

@@ -9,7 +9,7 @@ present here and marked invalid. A row that is not valid is never replayed: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,33 @@ def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.
         if zero_layers.any() and not zero_layers.all():
             return np.zeros_like(valid)
     return valid
+
+
+def file_rows(
+    tables: dict[int, RouteTable],
+    ids_RLK: npt.NDArray[np.integer],
+    sequence_R: npt.NDArray[np.int64],
+    position_R: npt.NDArray[np.int64],
+    *,
+    columns: Sequence[int],
+    lengths: Mapping[int, int],
+    num_columns: int,
+    num_experts: int,
+) -> None:
+    """Files the ids that some layers took for some tokens, and marks the tokens valid; tables that are absent are made.
+
+    Args:
+        tables: per sequence id, changed in place.
+        columns: the layers, as indices on the L axis of the tables.
+        lengths: tokens per sequence id.
+        num_columns: L of the tables.
+    """
+    for sid in np.unique(sequence_R).tolist():
+        here = sequence_R == sid
+        if sid not in tables:
+            tables[sid] = RouteTable.missing(lengths[sid], num_columns, ids_RLK.shape[2], num_experts)
+        tables[sid].experts[np.ix_(position_R[here], np.asarray(columns, dtype=np.int64))] = ids_RLK[here]
+        tables[sid].valid[position_R[here]] = True
 
 
 @dataclass(frozen=True)

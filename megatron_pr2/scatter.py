@@ -75,12 +75,12 @@ def pack_rows(
     breaks = np.nonzero((np.diff(sequence_R) != 0) | (np.diff(position_R) != 1))[0] + 1
     starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), len(sequence_R)]
     if len(starts) * 4 > len(sequence_R):
-        return _pack_scattered(sequence_R, position_R, tables, wanted, out_RLK)
+        _pack_scattered(sequence_R, position_R, tables, wanted, out_RLK)
+        return
     for start, stop in zip(starts, stops, strict=True):
         first = int(position_R[start])
         experts = _table(tables, int(sequence_R[start]), first + stop - start - 1).experts
         out_RLK[start:stop] = experts[first : first + stop - start, wanted]
-    return None
 
 
 def _pack_scattered(

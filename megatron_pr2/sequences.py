@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
 from megatron_pr2.errors import RouteError
+from megatron_pr2.groups import gathered
 from megatron_pr2.replica import RankGroup
 from megatron_pr2.routes import RouteTable
 from megatron_pr2.tokens import TokenIndex, sample_positions
@@ -108,9 +108,8 @@ def agree_on_rollout(
     told = list(tokens.lengths.items())
     digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
     packed = np.packbits(valid).tobytes() if is_owner else None
-    parts: list[Any] = [None] * ranks.size
     # One bit per token and a few bytes, once per rollout batch.
-    dist.all_gather_object(parts, (failure, digest, packed), group=ranks.handle)
+    parts: list[Any] = gathered((failure, digest, packed), ranks.handle)
     owners = parts[ranks.owner]
     failure = next((part[0] for part in parts if part[0] is not None), None)
     if failure is None and any(part[1] != owners[1] for part in parts):

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.errors import AttachError
+from megatron_pr2.groups import gathered, pipeline_group
 from megatron_pr2.layout import moe_layer_indices
 from megatron_pr2.router import PredictiveTopKRouter
 
@@ -90,12 +89,8 @@ def check_all_found(layers: set[int], moe_layers: Sequence[int]) -> None:
     Raises:
         AttachError: naming the layers.
     """
-    found = set(layers)
-    if mpu.model_parallel_is_initialized() and mpu.get_pipeline_model_parallel_world_size() > 1:
-        group = mpu.get_pipeline_model_parallel_group()
-        parts: list[set[int]] = [set()] * dist.get_world_size(group)
-        dist.all_gather_object(parts, layers, group=group)
-        found = set().union(*parts)
+    stages = pipeline_group()
+    found = layers if stages is None else set().union(*gathered(layers, stages))
     if absent := sorted(set(moe_layers) - found):
         raise AttachError(
             f"no router found for the MoE layers {absent} (0-based) of {len(moe_layers)}; attach() looks under the `decoder` of "

@@ -295,7 +295,7 @@ class SGLangEngine:
         """
         client = self._usable_client()
         wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
-        client.run(client.text("POST", "/flush_cache", where="score"))
+        client.run(client.body("POST", "/flush_cache", where="score"))
         answer = client.run(self._answer(client, wire.score_payload(token_ids), len(token_ids) + 1, "score"))
         return wire.parse_score(answer, token_ids, self.shape, "score")
 

@@ -109,31 +109,17 @@ class HttpClient:
         retry: bool = True,
         timeout_s: float | None = None,
     ) -> Any:
-        """The parsed JSON answer; see :meth:`text`.
+        """The parsed JSON answer; see :meth:`body`.
 
         Raises:
             RolloutError: additionally, if the answer is not JSON.
         """
-        text = await self.text(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
+        body = await self.body(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
+        text = body.decode("utf-8", errors="replace")
         try:
             return json.loads(text)
         except ValueError as error:
             raise RolloutError(f"{where}: {path} answered with something that is not JSON: {text[:200]!r}") from error
-
-    async def text(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        *,
-        where: str,
-        max_bytes: int = 1 << 20,
-        retry: bool = True,
-        timeout_s: float | None = None,
-    ) -> str:
-        """The 200 answer's body as text; see :meth:`body`."""
-        body = await self.body(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
-        return body.decode("utf-8", errors="replace")
 
     async def body(
         self,
