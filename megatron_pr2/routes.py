@@ -5,18 +5,31 @@ Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E ex
 Scope: one table per sequence, in host memory, as compact as the ids allow (design decision 6). Row ``t`` belongs to *input*
 token ``t``. The last sampled token was never an input, so an engine returns one row fewer than there are tokens; that row is
 present here and marked invalid. A row that is not valid is never replayed: the live router decides (design decision 5).
+
+Tables travel without copies: pickle protocol 5 takes the arrays out of band (Ray's object store keeps them that way and hands out
+views), and `encode_into` / `decode` write to and read from a buffer in place (shared memory, a file's mapping). Arrays that come
+back so are read-only; nothing in this package writes to a table that it was given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_pr2.distinct import all_distinct
 from megatron_pr2.errors import RouteError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# tokens, layers, top-k, experts, bytes per id
+_HEADER_BYTES = 5 * 4
+# Rows per piece of a check hold about so many ids: the piece and what is made of it stay in the cache.
+_PIECE_IDS = 64 << 10
 
 
 def expert_dtype(num_experts: int) -> np.dtype:
@@ -198,33 +211,94 @@ class RouteTable:
             num_experts,
         )
 
+    @property
+    def encoded_size(self) -> int:
+        """Bytes that :meth:`encode_into` writes."""
+        return _HEADER_BYTES + self.nbytes
+
     def encode(self) -> bytes:
         """Compact, self-describing bytes (little-endian header of five uint32, ids, packed validity bits)."""
-        header = np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")
-        ids = self.experts.astype(self.experts.dtype.newbyteorder("<"), copy=False)
-        return header.tobytes() + ids.tobytes() + np.packbits(self.valid).tobytes()
+        return b"".join((self._header().data, np.ascontiguousarray(self._wire_ids()).data, np.packbits(self.valid).data))
 
-    @classmethod
-    def decode(cls, payload: bytes) -> RouteTable:
-        """Inverse of :meth:`encode`.
+    def encode_into(self, buffer: Buffer) -> int:
+        """Writes what :meth:`encode` returns to the start of a buffer, the ids straight from the table to their place.
+
+        Args:
+            buffer: writable and contiguous, at least `encoded_size` bytes, e.g. `multiprocessing.shared_memory.SharedMemory.buf`.
+
+        Returns:
+            `encoded_size`; the rest of the buffer is left alone.
 
         Raises:
-            RouteError: the payload is truncated, too long or contradicts its own header.
+            RouteError: the buffer is too small, or cannot be written to.
         """
-        if len(payload) < 20:
-            raise RouteError(f"route payload of {len(payload)} bytes is shorter than its 20-byte header")
-        tokens, layers, topk, num_experts, itemsize = (int(v) for v in np.frombuffer(payload, dtype="<u4", count=5))
-        dtype = expert_dtype(num_experts)
-        ids_bytes, bits_bytes = tokens * layers * topk * dtype.itemsize, (tokens + 7) // 8
-        if itemsize != dtype.itemsize or len(payload) != 20 + ids_bytes + bits_bytes:
+        out = _as_bytes(buffer, "encode_into")
+        if not out.flags.writeable or len(out) < self.encoded_size:
             raise RouteError(
-                f"route payload of {len(payload)} bytes does not match its header: "
-                f"[{tokens}, {layers}, {topk}] of {num_experts} experts needs {20 + ids_bytes + bits_bytes} bytes"
+                f"encode_into: got a {'writable' if out.flags.writeable else 'read-only'} buffer of {len(out)} bytes; "
+                f"expected a writable one of at least encoded_size={self.encoded_size}"
             )
-        ids = np.frombuffer(payload, dtype=dtype.newbyteorder("<"), count=tokens * layers * topk, offset=20)
-        bits = np.frombuffer(payload, dtype=np.uint8, count=bits_bytes, offset=20 + ids_bytes)
-        valid = np.unpackbits(bits, count=tokens).astype(bool)
-        table = cls(ids.reshape(tokens, layers, topk).astype(dtype, copy=False), valid, num_experts)
-        if not replayable(table.experts[valid], num_experts).all():
-            raise RouteError("route payload marks rows as valid that hold duplicate or out-of-range expert ids")
+        ids_end = _HEADER_BYTES + self.experts.nbytes
+        out[:_HEADER_BYTES] = self._header().view(np.uint8)
+        out[_HEADER_BYTES:ids_end].view(_little_endian(self.experts.dtype)).reshape(self.experts.shape)[...] = self.experts
+        out[ids_end : self.encoded_size] = np.packbits(self.valid)
+        return self.encoded_size
+
+    @classmethod
+    def decode(cls, payload: Buffer) -> RouteTable:
+        """Inverse of :meth:`encode`, without a copy of the ids: they are a read-only view into `payload` and keep it alive.
+
+        Args:
+            payload: any contiguous buffer of exactly the encoded bytes; cut larger ones, as in `shm.buf[:size]`.
+
+        Raises:
+            RouteError: the payload is truncated, too long or contradicts its own header, or a row that it marks as valid cannot be
+                replayed.
+        """
+        data = _as_bytes(payload, "route payload")
+        if len(data) < _HEADER_BYTES:
+            raise RouteError(f"route payload of {len(data)} bytes is shorter than its {_HEADER_BYTES}-byte header")
+        tokens, layers, topk, num_experts, itemsize = data[:_HEADER_BYTES].view("<u4").tolist()
+        dtype = expert_dtype(num_experts)
+        ids_end = _HEADER_BYTES + tokens * layers * topk * dtype.itemsize
+        size = ids_end + (tokens + 7) // 8
+        if itemsize != dtype.itemsize or len(data) != size:
+            raise RouteError(
+                f"route payload of {len(data)} bytes does not match its header: "
+                f"[{tokens}, {layers}, {topk}] of {num_experts} experts needs {size} bytes"
+            )
+        ids = data[_HEADER_BYTES:ids_end].view(_little_endian(dtype)).astype(dtype, copy=False)
+        ids.flags.writeable = False
+        valid = np.unpackbits(data[ids_end:], count=tokens).view(np.bool_)
+        table = cls(ids.reshape(tokens, layers, topk), valid, num_experts)
+        # In pieces: the check needs as much memory for 32K tokens as for some hundred.
+        step = max(1, _PIECE_IDS // max(1, layers * topk))
+        for first in range(0, tokens, step):
+            piece = slice(first, first + step)
+            if (valid[piece] & ~replayable(table.experts[piece], num_experts)).any():
+                raise RouteError("route payload marks rows as valid that hold duplicate or out-of-range expert ids")
         return table
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # Only contiguous arrays that are no subclass (np.memmap is one) leave the stream; what is neither is copied once.
+        arrays = (np.ascontiguousarray(np.asarray(each)) for each in (self.experts, self.valid))
+        return type(self), (*arrays, self.num_experts)
+
+    def _header(self) -> npt.NDArray[np.uint32]:
+        return np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")
+
+    def _wire_ids(self) -> npt.NDArray[np.unsignedinteger]:
+        return self.experts.astype(_little_endian(self.experts.dtype), copy=False)
+
+
+def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype.newbyteorder("<")
+
+
+def _as_bytes(buffer: Buffer, name: str) -> npt.NDArray[np.uint8]:
+    """A view of the whole buffer."""
+    try:
+        view = memoryview(buffer)
+        return np.frombuffer(view, dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)
+    except (BufferError, TypeError, ValueError) as error:
+        raise RouteError(f"{name}: expected a contiguous buffer of bytes: {error}") from error
