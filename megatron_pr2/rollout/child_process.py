@@ -1,0 +1,194 @@
+"""ChildProcess: a server process of our own, from its start to its certain end, with its log.
+
+It dies with this process however that ends: stop() and interpreter exit end it, and the kernel kills it when this process is
+killed (PR_SET_PDEATHSIG, requested by :func:`die_with_parent` in the child). It runs in a process group of its own, so that
+stopping it touches nothing else and a Ctrl-C in the terminal reaches only the trainer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_pr2.errors import RolloutError
+
+logger = logging.getLogger(__name__)
+
+PARENT_VARIABLE = "MEGATRON_PR2_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+_LOG_LINES = 20
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def die_with_parent() -> None:
+    """In the child, first of all: asks the kernel to kill this process when the thread that started it ends (Linux).
+
+    Does nothing in a process that ChildProcess did not start.
+    """
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before the request was in place
+        sys.exit("the process that started this server is gone")
+
+
+class ChildProcess:
+    """Starts, watches and stops one process and whatever it starts itself.
+
+    Args:
+        name: what it is, the subject of every message, e.g. "SGLang router".
+        log_path: where its output goes; a temporary file from start() on if None. A further start appends.
+        secrets: strings that describe_log() replaces.
+        noise: lines with one of these in them are left out of describe_log().
+    """
+
+    def __init__(
+        self, name: str, *, log_path: str | Path | None = None, secrets: Sequence[str] = (), noise: Sequence[str] = ()
+    ) -> None:
+        self.name = name
+        self.log_path = Path(log_path) if log_path is not None else None
+        self._own_log = log_path is None
+        self._secrets = tuple(filter(None, secrets))
+        self._noise = tuple(noise)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, which is also its process group's; None if it was never started or was stopped."""
+        return self._process.pid if self._process is not None else None
+
+    def alive(self) -> bool:
+        """Whether the process runs; says nothing of whether it answers."""
+        return self._process is not None and not self._ended.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for its end, at most `timeout_s`; whether it has ended."""
+        return self._ended.wait(timeout_s)
+
+    def start(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        """Starts the process; returns as soon as it exists.
+
+        Args:
+            command: the command line, visible to every user of the machine: no secrets.
+            env: its whole environment; PARENT_VARIABLE is added for die_with_parent().
+
+        Raises:
+            RolloutError: it cannot be started, or it already runs.
+        """
+        if self.alive():
+            raise RolloutError(f"{self.name} already runs as process {self.pid}; stop() it first")
+        if self.log_path is None:
+            handle, path = tempfile.mkstemp(prefix="megatron_pr2_", suffix=".log")
+            os.close(handle)
+            self.log_path = Path(path)
+        log_path = self.log_path
+        env = {**env, PARENT_VARIABLE: str(os.getpid())}
+        started = threading.Event()
+        failure: list[Exception] = []
+        self._ended = ended = threading.Event()
+
+        def run() -> None:
+            # PR_SET_PDEATHSIG fires when the *thread* that forked ends: this one lives exactly as long as the process.
+            try:
+                with log_path.open("ab") as log:
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+                    )
+            except Exception as error:  # a TypeError of Popen, say, which nobody would hear of: start() waits
+                failure.append(error)
+                started.set()
+                return
+            self._process = process
+            started.set()
+            # Not reaped until its group is swept: while the leader is a zombie its group id cannot be given to anybody else.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+            ended.set()
+
+        threading.Thread(target=run, name=f"watch {self.name}", daemon=True).start()
+        started.wait()
+        if failure:
+            raise RolloutError(f"could not start {self.name} ({' '.join(command[:3])} ...): {failure[0]}")
+        atexit.register(self.stop)
+
+    def stop(self, grace_s: float = 15.0) -> None:
+        """Ends the process and its children: SIGTERM, after `grace_s` SIGKILL. Safe to call twice and from any thread."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self.stop)
+        if self._ended.is_set():
+            return
+        try:
+            with contextlib.suppress(ProcessLookupError):  # reaped a moment ago
+                os.kill(process.pid, signal.SIGTERM)
+            self._ended.wait(grace_s)
+        finally:  # also when the user does not want to wait
+            if not self._ended.is_set():
+                _signal_group(process.pid, signal.SIGKILL)
+                self._ended.wait(grace_s)
+
+    def describe_end(self) -> str:
+        """Why the process is not running, with its last log lines."""
+        code = self._process.returncode if self._process is not None else None
+        how = "was not started" if code is None else f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"{self.name} {how}.{self.describe_log()}"
+
+    def describe_log(self, lines: int = _LOG_LINES) -> str:
+        """The last lines of the log, ready to be appended to an error message."""
+        if self.log_path is None:
+            return ""
+        tail = log_tail(self.log_path, lines, self._noise)
+        for secret in self._secrets:
+            tail = tail.replace(secret, "<redacted>")
+        return f" Last lines of {self.log_path}:\n{tail}" if tail else f" Its log {self.log_path} is empty."
+
+    def remove_log(self) -> None:
+        """Removes the log if it is a temporary one."""
+        if self._own_log and self.log_path is not None:
+            self.log_path.unlink(missing_ok=True)
+            self.log_path = None
+
+
+def _signal_group(pgid: int, number: signal.Signals) -> None:
+    """Signals our own child's process group; its leader is alive or not yet reaped, so the id is still ours."""
+    try:
+        os.killpg(pgid, number)
+    except ProcessLookupError:
+        logger.debug("process group %d has already ended", pgid)
+
+
+def log_tail(path: Path, lines: int, noise: Sequence[str] = ()) -> str:
+    """Last `lines` lines of a file that hold something and none of `noise`, each cut at 400 characters; "" if there are none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    text = _COLOUR.sub("", text)
+    telling = [line for line in text.splitlines() if line.strip() and not any(word in line for word in noise)]
+    return "\n".join(line[:400] for line in telling[-lines:])
