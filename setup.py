@@ -13,7 +13,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megatron_pr2", "megatron_pr2.*"]),
     package_data={"megatron_pr2": ["py.typed", "report/*.html.j2"]},
     install_requires=[
@@ -35,11 +35,15 @@ setup(
     ],
     extras_require={
         "sglang": ["sglang>=0.5.19"],
+        "router": ["sglang-router>=0.3.2,<0.4"],
         "te": ["transformer-engine[pytorch]>=2.6"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["megatron-pr2 = megatron_pr2.cli:app"],
-        "sglang.srt.plugins": ["megatron_pr2_cpu = megatron_pr2.rollout.sglang_cpu.plugin:register"],
+        "sglang.srt.plugins": [
+            "megatron_pr2_cpu = megatron_pr2.rollout.sglang_cpu.plugin:register",
+            "megatron_pr2_routes = megatron_pr2.rollout.sglang_plugin:register",
+        ],
     },
 )
