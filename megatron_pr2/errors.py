@@ -25,6 +25,10 @@ class RolloutError(PR2Error, RuntimeError):
     """The rollout engine is down, timed out, or answered something that cannot be used."""
 
 
+class EnvironmentFailed(PR2Error, RuntimeError):
+    """What answers the policy between its turns raised, or replied what cannot be appended; trying again would not help."""
+
+
 class DataError(PR2Error, ValueError):
     """A data file has a line that cannot be used; the message names file and line."""
 

@@ -27,6 +27,8 @@ class ReplaySequence:
         loss_start, loss_stop: input positions whose output bears loss: prompt_len - 1 to length - 1 for one prompt and response.
         routes: what the engine returned; needed on the first rank of a replica (tensor, context and pipeline rank 0), on every rank
             with `route_delivery="local"`, and nowhere when routes are live or recorded by the actor.
+        loss_mask: [loss_stop - loss_start], which of these positions bear loss; None for all. False where the output is a token
+            that the policy did not sample, e.g. an environment's.
     """
 
     id: int
@@ -34,6 +36,7 @@ class ReplaySequence:
     loss_start: int
     loss_stop: int
     routes: RouteTable | None = None
+    loss_mask: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
             raise RouteError(
                 f"sequence {sequence.id}: loss-bearing positions [{sequence.loss_start}, {sequence.loss_stop}) are outside its "
                 f"{sequence.length} tokens"
+            )
+        if sequence.loss_mask is not None and sequence.loss_mask.shape != (sequence.loss_stop - sequence.loss_start,):
+            raise RouteError(
+                f"sequence {sequence.id}: loss_mask has shape {list(sequence.loss_mask.shape)}, expected one entry for each of the "
+                f"{sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
             )
 
 
@@ -152,6 +160,8 @@ def sampled_tokens(
     sampled = np.zeros(tokens.total, dtype=bool)
     for sequence in sequences:
         positions = np.arange(sequence.loss_start, sequence.loss_stop, dtype=np.int64)
+        if sequence.loss_mask is not None:
+            positions = positions[sequence.loss_mask]
         start = tokens.span(sequence.id).start
         if valid is not None:
             positions = positions[valid[start + positions]]

@@ -68,6 +68,9 @@ class Monitor:
     def phase(self, name: str) -> None:
         pass
 
+    def detail(self, text: str) -> None:
+        pass
+
     def step(self, record: dict[str, Any]) -> None:
         self.records.append({k: v for k, v in record.items() if k not in TIMES})
 
@@ -95,11 +98,11 @@ def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False) 
     generate, update = engine.generate, actor.update
 
     def observed_generate(*args: Any, **kwargs: Any) -> Any:
-        responses, stats = generate(*args, **kwargs)
+        batch = generate(*args, **kwargs)
         out["rollouts"].append(
-            digest([(r.response_ids, r.logprobs, r.routes and (r.routes.experts, r.routes.valid)) for r in responses])
+            digest([(r.response_ids, r.logprobs, r.routes and (r.routes.experts, r.routes.valid)) for r in batch.responses])
         )
-        return responses, stats
+        return batch
 
     def observed_update(samples: list[Sample], mini_step: int) -> dict[str, Any]:
         report = update(samples, mini_step)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.base import RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import Probe, RolloutBatch, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.routes import RouteTable
 from tests.distributed import pool
@@ -50,8 +50,8 @@ class ScriptedEngine:
         self.versions.append(version)
 
     def generate(
-        self, requests: list[RolloutRequest], sampling: SamplingParams, *, return_routes: bool
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
+        self, requests: list[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
         self._maybe_fail("generate")
         responses = []
         for request in requests:
@@ -59,12 +59,16 @@ class ScriptedEngine:
             taken = random_ids(len(request.prompt_ids) + 2, 2, 2, 8, request.seed)
             routes = RouteTable.from_ids(taken, 8) if return_routes else None
             logprobs = -np.array(ids, dtype=np.float32)
-            responses.append(RolloutResponse(request.prompt_ids, ids, logprobs, routes, "length", 3))
-        return responses, RolloutStats(1.5, 2 * len(requests), 99, {"load": 0.5})
+            ones = np.ones(2)
+            responses.append(
+                RolloutResponse(request.prompt_ids, ids, logprobs, routes, "length", 3 * ones.astype(np.int64), ones.astype(bool))
+            )
+        stats = RolloutStats(1.5, 2 * len(requests), 99, {"load": 0.5})
+        return RolloutBatch(responses, stats, list(range(len(requests))))
 
-    def score(self, token_ids: Any) -> tuple[np.ndarray, RouteTable]:
+    def score(self, token_ids: Any) -> list[Probe]:
         self._maybe_fail("score")
-        return np.arange(len(token_ids) - 1, dtype=np.float32), RouteTable.missing(len(token_ids), 2, 2, 8)
+        return [Probe("scripted", np.arange(len(token_ids) - 1, dtype=np.float32), RouteTable.missing(len(token_ids), 2, 2, 8))]
 
     def close(self) -> None:
         self.closed += 1
@@ -98,10 +102,12 @@ def working_job() -> dict[str, Any]:
     walked: list[str] = []
     engine.update_weights(exported(walked), 3)
     requests = [RolloutRequest((1, 2, i), seed=i) for i in range(6)]
-    responses, stats = engine.generate(requests, SAMPLING, return_routes=True)
-    plain, _ = engine.generate(requests, SAMPLING, return_routes=False)
-    everything, _ = collective(own, data_parallel_size=1).generate(requests, SAMPLING, return_routes=False)
-    logprobs, routes = engine.score([5, 6, 7])
+    batch = engine.generate(requests, SAMPLING, return_routes=True)
+    responses, stats = batch.responses, batch.stats
+    plain = engine.generate(requests, SAMPLING, return_routes=False).responses
+    everything = collective(own, data_parallel_size=1).generate(requests, SAMPLING, return_routes=False).responses
+    (probe,) = engine.score([5, 6, 7])
+    logprobs, routes = probe.logprobs, probe.routes
     engine.restart()
     engine.close()
     engine.close()
@@ -157,7 +163,7 @@ def failing_job(method: str, error: Exception | None) -> tuple[str, list[str], b
     except RolloutError as failure:
         raised = str(failure)
     own.fails = ""
-    return raised, walked, len(engine.generate(requests[:4], SAMPLING, return_routes=False)[0]) == 2
+    return raised, walked, len(engine.generate(requests[:4], SAMPLING, return_routes=False).responses) == 2
 
 
 @pytest.mark.parametrize("method", ["start", "restart", "update_weights", "generate", "score"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.rollout.base import Probe
 from megatron_pr2.rollout.handshake import handshake, require_routes
 from megatron_pr2.routes import RouteTable
 from tests.ids import random_ids
@@ -25,8 +26,8 @@ class ScoringEngine:
         self._table = RouteTable.from_ids(ids, EXPERTS)
         self._logprobs = logprobs.astype(np.float32)
 
-    def score(self, token_ids: Any) -> tuple[np.ndarray, RouteTable]:
-        return self._logprobs, self._table
+    def score(self, token_ids: Any) -> list[Probe]:
+        return [Probe(self.name, self._logprobs, self._table)]
 
 
 def answers(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

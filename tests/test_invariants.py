@@ -273,7 +273,7 @@ def engine_job(path: Path) -> dict[str, Any]:
     w_LEH.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
     engine = MegatronEngine(model, pr2, pad_id=258)
     requests = [RolloutRequest(tuple(range(40 + 3 * i, 44 + 4 * i)), seed=i) for i in range(6)]
-    responses, _ = engine.generate(requests, SamplingParams(6), return_routes=True)
+    responses = engine.generate(requests, SamplingParams(6), return_routes=True).responses
     sets: dict[str, list[Any]] = {"engine": [], "q_hat": [], "p": []}
     for response in responses:
         tokens = torch.tensor([response.token_ids])

@@ -177,7 +177,8 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
         member.kill()
     code, output = finish(process)
     assert code == 0, output
-    assert "restarting the engine" in output
+    # Found dead before the next push, or in the middle of something.
+    assert "is lost and starts anew" in output or "restarting the engine" in output
     assert [r["step"] for r in records(run)] == [0, 1, 2, 3]
     train(*arguments, "steps=5")
     _, alive = psutil.wait_procs(server, timeout=20)
@@ -210,7 +211,7 @@ def test_other_settings_in_the_same_directory_are_refused(uninterrupted: Path, t
     [
         (["stepz=3"], "stepz"),
         (["preset=grpo", "pr2.predictor=learned"], "pr2.routes='live'"),
-        (["rollout.url=http://127.0.0.1:1"], "rollout.engine=sglang"),
+        (["rollout.urls=[http://127.0.0.1:1]"], "rollout.engine=sglang"),
         (["--data", "/nonexistent.jsonl"], "nonexistent.jsonl"),
         (["--config", "/nonexistent.yaml"], "nonexistent.yaml"),
         (["model.path=/nonexistent"], "nonexistent"),

@@ -78,7 +78,7 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
         (["optimizer.lr=-1"], "optimizer.lr=-1.0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan"),
         (["rollout.engine=vllm"], "rollout.engine='vllm': expected megatron or sglang"),
-        (["rollout.url=http://localhost:1"], "needs rollout.engine=sglang"),
+        (["rollout.urls=[http://localhost:1]"], "needs rollout.engine=sglang"),
         (["rollout.temperature=0"], "rollout.temperature=0"),
         (["rollout.temperature=.nan"], "rollout.temperature=nan"),
         (["model.dtype=float16"], "model.dtype='float16': expected float32 or bfloat16"),

@@ -69,6 +69,7 @@ class LiveDisplay:
         self._rewards: tuple[float, ...] = ()
         self._durations: tuple[float, ...] = ()
         self._phase = "starting"
+        self._detail = ""
         self._phase_since = self._step_since = time.monotonic()
         self._spinner: Spinner | None = Spinner("dots")
         capable = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -103,6 +104,11 @@ class LiveDisplay:
         """Names what is going on now: phase("rollout"), phase("mini-step", 2, 8)."""
         self._phase = name if index is None else f"{name} {index} of {total}" if total is not None else f"{name} {index}"
         self._phase_since = time.monotonic()
+        self._detail = ""
+
+    def detail(self, text: str) -> None:
+        """How far the current phase is; safe from other threads."""
+        self._detail = text
 
     def update(self, record: Record) -> None:
         """Shows a finished step; absent values read as a dash."""
@@ -140,7 +146,8 @@ class LiveDisplay:
 
         phase = Table.grid(padding=(0, 1))
         waited = formats.duration(time.monotonic() - self._phase_since)
-        text = Text(self._phase if self._spinner is None else f"{self._phase}  {waited}", style="bold")
+        name = f"{self._phase}, {self._detail}" if self._detail else self._phase
+        text = Text(name if self._spinner is None else f"{name}  {waited}", style="bold")
         phase.add_row(self._spinner or Text("■"), text)
 
         parts: list[RenderableType] = [Text(self.title, style="bold", no_wrap=True, overflow="ellipsis"), bar, phase]

@@ -22,7 +22,7 @@ NO_MINI_STEPS = "No mini-step of this run reports routes."
 
 # anchor, title, introduction, plots
 SECTIONS: tuple[tuple[str, str, str, tuple[Callable[[RunData], Plot | None], ...]], ...] = (
-    ("learning", "Learning", "", (plots.reward, plots.response_length)),
+    ("learning", "Learning", "", (plots.reward, plots.response_length, plots.turns)),
     (
         "routes",
         "Routes",

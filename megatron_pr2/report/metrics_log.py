@@ -28,6 +28,7 @@ TAGS: dict[str, tuple[str, ...]] = {
     "reward_std": ("reward_std",),
     "response_length": ("response_length",),
     "truncated": ("truncated",),
+    "turns": ("rollout", "turns"),
     "policy/loss": ("policy_loss",),
     "policy/clip_fraction": ("clip_fraction",),
     "policy/grad_norm": ("grad_norm",),

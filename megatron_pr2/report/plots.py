@@ -61,6 +61,19 @@ def response_length(data: RunData) -> Plot | None:
     return finish(figure, "length", "Response length", caption)
 
 
+def turns(data: RunData) -> Plot | None:
+    """Mean turns of a response; None where every response was a single turn."""
+    values = data.column("rollout", "turns")
+    if not (values > 1).any():
+        return None
+    figure, axes = time_axes(data)
+    line(axes, data, values, "blue")
+    from_zero(axes, values)
+    label_y(axes, "turns per response")
+    caption = "Times that the policy wrote, with an environment's reply in between: more turns mean that it asks more often."
+    return finish(figure, "turns", "Turns", caption)
+
+
 def clip_fraction(data: RunData) -> Plot | None:
     """Share of clipped tokens per mini-step."""
     values = data.mini_steps("clip_fraction")

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_pr2 import checkpoint as pr2_checkpoint
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.bridge import export_weights, load_model, save_hf
+from megatron_pr2.owned_export import owned_engine_weights
 from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import Shards
 from megatron_pr2.rl.config import TrainConfig
@@ -154,6 +155,10 @@ class Actor:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights in Hugging Face names with merged gates, for an engine; every rank walks it to the end."""
         return self.pr2.engine_weights(export_weights(self._bridge, self.chunks))
+
+    def export_owned(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of :meth:`export`, each weight on one rank only; every rank walks it to the end."""
+        return owned_engine_weights(self.pr2, self._bridge, self.chunks)
 
     def save_pretrained(self, path: Path) -> None:
         """The policy as a Hugging Face checkpoint (its own gates, no prediction in them)."""

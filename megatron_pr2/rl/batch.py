@@ -28,7 +28,8 @@ class Sample:
         id: unique over the whole run.
         response: tokens, the engine's log-probs, routes.
         reward, advantage: of the whole response.
-        old_logprobs: [len(response_ids)] float32 under theta_old, set by the old-log-prob pass.
+        old_logprobs: [len(response_ids)] float32 under theta_old, set by the old-log-prob pass; of no
+            meaning where the response's loss_mask is off.
     """
 
     id: int
@@ -43,12 +44,14 @@ class Sample:
 
     @property
     def loss_span(self) -> tuple[int, int]:
-        """Input positions whose outputs are the response's tokens."""
+        """Input positions whose outputs are the response's tokens; the response's loss_mask says which of them bear loss."""
         return len(self.response.prompt_ids) - 1, self.length - 1
 
     def replay_sequence(self) -> ReplaySequence:
         """What PR2 has to know of it."""
-        return ReplaySequence(self.id, self.length, *self.loss_span, routes=self.response.routes)
+        return ReplaySequence(
+            self.id, self.length, *self.loss_span, routes=self.response.routes, loss_mask=self.response.loss_mask
+        )
 
 
 def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[int]:
@@ -89,7 +92,7 @@ def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dic
             item["tokens"][row, : len(ids)] = ids
             item["labels"][row, : len(ids) - 1] = ids[1:]
             first, stop = sample.loss_span
-            item["mask"][row, first:stop] = 1.0
+            item["mask"][row, first:stop] = torch.from_numpy(sample.response.loss_mask.astype(np.float32))
             item["advantages"][row, first:stop] = sample.advantage
             if sample.old_logprobs is not None:
                 item["old_logprobs"][row, first:stop] = torch.from_numpy(sample.old_logprobs)

@@ -16,13 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl.task import LESSONS
 
 
 @dataclass
 class ModelConfig:
-    """The policy. Without `path` the quickstart's tiny Qwen3-MoE is made and warm-started (cached under `cache`)."""
+    """The policy. Without `path` a tiny Qwen3-MoE is made, warm-started on what `warm_start` names, and cached under `cache`."""
 
     path: str | None = None
+    warm_start: str = "worked"
     cache: str = "runs/warmstart"
     dtype: str = "float32"
 
@@ -37,10 +39,17 @@ class ParallelConfig:
 
 @dataclass
 class RolloutConfig:
-    """Sampling. `url` attaches to a running SGLang server instead of starting one."""
+    """Sampling. `urls` attaches to running SGLang servers instead of starting `engines` of them; `sglang` holds further fields of
+    SGLangConfig. `oversample` above 1 asks for more prompts than a batch has and carries unfinished responses over."""
 
     engine: str = "megatron"
-    url: str | None = None
+    engines: int = 1
+    urls: list[str] = field(default_factory=list)
+    router: str = "none"
+    sglang: dict[str, Any] = field(default_factory=dict)
+    oversample: float = 1.0
+    environment: str | None = None
+    max_turns: int = 16
     prompts: int = 32
     responses: int = 8
     max_new_tokens: int = 16
@@ -172,6 +181,8 @@ def validate(config: TrainConfig) -> None:
         "rollout.prompts": rollout.prompts,
         "rollout.responses": rollout.responses,
         "rollout.max_new_tokens": rollout.max_new_tokens,
+        "rollout.max_turns": rollout.max_turns,
+        "rollout.engines": rollout.engines,
         "algorithm.mini_steps": algorithm.mini_steps,
         "algorithm.micro_batch_size": algorithm.micro_batch_size,
     }.items():
@@ -186,10 +197,15 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"algorithm.clip_high={algorithm.clip_high}: expected a number >= 0")
     if not config.optimizer.lr >= 0.0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr}: expected a number >= 0")
+    if config.model.warm_start not in LESSONS:
+        raise ConfigError(f"model.warm_start={config.model.warm_start!r}: expected one of {', '.join(LESSONS)}")
     if rollout.engine not in ("megatron", "sglang"):
         raise ConfigError(f"rollout.engine={rollout.engine!r}: expected megatron or sglang")
-    if rollout.url and rollout.engine != "sglang":
-        raise ConfigError(f"rollout.url={rollout.url!r} needs rollout.engine=sglang, not {rollout.engine!r}")
+    for name in ("urls", "sglang"):
+        if getattr(rollout, name) and rollout.engine != "sglang":
+            raise ConfigError(f"rollout.{name}={getattr(rollout, name)!r} needs rollout.engine=sglang, not {rollout.engine!r}")
+    if not rollout.oversample >= 1:
+        raise ConfigError(f"rollout.oversample={rollout.oversample}: expected 1 or more prompts asked for per prompt of a batch")
     if not rollout.temperature > 0:
         raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
     if config.model.dtype not in ("float32", "bfloat16"):

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from transformers import AutoConfig
 
 from megatron_pr2.bridge import model_shape
+from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rollout.base import RolloutEngine
 from megatron_pr2.rollout.collective import CollectiveEngine
 from megatron_pr2.rollout.megatron import MegatronEngine
+from megatron_pr2.rollout.sglang_config import SGLangConfig
+
+
+def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:
+    """The settings of the SGLang engines: `rollout.sglang` over what the job implies.
+
+    Raises:
+        ConfigError: an unknown field, or values that SGLangConfig refuses.
+    """
+    rollout = config.rollout
+    settings: dict[str, Any] = {
+        "urls": tuple(rollout.urls),
+        "model_path": None if rollout.urls else model_path,
+        "engines": rollout.engines,
+        "router": rollout.router,
+        "dtype": config.model.dtype,
+        "log_path": None if rollout.urls else str(Path(config.run) / "sglang.log"),
+    }
+    known = {entry.name: entry for entry in fields(SGLangConfig)}
+    for name in rollout.sglang:
+        if name not in known or name in ("urls", "model_path", "engines", "router"):
+            allowed = ", ".join(sorted(set(known) - {"urls", "model_path", "engines", "router"}))
+            raise ConfigError(f"rollout.sglang.{name}: not a setting here; expected one of {allowed}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in rollout.sglang.items()}
+    try:
+        return SGLangConfig(**{**settings, **given})
+    except TypeError as error:
+        raise ConfigError(f"rollout.sglang: a value has a wrong type ({error}); see docs/sglang.md") from error
 
 
 def make_engine(config: TrainConfig, model_path: str, embedded: MegatronEngine) -> RolloutEngine:
@@ -27,18 +58,8 @@ def make_engine(config: TrainConfig, model_path: str, embedded: MegatronEngine) 
     engine: RolloutEngine | None = None
     if dist.get_rank() == 0:
         from megatron_pr2.rollout.sglang import SGLangEngine
-        from megatron_pr2.rollout.sglang_config import SGLangConfig
 
-        url = config.rollout.url
-        engine = SGLangEngine(
-            SGLangConfig(
-                url=url,
-                model_path=None if url else model_path,
-                dtype=config.model.dtype,
-                log_path=None if url else str(Path(config.run) / "sglang.log"),
-            ),
-            model_shape(AutoConfig.from_pretrained(model_path)),
-        )
+        engine = SGLangEngine(sglang_config(config, model_path), model_shape(AutoConfig.from_pretrained(model_path)))
     return CollectiveEngine(
         engine,
         data_parallel_rank=mpu.get_data_parallel_rank(),

@@ -19,6 +19,7 @@ from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import load_examples
+from megatron_pr2.rl.prompts import load_environment
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ CONFIG_FILE = "config.yaml"
 ERRORS_FILE = "errors.log"
 # What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
 _MAY_CHANGE = (
-    "steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.url",
-    "parallel.processes", "parallel.expert",
+    "steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.urls", "rollout.engines",
+    "rollout.router", "parallel.processes", "parallel.expert",
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def train(config: TrainConfig) -> Path:
         load_examples(config.data)
     if config.model.path:
         _check_model(config.model.path)
+    load_environment(config.rollout.environment)
     _claim(directory, config)
     model_path = config.model.path or str(_warm_start(config))
     data_path = config.data or str(_task_file(config))
@@ -126,10 +128,12 @@ def _differences(old: object, new: object, prefix: str = "") -> set[str]:
 
 
 def _warm_start(config: TrainConfig) -> Path:
-    """The quickstart's policy: tiny, made here, warm-started on the arithmetic task, cached."""
+    """The policy of the examples: tiny, made here, warm-started on the arithmetic task, cached."""
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
-    return ensure_warm_start(Path(config.model.cache) / f"seed_{config.seed}", WarmStartConfig(seed=config.seed))
+    lesson = config.model.warm_start
+    name = f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}"
+    return ensure_warm_start(Path(config.model.cache) / name, WarmStartConfig.of(lesson, config.seed))
 
 
 def _task_file(config: TrainConfig) -> Path:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_pr2.metrics import COLUMNS
 from megatron_pr2.rl.batch import Sample
+from megatron_pr2.rollout.base import RolloutStats
 
 PER_LAYER = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap")
 CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
@@ -41,12 +42,26 @@ def step_summary(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[st
     }
 
 
+def rollout_summary(samples: Sequence[Sample], step: int, stats: RolloutStats, group: dist.ProcessGroup) -> dict[str, float]:
+    """How the responses were sampled: share of tokens from weights older than the step's, turns, and what the engine counted."""
+    versions = [s.response.weight_versions[s.response.loss_mask] for s in samples]
+    older = sum(int((v < step).sum()) for v in versions)
+    count, tokens, old, turns = _reduced(
+        [len(samples), sum(v.size for v in versions), older, sum(s.response.turns for s in samples)], group
+    )
+    return {**stats.extra, "older_tokens": old / max(tokens, 1.0), "turns": turns / max(count, 1.0)}
+
+
 def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
     """|log mu - log pi_old| per response token: the mismatch between the engine and the actor's old-log-prob pass.
 
     "kl" is the k3 estimate of KL(mu || pi_old) from the engine's samples.
     """
-    gaps = [s.old_logprobs.astype(np.float64) - s.response.logprobs for s in samples if s.old_logprobs is not None]
+    gaps = [
+        (s.old_logprobs.astype(np.float64) - s.response.logprobs)[s.response.loss_mask]
+        for s in samples
+        if s.old_logprobs is not None
+    ]
     gap = np.concatenate(gaps) if gaps else np.zeros(0)
     count, absolute, kl = _reduced([gap.size, np.abs(gap).sum(), (np.exp(gap) - 1.0 - gap).sum()], group)
     (largest,) = _reduced([float(np.abs(gap).max(initial=0.0))], group, dist.ReduceOp.MAX)

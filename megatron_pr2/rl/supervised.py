@@ -12,28 +12,45 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.rl.rewards import exact_match
+from megatron_pr2.rl.sampling import sample_responses
 from megatron_pr2.rl.task import Problem
-from megatron_pr2.rl.tokenizer import EOS_ID, NUM_BYTES, PAD_ID
+from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM
 
+    from megatron_pr2.rollout.base import Environment
+
 # The label that torch's cross-entropy skips.
 IGNORED = -100
-MAX_NEW_TOKENS = 20
+# What is learned from: one turn of the policy, or the policy's turns with an environment's replies between them.
+Response = str | tuple[str, ...]
 
 
-def supervised_batch(pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and labels [B, S] int64 of (prompt, response) pairs, padded on the right; only responses bear loss."""
-    encoded = [(list(prompt.encode()), [*response.encode(), EOS_ID]) for prompt, response in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in encoded)
+def supervised_batch(pairs: Sequence[tuple[str, Response]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, S] and labels [B, S] int64 of (prompt, response) pairs, padded on the right.
+
+    Only the policy's turns bear loss.
+    """
+    rows = [_tokens_and_labels(prompt, response) for prompt, response in pairs]
+    width = max(len(tokens) for tokens, _ in rows)
     input_ids = torch.full((len(pairs), width), PAD_ID)
     labels = torch.full((len(pairs), width), IGNORED)
-    for row, (prompt, response) in enumerate(encoded):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        labels[row, len(prompt) : end] = torch.tensor(response)
+    for row, (tokens, targets) in enumerate(rows):
+        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(tokens)] = torch.tensor(targets)
     return input_ids, labels
+
+
+def _tokens_and_labels(prompt: str, response: Response) -> tuple[list[int], list[int]]:
+    turns = (response,) if isinstance(response, str) else response
+    tokens = list(prompt.encode())
+    labels = [IGNORED] * len(tokens)
+    for index, turn in enumerate(turns):
+        ids = list(turn.encode())
+        tokens += ids
+        labels += ids if index % 2 == 0 else [IGNORED] * len(ids)
+    return [*tokens, EOS_ID], [*labels, EOS_ID]
 
 
 def balance_loss(router_logits: Sequence[Tensor], real: Tensor, topk: int) -> Tensor:
@@ -82,16 +99,9 @@ def routing_statistics(model: Qwen3MoeForCausalLM, problems: Sequence[Problem]) 
     return layers
 
 
-@torch.no_grad()
-def exact_match_rate(model: Qwen3MoeForCausalLM, problems: Sequence[Problem], seed: int) -> float:
-    """Share of correct responses at temperature 1, one per prompt. The global random state is left as it was."""
-    prompts = [list(p.prompt.encode()) for p in problems]
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[PAD_ID] * (width - len(p)) + p for p in prompts])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=input_ids, attention_mask=(input_ids != PAD_ID).long(), max_new_tokens=MAX_NEW_TOKENS
-        )
-    texts = [bytes(t for t in row if t < NUM_BYTES).decode("utf-8", "replace") for row in out[:, width:].tolist()]
-    return sum(exact_match(text, p.answer) for text, p in zip(texts, problems, strict=True)) / len(problems)
+def exact_match_rate(
+    model: Qwen3MoeForCausalLM, problems: Sequence[Problem], seed: int, environment: Environment | None = None
+) -> float:
+    """Share of correct responses at temperature 1, one per prompt; of several turns, the last one has to be correct."""
+    responses = sample_responses(model, [p.prompt for p in problems], seed, environment)
+    return sum(exact_match(response[-1], p.answer) for response, p in zip(responses, problems, strict=True)) / len(problems)

@@ -23,6 +23,8 @@ SPLITS = ("warmstart", "train", "eval")
 # Every prompt belongs to exactly one split, decided by a checksum of its text: 4/10 warm-start, 5/10 train, 1/10 eval.
 _BUCKETS = ("warmstart",) * 4 + ("train",) * 5 + ("eval",)
 GUESS_MARK = "~"
+# What a warm start shows beside guesses: running sums, or the same with a calculator (calculator.py).
+LESSONS = ("worked", "calculator")
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,17 @@ from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.batch import Sample, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rl.data import Example, PromptSampler
+from megatron_pr2.rl.data import Example
 from megatron_pr2.rl.losses import group_advantages
+from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
-from megatron_pr2.rl.summary import drift_summary, logprob_gap, step_summary
-from megatron_pr2.rollout.base import RolloutEngine, RolloutRequest, RolloutStats, SamplingParams
-from megatron_pr2.rollout.collective import share
+from megatron_pr2.rl.summary import drift_summary, logprob_gap, rollout_summary, step_summary
+from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.rollout.handshake import handshake, require_routes
 
 logger = logging.getLogger(__name__)
+_PROBE_TOKENS = 48
 T = TypeVar("T")
 
 
@@ -42,6 +44,9 @@ class Monitor(Protocol):
 
     def phase(self, name: str) -> None:
         """Says what the run is doing."""
+
+    def detail(self, text: str) -> None:
+        """Says how far it is; called from any thread."""
 
     def step(self, record: dict[str, Any]) -> None:
         """Takes the finished step's record."""
@@ -67,7 +72,7 @@ class Trainer:
         """
         self._config, self._actor, self._engine, self._reference = config, actor, engine, reference
         self._examples, self._tokenizer, self._monitor = examples, tokenizer, monitor
-        self._sampler = PromptSampler(len(examples), config.seed)
+        self._prompts = PromptQueue(config, examples, tokenizer)
         self._directory = Path(config.run) / "checkpoints"
         self._step = 0
         self._seconds: dict[str, float] = {}
@@ -80,7 +85,7 @@ class Trainer:
         state = checkpoint.load_latest(self._directory)
         if state is not None:
             self._actor.load_state_dict(state["actor"])
-            self._sampler.load_state_dict(state["sampler"])
+            self._prompts.load_state_dict(state["sampler"])
             self._step = int(state["step"])
             logger.info("resumed at step %d", self._step)
         return self._step
@@ -93,9 +98,6 @@ class Trainer:
         """Trains to the configured number of steps and writes the policy to RUN/final in Hugging Face format."""
         if self._config.pr2_needs_engine_routes:
             require_routes(self._engine)
-            if self._config.rollout.handshake:
-                self._push()
-                self._handshake()
         while self._step < self._config.steps:
             record = self._train_step()
             self._step += 1
@@ -103,7 +105,7 @@ class Trainer:
                 with self._timed("checkpoint"):
                     self._save()
             record["seconds"] = dict(self._seconds)
-            if self._handshake_report is not None:  # in the first record after a start
+            if self._handshake_report is not None:
                 record["handshake"], self._handshake_report = self._handshake_report, None
             if self._monitor is not None:
                 self._monitor.step(record)
@@ -135,7 +137,18 @@ class Trainer:
         if self._pushed == self._step:
             return
         with self._timed("push"):
-            self._engine.update_weights(self._counted(self._actor.export()), self._step)
+            if isinstance(self._engine, CollectiveEngine) and self._engine.takes_owned_weights:
+                self._engine.update_owned_weights(self._counted(self._actor.export_owned()), self._step)
+                total = torch.tensor([self._weight_bytes])
+                dist.all_reduce(total)
+                self._weight_bytes = int(total)
+            else:
+                self._engine.update_weights(self._counted(self._actor.export()), self._step)
+        # The embedded engine is the actor itself: once is enough.
+        due = self._engine is not self._reference or self._pushed < 0
+        if due and self._config.pr2_needs_engine_routes and self._config.rollout.handshake:
+            with self._timed("handshake"):
+                self._handshake()
         self._pushed = self._step
 
     def _counted(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,37 +158,55 @@ class Trainer:
             yield name, tensor
 
     def _handshake(self) -> None:
-        self._phase("handshake")
-        ids = self._tokenizer.encode(" ".join(e.prompt + e.answer for e in self._examples[:16]), add_special_tokens=False)[:48]
-        report = handshake(self._engine, self._reference, ids, self._config.model.dtype)
+        text = " ".join(example.prompt + example.answer for example in self._examples[:16])
+        ids = self._tokenizer.encode(text, add_special_tokens=False)[:_PROBE_TOKENS]
+        failure: str | None = None
+        try:
+            report = handshake(self._engine, self._reference, ids, self._config.model.dtype)
+        except RolloutError as error:
+            failure = str(error)
+        # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, failure)
+        if failures := [each for each in told if each is not None]:
+            raise RolloutError(failures[0])
         self._handshake_report = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
         rollout = self._config.rollout
-        prompts = [self._examples[i] for i in self._sampler.take(rollout.prompts)]
-        repeated = [example for example in prompts for _ in range(rollout.responses)]
-        first_id = self._step * len(repeated)
-        requests = [
-            RolloutRequest(
-                tuple(self._tokenizer.encode(example.prompt, add_special_tokens=False)),
-                int(np.random.SeedSequence([self._config.seed, first_id + i]).generate_state(1)[0]),
-            )
-            for i, example in enumerate(repeated)
-        ]
-        sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, (self._tokenizer.eos_token_id,))
-        responses, stats = self._retrying(
-            lambda: self._engine.generate(requests, sampling, return_routes=self._config.pr2_needs_engine_routes)
+        requests = self._prompts.requests()
+        sampling = SamplingParams(
+            rollout.max_new_tokens, rollout.temperature, self._prompts.stop_token_ids, max_turns=rollout.max_turns
         )
-        own = share(len(requests), mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank())
-        texts = [self._tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in responses]
-        rewards = [exact_match(text, example.answer) for text, example in zip(texts, repeated[own], strict=True)]
+        self._engine.on_progress = self._on_progress if self._monitor is not None else None
+        batch = self._retrying(
+            lambda: self._engine.generate(
+                requests, sampling, return_routes=self._config.pr2_needs_engine_routes, enough=self._prompts.enough
+            )
+        )
+        answered = self._prompts.settle(batch.finished)
+        own = share(len(answered), mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank())
+        rewards = [
+            exact_match(self._last_turn(response), example.answer)
+            for response, (_, example) in zip(batch.responses, answered[own], strict=True)
+        ]
         advantages = group_advantages(np.asarray(rewards, dtype=np.float64), rollout.responses)
         samples = [
-            Sample(first_id + own.start + i, response, reward, float(advantage))
-            for i, (response, reward, advantage) in enumerate(zip(responses, rewards, advantages, strict=True))
+            Sample(number, response, reward, float(advantage))
+            for (number, _), response, reward, advantage in zip(answered[own], batch.responses, rewards, advantages, strict=True)
         ]
         mini_steps = self._config.algorithm.mini_steps
-        return [samples[i] for i in mini_batch_order(own, mini_steps, [self._config.seed, self._step])], stats
+        order = mini_batch_order(own, mini_steps, [self._config.seed, self._step])
+        return [samples[i] for i in order], batch.stats
+
+    def _last_turn(self, response: RolloutResponse) -> str:
+        """What the policy wrote after the environment's last reply: the reward is for its own words."""
+        replies = np.flatnonzero(~response.loss_mask)
+        return self._tokenizer.decode(response.response_ids[replies[-1] + 1 if len(replies) else 0 :], skip_special_tokens=True)
+
+    def _on_progress(self, progress: Progress) -> None:
+        if self._monitor is not None:
+            self._monitor.detail(f"{progress.finished} of {progress.total} responses, {progress.tokens} tokens")
 
     def _retrying(self, action: Callable[[], T]) -> T:
         """Does what the engine is asked; an engine that died meanwhile is restarted and gets the same weights first.
@@ -184,15 +215,16 @@ class Trainer:
         """
         for attempt in range(self._config.rollout.restarts + 1):
             try:
+                if attempt:
+                    self._phase("restarting the rollout engine")
+                    self._pushed = -1
+                    self._engine.restart()
                 self._push()
                 return action()
             except RolloutError as error:
                 if attempt == self._config.rollout.restarts:
                     raise
                 logger.warning("rollout failed (%s); restarting the engine, attempt %d", error, attempt + 1)
-                self._phase("restarting the rollout engine")
-                self._engine.restart()
-                self._pushed = -1
         raise AssertionError("unreachable")
 
     def _record(
@@ -225,13 +257,14 @@ class Trainer:
             "logprob_gap": logprob_gap(samples, mpu.get_data_parallel_group()),
             "routes": routes,
             "predictor": mini_steps[-1]["predictor"],
+            "rollout": rollout_summary(samples, self._step, stats, mpu.get_data_parallel_group()),
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
             "bytes": {"routes": route_bytes, "features": feature_bytes, "weights": self._weight_bytes},
         }
 
     def _save(self) -> None:
         checkpoint.save(
-            self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._sampler.state_dict()}
+            self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()}
         )
 
     def _phase(self, name: str) -> None:

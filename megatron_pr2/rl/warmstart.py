@@ -1,8 +1,9 @@
 """Warm-start: a short supervised phase that turns the untrained tiny model into a policy that is sometimes right.
 
-RL needs rewards that are neither all 0 nor all 1. The model first learns to work sums out, with a guess now and then, and at the
-end to guess more often than not (task.py), so its exact match at temperature 1 starts in a band that leaves room above. Plain
-Transformers and AdamW in one process on one thread; same configuration, same weights on the same machine.
+RL needs rewards that are neither all 0 nor all 1. The model first learns to work sums out (task.py), or to call a calculator
+(calculator.py), with a guess now and then, and at the end to guess more often than not, so its exact match at temperature 1 starts
+in a band that leaves room above. Plain Transformers and AdamW in one process on one thread; same configuration, same weights on the
+same machine.
 
 A load-balancing loss per layer (Switch Transformer, arXiv 2101.03961, Eq. 4) keeps experts alive here; the checkpoint that is
 written has it switched off, because it would pull against the policy objective in RL.
@@ -26,10 +27,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_pr2.errors import CheckpointError, ConfigError
-from megatron_pr2.rl.supervised import balance_loss, exact_match_rate, routing_statistics, supervised_batch
-from megatron_pr2.rl.task import TaskConfig, guess, make_problems
+from megatron_pr2.rl.calculator import Calculator, demonstration
+from megatron_pr2.rl.supervised import Response, balance_loss, exact_match_rate, routing_statistics, supervised_batch
+from megatron_pr2.rl.task import LESSONS, Problem, TaskConfig, guess, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig, build_tiny_model, save_tiny_model
-from megatron_pr2.rl.tokenizer import PAD_ID
+from megatron_pr2.rl.tokenizer import PAD_ID, byte_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM
@@ -49,6 +51,7 @@ class WarmStartConfig:
     Attributes:
         seed: decides initial weights, data and order.
         model, task: sizes of the policy, and what the prompts look like.
+        lesson: what is shown beside guesses: "worked" sums, or calls of a "calculator" and its replies, which bear no loss.
         steps, batch_size, lr: AdamW with a linear decay to zero after a short warm-up.
         problems: different warm-start prompts.
         guess_share, guess_spread: share of guessed responses at the end, and how far a guess may be off.
@@ -62,6 +65,7 @@ class WarmStartConfig:
     seed: int = 0
     model: TinyModelConfig = field(default_factory=TinyModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    lesson: str = "worked"
     steps: int = 450
     batch_size: int = 64
     lr: float = 4e-3
@@ -76,6 +80,8 @@ class WarmStartConfig:
     eval_prompts: int = 256
 
     def __post_init__(self) -> None:
+        if self.lesson not in LESSONS:
+            raise ConfigError(f"WarmStartConfig.lesson={self.lesson!r}: expected one of {', '.join(LESSONS)}")
         for name in ("steps", "batch_size", "problems", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"WarmStartConfig.{name}={getattr(self, name)}: expected at least 1")
@@ -89,9 +95,17 @@ class WarmStartConfig:
                 f"WarmStartConfig.batch_size={self.batch_size}: expected at most problems={self.problems}"
             )
 
+    @classmethod
+    def of(cls, lesson: str, seed: int) -> WarmStartConfig:
+        """What `model.warm_start` names: the quickstart's, or the calculator example's, for calls are learned sooner than sums."""
+        return cls(seed=seed, lesson=lesson, steps=150) if lesson == "calculator" else cls(seed=seed, lesson=lesson)
+
     def digest(self) -> str:
         """Identifies what is trained; two configurations with the same digest give the same checkpoint."""
-        text = json.dumps([_RECIPE, asdict(self)], sort_keys=True)
+        settings = asdict(self)
+        if self.lesson == "worked":  # as before there were lessons: what was cached then is the same
+            del settings["lesson"]
+        text = json.dumps([_RECIPE, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -157,15 +171,16 @@ def warm_start(config: WarmStartConfig, *, show_progress: bool = False) -> tuple
     with _one_thread(), _Display(config.steps, show_progress) as display:
         trainer = _Trainer(config, display)
         held_out = make_problems(config.task, "eval", config.eval_prompts, config.seed)
+        environment = Calculator(byte_tokenizer()) if config.lesson == "calculator" else None
         low, high = config.band
         early = int(config.early * config.steps)
         trainer.round([config.early_guess_share] * early + [config.guess_share] * (config.steps - early), config.lr)
-        rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed))
+        rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed, environment))
         for _ in range(config.extra_rounds):
             if rate >= low:
                 break
             trainer.round([config.guess_share] * max(1, config.steps // 4), config.lr / 4)
-            rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed))
+            rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed, environment))
         routing = routing_statistics(trainer.model, held_out)
     if not low <= rate <= high:
         logger.warning("warm start: exact match %.3f on held-out prompts is outside %.2f..%.2f", rate, low, high)
@@ -196,13 +211,16 @@ class _Trainer:
             self._display.advance(self.steps, loss)
         self.model.eval()
 
-    def _demonstrations(self, guess_share: float) -> list[tuple[str, str]]:
+    def _demonstrations(self, guess_share: float) -> list[tuple[str, Response]]:
         return [
-            (p.prompt, guess(p, self._config.guess_spread, self._rng) if self._rng.random() < guess_share else p.worked)
+            (p.prompt, guess(p, self._config.guess_spread, self._rng) if self._rng.random() < guess_share else self._lesson(p))
             for p in self._rng.sample(self._problems, self._config.batch_size)
         ]
 
-    def _step(self, pairs: Sequence[tuple[str, str]], lr: float) -> float:
+    def _lesson(self, problem: Problem) -> Response:
+        return problem.worked if self._config.lesson == "worked" else demonstration(problem)
+
+    def _step(self, pairs: Sequence[tuple[str, Response]], lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         input_ids_BS, labels_BS = supervised_batch(pairs)

@@ -29,6 +29,10 @@ class RunMonitor:
         """Shows what is going on."""
         self._display.phase(name)
 
+    def detail(self, text: str) -> None:
+        """Shows how far it is."""
+        self._display.detail(text)
+
     def step(self, record: dict[str, Any]) -> None:
         """Logs and shows a finished step."""
         self._log.append(record)

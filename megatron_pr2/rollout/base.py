@@ -6,7 +6,7 @@ one rank only does its work there and takes part in nothing else; `rollout/colle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,11 +38,44 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `stop_token_ids` are part of the response when they are sampled."""
+    """How to sample.
+
+    Attributes:
+        max_new_tokens: tokens that the policy samples, over all turns of a response.
+        temperature: above 0; no top-p or top-k, which would make the log-probs those of another distribution.
+        stop_token_ids: end a turn; part of the response when they are sampled.
+        max_turns: turns of the policy at most; the response ends as "length" then.
+        max_length: tokens of prompt and response together at most; None leaves it to max_new_tokens and the engine.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    max_turns: int = 16
+    max_length: int | None = None
+
+
+class Environment(Protocol):
+    """What answers the policy between its turns: a tool, a game, a user.
+
+    A response that is carried over to another call goes on with that call's environment, so that what it replies should depend on
+    its arguments alone.
+
+    Attributes:
+        stop_token_ids: tokens besides the end of the sequence that end a turn.
+    """
+
+    stop_token_ids: tuple[int, ...]
+
+    def reply(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Token ids to append after the policy stopped, or None if the response is complete.
+
+        Called once per turn, from a worker thread.
+
+        Args:
+            prompt_ids: of the request.
+            response_ids: everything behind the prompt: what the policy sampled, stop tokens included, and earlier replies.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,10 +85,17 @@ class RolloutRequest:
     Attributes:
         prompt_ids: token ids of the prompt, at least one.
         seed: the random numbers of this response depend on this alone (where the engine can), so that a rerun samples the same.
+        key: names the response over several calls: what an early stop leaves unfinished is continued by the next request of
+            the same key. Empty: never continued.
+        group: responses that are of use together only (those of one prompt); an early stop counts complete groups.
+        environment: replies whenever the policy samples a stop token; None for a single turn.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
+    key: str = ""
+    group: int = 0
+    environment: Environment | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,11 +103,14 @@ class RolloutResponse:
     """One sampled response.
 
     Attributes:
-        prompt_ids, response_ids: token ids; the stop token, if one was sampled, is the last of the response.
-        logprobs: [len(response_ids)] float32, natural log of the behaviour policy's probability at the sampling temperature.
+        prompt_ids, response_ids: token ids; a stop token that was sampled and what an environment replied are parts of it.
+        logprobs: [len(response_ids)] float32, natural log of the behaviour policy's probability at the sampling temperature; 0 for
+            tokens of an environment.
         routes: table over prompt + response tokens, or None if routes were not asked for.
         finish_reason: "stop" or "length".
-        weight_version: version of the weights that sampled it.
+        weight_versions: [len(response_ids)] int64, version of the weights that sampled each token; -1 for tokens of an environment.
+        loss_mask: [len(response_ids)] bool, False for tokens of an environment.
+        turns: times that the policy was asked to go on, plus one.
     """
 
     prompt_ids: tuple[int, ...]
@@ -75,11 +118,33 @@ class RolloutResponse:
     logprobs: npt.NDArray[np.float32]
     routes: RouteTable | None
     finish_reason: str
-    weight_version: int
+    weight_versions: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.bool_]
+    turns: int = 1
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.response_ids
+
+    @property
+    def weight_version(self) -> int:
+        """The newest weights that took part."""
+        return int(self.weight_versions.max(initial=-1))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one engine says of given tokens.
+
+    Attributes:
+        name: of the engine, for errors.
+        logprobs: [len - 1] float32, of tokens 1.. at temperature 1.
+        routes: table of all tokens.
+    """
+
+    name: str
+    logprobs: npt.NDArray[np.float32]
+    routes: RouteTable
 
 
 @dataclass
@@ -92,11 +157,44 @@ class RolloutStats:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What generate returns.
+
+    Attributes:
+        responses: in the order of their requests.
+        stats: of the call.
+        finished: indices of the requests that were answered, ascending: all of them, or those of the groups that were enough.
+    """
+
+    responses: list[RolloutResponse]
+    stats: RolloutStats
+    finished: list[int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a generate call is: responses finished and asked for, and tokens sampled so far."""
+
+    finished: int
+    total: int
+    tokens: int
+
+
 class RolloutEngine(Protocol):
-    """An engine that samples responses and, if asked, returns the experts that every input token took."""
+    """An engine that samples responses and, if asked, returns the experts that every input token took.
+
+    Attributes:
+        name: for errors.
+        returns_routes: whether it can return routes.
+        takes_owned_weights: whether every trainer rank may send what it owns (`CollectiveEngine.update_owned_weights`).
+        on_progress: called now and then while generating, maybe from another thread.
+    """
 
     name: str
     returns_routes: bool
+    takes_owned_weights: bool
+    on_progress: Callable[[Progress], None] | None
 
     def start(self) -> None:
         """Makes the engine ready; raises RolloutError naming the cause (last log lines included) if it cannot be."""
@@ -111,12 +209,17 @@ class RolloutEngine(Protocol):
         """
 
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
-        """Samples one response per request, in the order of the requests; raises RolloutError if any is lost."""
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
+        """Samples one response per request; raises RolloutError if any is lost.
 
-    def score(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], RouteTable]:
-        """Handshake probe: log-probs [len - 1] of tokens 1.. at temperature 1, and the routes of all input tokens."""
+        Args:
+            enough: stop as soon as that many groups are complete and return those alone; None waits for all. Engines that cannot
+                stop early answer all requests and return the first groups.
+        """
+
+    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+        """Handshake probe: the same tokens scored by every engine behind this one."""
 
     def close(self) -> None:
         """Stops everything that start() started; safe to call twice and after a failure."""

@@ -6,19 +6,40 @@ A failure on rank 0 is raised on every rank, so that no rank waits for a collect
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megatron_pr2.errors import PR2Error, RolloutError
-from megatron_pr2.rollout.base import RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.errors import EnvironmentFailed, PR2Error, RolloutError
+from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_pr2.rollout.sglang_disk import DiskTarget
+    from megatron_pr2.rollout.sglang_push import PushTarget, WeightSender
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class PushEngine(Protocol):
+    """What an engine offers beside RolloutEngine if several ranks may send it their parts of the weights."""
+
+    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
+        """Opens an update on every server; returns where tensors go. finish_push or abandon_push follows."""
+
+    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Sends this process's tensors to the targets of begin_push; returns their bytes."""
+
+    def finish_push(self, version: int) -> None:
+        """After everybody's last tensor: the next response is sampled from the new weights when this returns."""
+
+    def abandon_push(self) -> None:
+        """After a failure, finish_push's own included: no server samples until a push succeeds."""
 
 
 def share(count: int, parts: int, index: int) -> slice:
@@ -41,10 +62,16 @@ class CollectiveEngine:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
         ranks: list[Any] = [None] * self._world
-        dist.all_gather_object(ranks, data_parallel_rank)
-        self._dp_of_rank: list[int] = ranks
+        dist.all_gather_object(ranks, (data_parallel_rank, hasattr(engine, "begin_push") and getattr(engine, "takes_parts", True)))
+        self._dp_of_rank: list[int] = [dp for dp, _ in ranks]
+        # The others wait here while rank 0 generates or starts servers, longer than the 30 minutes of a group by default. One that
+        # dies closes its connections, which the others notice at once.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._sender: WeightSender | None = None
+        self.takes_owned_weights: bool = ranks[0][1]
         self.name = name
         self.returns_routes = True
+        self.on_progress: Callable[[Progress], None] | None = None
 
     def start(self) -> None:
         """Starts the engine on rank 0."""
@@ -78,52 +105,125 @@ class CollectiveEngine:
         if failure is not None:  # of this rank alone
             raise failure
 
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
-        """All requests go to the engine on rank 0; each rank gets back its data-parallel share, in order."""
-        shares: list[Any] | None = None
-        stats: RolloutStats | None = None
-        failure: str | None = None
-        if self._engine is not None:
+    def update_owned_weights(self, owned: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Every rank sends the engine's servers the weights that it owns; together they are what update_weights() would get.
+
+        Only where `takes_owned_weights` says so. Every rank walks its weights to the end, also after a failure.
+
+        Args:
+            owned: this rank's, e.g. of :func:`megatron_pr2.owned_export.owned_engine_weights`; may be empty.
+
+        Raises:
+            RolloutError: on every rank, whichever failed; the engine refuses to sample until a push succeeds.
+        """
+        if not self.takes_owned_weights:
+            raise RolloutError(f"the {self.name} engine takes the whole model from one rank: call update_weights()")
+        targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version))
+        iterator = iter(owned)
+        sent, failure = 0, None
+        try:
             try:
-                responses, stats = self._engine.generate(requests, sampling, return_routes=return_routes)
-                shares = [responses[share(len(requests), self._dp_size, dp)] for dp in self._dp_of_rank]
+                sent = self._push_part(iterator, targets)
             except Exception as error:
                 failure = _describe(error)
+            try:
+                for _ in iterator:  # exporting is collective: keep in step with the other ranks, also after a failure
+                    pass
+            except Exception as error:
+                failure = failure or _describe(error)
+            self._agree_on_push(failure, sent)
+            self._on_rank_0(lambda engine: cast(PushEngine, engine).finish_push(version))
+        except BaseException:
+            self._abandon_push()
+            raise
+
+    def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
+        if self._engine is not None:
+            return cast(PushEngine, self._engine).push_part(weights)
+        from megatron_pr2.rollout.sglang_disk import DiskSender, DiskTarget
+        from megatron_pr2.rollout.sglang_push import WeightSender
+
+        if isinstance(targets, DiskTarget):
+            return DiskSender(targets, self._rank).push(weights)
+        if self._sender is None:
+            self._sender = WeightSender()
+        self._sender.retarget(targets)
+        return self._sender.push(weights)
+
+    def _agree_on_push(self, failure: str | None, sent: int) -> None:
+        """Raises on every rank what any rank met, or that nobody had anything to send."""
+        everyone: list[Any] = [None] * self._world
+        dist.all_gather_object(everyone, (failure, sent), group=self._group)
+        failures: dict[str, list[str]] = {}
+        for rank, (told, _) in enumerate(everyone):
+            if told is not None:
+                failures.setdefault(told, []).append(str(rank))
+        if failures:
+            raise RolloutError("; ".join(f"rank {', '.join(ranks)}: {told}" for told, ranks in failures.items()))
+        if not any(count for _, count in everyone):
+            raise RolloutError("weight update: no tensors were given")
+
+    def _abandon_push(self) -> None:
+        if self._engine is None:
+            return
+        try:
+            cast(PushEngine, self._engine).abandon_push()
+        except Exception as error:  # the failure that led here is what the caller hears of
+            logger.warning("a weight update could not be abandoned in order: %s", _describe(error))
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
+        """All requests go to the engine on rank 0; each rank gets back its data-parallel share of the responses, in order."""
+        shares: list[Any] | None = None
+        common: list[Any] = [None]
+        failure: Exception | None = None
+        if self._engine is not None:
+            try:
+                self._engine.on_progress = self.on_progress
+                batch = self._engine.generate(requests, sampling, return_routes=return_routes, enough=enough)
+                shares = [batch.responses[share(len(batch.responses), self._dp_size, dp)] for dp in self._dp_of_rank]
+                common = [(batch.stats, batch.finished)]
+            except Exception as error:
+                failure = error
         self._raise_everywhere(failure)
         received: list[Any] = [None]
-        dist.scatter_object_list(received, shares, src=0)
-        common: list[Any] = [stats]
-        dist.broadcast_object_list(common, src=0)
-        return received[0], common[0]
+        dist.scatter_object_list(received, shares, src=0, group=self._group)
+        dist.broadcast_object_list(common, src=0, group=self._group)
+        stats, finished = common[0]
+        return RolloutBatch(received[0], stats, finished)
 
-    def score(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], RouteTable]:
-        """The engine's answer to the handshake probe, on every rank."""
+    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+        """The engines' answers to the handshake probe, on every rank."""
         return self._on_rank_0(lambda engine: engine.score(token_ids))
 
     def close(self) -> None:
         """Stops the engine on rank 0; no collective, so that it is safe while other ranks are gone."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
         if self._engine is not None:
             self._engine.close()
 
     def _on_rank_0(self, action: Callable[[RolloutEngine], T]) -> T:
         result: list[Any] = [None]
-        failure: str | None = None
+        failure: Exception | None = None
         if self._engine is not None:
             try:
                 result[0] = action(self._engine)
             except Exception as error:
-                failure = _describe(error)
+                failure = error
         self._raise_everywhere(failure)
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=self._group)
         return result[0]
 
-    def _raise_everywhere(self, failure: str | None) -> None:
-        outcome = [failure]
-        dist.broadcast_object_list(outcome, src=0)
+    def _raise_everywhere(self, failure: Exception | None) -> None:
+        outcome: list[Any] = [None if failure is None else (isinstance(failure, EnvironmentFailed), _describe(failure))]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
-            raise RolloutError(outcome[0])
+            environment, told = outcome[0]
+            # A failing environment is not to be mended by another engine, so that nobody tries.
+            raise EnvironmentFailed(told) if environment else RolloutError(told)
 
 
 def _describe(error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.base import RolloutEngine
+from megatron_pr2.rollout.base import Probe, RolloutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -48,37 +48,52 @@ def require_routes(engine: RolloutEngine) -> None:
 
 
 def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[int], dtype: str) -> HandshakeReport:
-    """Scores one probe with both and compares; call it after the same (merged) weights went to the engine.
+    """Scores one probe with every engine and the actor and compares; call it after the same (merged) weights went to all of them.
 
     Args:
-        engine: the rollout engine.
+        engine: the rollout engine; all servers behind it are asked.
         actor: the actor's own model as an engine; collective, like every engine.
         probe_ids: a few dozen token ids.
         dtype: of the engine, selects the thresholds.
 
+    Returns:
+        The worst of the engines' reports.
+
     Raises:
         RolloutError: routes or log-probs differ by more than rounding explains.
     """
-    want_logprobs, want = actor.score(probe_ids)
-    got_logprobs, got = engine.score(probe_ids)
-    if got.experts.shape != want.experts.shape or got_logprobs.shape != want_logprobs.shape:
+    (want,) = actor.score(probe_ids)
+    reports = [compare(probe, want, dtype) for probe in engine.score(probe_ids)]
+    if not reports:
+        raise RolloutError(f"handshake: no server behind {engine.name} answered the probe")
+    return min(reports, key=lambda report: (report.route_agreement, -report.logprob_mean))
+
+
+def compare(probe: Probe, want: Probe, dtype: str) -> HandshakeReport:
+    """One engine's answer against what it should be.
+
+    Raises:
+        RolloutError: routes or log-probs differ by more than rounding explains.
+    """
+    got = probe.routes
+    if got.experts.shape != want.routes.experts.shape or probe.logprobs.shape != want.logprobs.shape:
         raise RolloutError(
-            f"handshake: {engine.name} returned routes {got.experts.shape} and {got_logprobs.shape[0]} log-probs, the actor has "
-            f"{want.experts.shape} and {want_logprobs.shape[0]}; engine and actor do not run the same model"
+            f"handshake: {probe.name} returned routes {got.experts.shape} and {probe.logprobs.shape[0]} log-probs, {want.name} has "
+            f"{want.routes.experts.shape} and {want.logprobs.shape[0]}; they do not run the same model"
         )
-    both = got.valid & want.valid
-    missing = int((want.valid & ~got.valid).sum())
-    equal = (got.experts[both][..., :, None] == want.experts[both][..., None, :]).any(-1)
-    gap = np.abs(got_logprobs.astype(np.float64) - want_logprobs.astype(np.float64))
+    both = got.valid & want.routes.valid
+    missing = int((want.routes.valid & ~got.valid).sum())
+    equal = (got.experts[both][..., :, None] == want.routes.experts[both][..., None, :]).any(-1)
+    gap = np.abs(probe.logprobs.astype(np.float64) - want.logprobs.astype(np.float64))
     report = HandshakeReport(float(equal.mean()) if equal.size else 0.0, missing, float(gap.mean()), float(gap.max()))
     least, most = THRESHOLDS[dtype]
     # Written so that a NaN is refused.
     if not (report.route_agreement >= least and report.logprob_mean <= most and missing == 0):
         raise RolloutError(
-            f"handshake with {engine.name} failed: {report.route_agreement:.2%} of the probe's routes agree with the actor's "
+            f"handshake with {probe.name} failed: {report.route_agreement:.2%} of the probe's routes agree with the actor's "
             f"(at least {least:.1%} expected for {dtype}), {missing} rows are missing (0 expected), log-probs differ by "
             f"{report.logprob_mean:.2e} on average (at most {most:.0e}). The engine returns routes that it did not take, or the "
             "weights did not reach it: check its version, MoE backend, overlap schedule and the names of the pushed weights"
         )
-    logger.info("handshake with %s: %s", engine.name, report)
+    logger.info("handshake with %s: %s", probe.name, report)
     return report

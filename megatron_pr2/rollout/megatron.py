@@ -7,7 +7,7 @@ and as a reference; log-probs and routes come from one last forward of the finis
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,17 @@ from megatron.core import parallel_state as mpu
 
 from megatron_pr2 import layout
 from megatron_pr2.attach import PR2
-from megatron_pr2.errors import ConfigError
+from megatron_pr2.errors import ConfigError, EnvironmentFailed
 from megatron_pr2.replay import MicroBatch
-from megatron_pr2.rollout.base import RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import (
+    Probe,
+    Progress,
+    RolloutBatch,
+    RolloutRequest,
+    RolloutResponse,
+    RolloutStats,
+    SamplingParams,
+)
 from megatron_pr2.rollout.collective import share
 from megatron_pr2.routes import RouteTable
 
@@ -30,6 +38,7 @@ class MegatronEngine:
 
     name = "megatron"
     returns_routes = True
+    takes_owned_weights = False
 
     def __init__(self, model: torch.nn.Module, pr2: PR2, *, pad_id: int, max_sequences: int = 128) -> None:
         """Args:
@@ -40,6 +49,7 @@ class MegatronEngine:
         """
         self._model, self._pr2, self._pad_id, self._max = model, pr2, pad_id, max_sequences
         self._version = 0
+        self.on_progress: Callable[[Progress], None] | None = None
         sizes = {
             "tensor": mpu.get_tensor_model_parallel_world_size(),
             "pipeline": mpu.get_pipeline_model_parallel_world_size(),
@@ -63,12 +73,17 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
-        """Samples this rank's share of the requests; all ranks run their forwards in step (experts are shared)."""
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
+        """Samples this rank's share of the requests; all ranks run their forwards in step (experts are shared).
+
+        With `enough`, only the requests of the first so many groups are sampled: this engine answers all at the same time.
+        """
         started = time.monotonic()
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        own = list(requests[share(len(requests), size, rank)])
+        chosen = set(list(dict.fromkeys(request.group for request in requests))[:enough])
+        finished = [index for index, request in enumerate(requests) if request.group in chosen]
+        own = [requests[index] for index in finished[share(len(finished), size, rank)]]
         responses: list[RolloutResponse] = []
         was_training = self._model.training
         self._model.eval()
@@ -78,14 +93,14 @@ class MegatronEngine:
                     responses += self._wave(own[start : start + self._max], sampling, return_routes)
         finally:
             self._model.train(was_training)
-        tokens = torch.tensor([sum(len(r.response_ids) for r in responses)], dtype=torch.int64)
+        tokens = torch.tensor([sum(int(r.loss_mask.sum()) for r in responses)], dtype=torch.int64)
         dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
         stats = RolloutStats(time.monotonic() - started, int(tokens))
         stats.route_bytes = size * sum(r.routes.nbytes for r in responses if r.routes is not None)
-        return responses, stats
+        return RolloutBatch(responses, stats, finished)
 
     @torch.no_grad()
-    def score(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], RouteTable]:
+    def score(self, token_ids: Sequence[int]) -> list[Probe]:
         """Log-probs and routes of given tokens under merged gates; every rank scores the same tokens."""
         was_training = self._model.training
         self._model.eval()
@@ -94,10 +109,14 @@ class MegatronEngine:
                 logprobs, tables = self._forward_recorded([list(token_ids)], 1.0, True)
         finally:
             self._model.train(was_training)
-        return logprobs[0].astype(np.float32), tables[0]
+        return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
 
     def _wave(self, requests: list[RolloutRequest], sampling: SamplingParams, return_routes: bool) -> list[RolloutResponse]:
         sequences = [list(r.prompt_ids) for r in requests]
+        sampled: list[list[bool]] = [[] for _ in requests]
+        turns = [1] * len(requests)
+        finish = ["length"] * len(requests)
+        failure: Exception | None = None
         # One uniform number per (request, step), from the request's seed alone: what is sampled does not depend on its neighbours.
         uniform = np.stack([np.random.Generator(np.random.Philox(r.seed)).random(sampling.max_new_tokens) for r in requests])
         active = list(range(len(requests)))
@@ -108,22 +127,48 @@ class MegatronEngine:
             cumulative = torch.softmax(logits_BV.double(), dim=-1).cumsum(-1)
             draws = torch.from_numpy(uniform[active, step]).to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, draws, right=True).squeeze(1).clamp_(max=cumulative.shape[1] - 1).tolist()
+            going_on = []
             for i, token in zip(active, chosen, strict=True):
                 sequences[i].append(token)
-            active = [i for i, token in zip(active, chosen, strict=True) if token not in sampling.stop_token_ids]
+                sampled[i].append(True)
+                if token in sampling.stop_token_ids:
+                    try:
+                        reply = _reply(requests[i], sequences[i])
+                    except Exception as error:  # raised below, by all ranks: the others wait for this one's experts
+                        failure, reply = error, None
+                    room = step + 1 < sampling.max_new_tokens and turns[i] < sampling.max_turns
+                    if sampling.max_length is not None and reply is not None:
+                        room = room and len(sequences[i]) + len(reply) < sampling.max_length
+                    finish[i] = "stop" if reply is None else "length"
+                    if reply is None or not room:
+                        continue
+                    sequences[i] += reply
+                    sampled[i] += [False] * len(reply)
+                    turns[i] += 1
+                elif sampling.max_length is not None and len(sequences[i]) >= sampling.max_length:
+                    continue
+                going_on.append(i)
+            active = going_on
+            if self.on_progress is not None:
+                self.on_progress(Progress(len(requests) - len(active), len(requests), sum(map(sum, sampled))))
+        if self._largest(int(failure is not None)):
+            told = f"{type(failure).__name__}: {failure}" if failure is not None else "on another rank"
+            raise EnvironmentFailed(f"the environment of a request failed: {told}") from failure
         logprobs, tables = self._forward_recorded(sequences, sampling.temperature, return_routes)
         out = []
         for i, request in enumerate(requests):
             cut = len(request.prompt_ids)
-            response = tuple(sequences[i][cut:])
+            mask = np.array(sampled[i], dtype=bool)
             out.append(
                 RolloutResponse(
-                    request.prompt_ids,
-                    response,
-                    logprobs[i][cut - 1 :].astype(np.float32),
-                    tables[i] if return_routes else None,
-                    "stop" if response[-1] in sampling.stop_token_ids else "length",
-                    self._version,
+                    prompt_ids=request.prompt_ids,
+                    response_ids=tuple(sequences[i][cut:]),
+                    logprobs=np.where(mask, logprobs[i][cut - 1 :], 0.0).astype(np.float32),
+                    routes=tables[i] if return_routes else None,
+                    finish_reason=finish[i],
+                    weight_versions=np.where(mask, self._version, -1).astype(np.int64),
+                    loss_mask=mask,
+                    turns=turns[i],
                 )
             )
         return out
@@ -178,3 +223,14 @@ class MegatronEngine:
             if record:
                 tables[i].valid[-1:] = False  # the last token was not an input of the sampling: engines return no row for it
         return out, [tables[i] for i in range(len(sequences))] if record else []
+
+
+def _reply(request: RolloutRequest, token_ids: list[int]) -> tuple[int, ...] | None:
+    """What the environment appends to a turn that the policy has ended; None without one."""
+    if request.environment is None:
+        return None
+    cut = len(request.prompt_ids)
+    reply = request.environment.reply(request.prompt_ids, tuple(token_ids[cut:]))
+    if reply is not None and (not reply or min(reply) < 0):
+        raise ValueError(f"its reply {reply!r} is empty or holds negative token ids")
+    return reply

@@ -1,208 +1,135 @@
-"""SGLangEngine: an SGLang server as RolloutEngine, driven from one process.
+"""SGLangEngine: any number of SGLang servers as one RolloutEngine, driven from one process.
 
-Lifecycle: start() begins or attaches to a server and proves with a probe that it returns routes; update_weights() pushes
-through a process group (sglang_push.py); generate() and score() talk HTTP. An engine whose weights are not what this object
-last pushed - the server was restarted, or a push failed half-way - refuses to sample until a push succeeds.
+    scheduler.py        one generate call: concurrency, re-rolls, turns, early stop
+    sglang_fleet.py     who gets an attempt, what is in flight, halting it while weights are replaced
+    sglang_replica.py   one server
+    episode.py          one response over attempts, turns and weight versions
+
+`update_weights` may be called while another thread is inside `generate`: what is in flight is halted first, and goes on under the
+new weights (`SGLangConfig.interrupt`). A server that dies while others live costs nothing but time: its responses are sampled on by
+the others, and it is started anew before the next push.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-import httpx
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from megatron_pr2.errors import RolloutError, RouteError
+from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout import sglang_wire as wire
-from megatron_pr2.rollout.base import ModelShape, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import (
+    ModelShape,
+    Probe,
+    Progress,
+    RolloutBatch,
+    RolloutRequest,
+    RolloutStats,
+    SamplingParams,
+)
+from megatron_pr2.rollout.episode import Episode
+from megatron_pr2.rollout.route_spill import RouteSpill
+from megatron_pr2.rollout.scheduler import RolloutCall
 from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_http import HttpClient
-from megatron_pr2.rollout.sglang_info import check_server_info, weight_group_size
-from megatron_pr2.rollout.sglang_push import WeightPusher
-from megatron_pr2.rollout.sglang_routes import parse_body
-from megatron_pr2.rollout.sglang_server import SGLangServer
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.rollout.sglang_disk import DiskTarget
+from megatron_pr2.rollout.sglang_fleet import Fleet
+from megatron_pr2.rollout.sglang_push import PushTarget
+from megatron_pr2.rollout.sglang_replica import SGLangReplica
+from megatron_pr2.rollout.sglang_servers import SGLangServers
+from megatron_pr2.rollout.sglang_update import make_update
 
 logger = logging.getLogger(__name__)
 
-_REAP_S = 10.0
-_PROBE_IDS = (1, 2, 3, 5, 8, 13)
-
 
 class SGLangEngine:
-    """RolloutEngine on one SGLang server.
+    """RolloutEngine on SGLang servers.
 
     Args:
-        config: how to start or find the server.
+        config: how to start or find them.
         shape: of the model, to read its routes.
 
     Attributes:
+        replicas: the servers.
+        takes_parts: whether other processes may send weights too (see CollectiveEngine.update_owned_weights).
         weight_version: of the last push; 0 for an own server's checkpoint, -1 if an attached server does not name a number.
+        on_progress: called now and then while generating, from another thread.
     """
 
     name = "sglang"
     returns_routes = True
+    takes_owned_weights = False
 
     def __init__(self, config: SGLangConfig, shape: ModelShape) -> None:
         self.config = config
         self.shape = shape
-        self.server = SGLangServer(config) if config.model_path is not None else None
+        self._servers = SGLangServers(config, shape)
+        self.replicas = self._servers.replicas
+        self.takes_parts = config.push != "tensor"
         self.weight_version = -1
-        self._version_label = ""
-        self._unusable: str | None = None
-        self._pushed = False
-        self._http: HttpClient | None = None
-        self._pusher: WeightPusher | None = None
-        self._url = config.url or ""
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.spill = RouteSpill(config.route_bytes, config.spill_directory)
+        self._update = make_update(config, self.replicas)
+        self._updated: list[SGLangReplica] = []
+        self._push_is_open = False
+        self._carried: dict[str, Episode] = {}
+        self._generating = threading.Lock()
+        self._updating = threading.Lock()
 
     # Lifecycle
 
     def start(self) -> None:
-        """Starts the own server, or attaches; returns when a probe came back with valid routes.
+        """Starts the own servers, or attaches; returns when a probe of each came back with valid routes.
 
         Raises:
             RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
         """
-        if self._http is not None:
-            return
-        try:
-            if self.server is not None:
-                self.server.start()
-                self._url = self.server.url
-            self._connect()
-        except BaseException:
-            self._stop()
-            raise
+        if self._servers.fleet is None:
+            self._servers.start()
+            self.weight_version = min(wire.parse_version(replica.label) for replica in self.replicas)
 
     def restart(self) -> None:
-        """Starts the own server anew (an attached one is connected to anew); push the weights again before sampling.
+        """Starts servers anew that died, all of them if none did; push the weights again before sampling.
+
+        Attached servers are connected to anew. What was carried over from an early stop is kept.
 
         Raises:
             RolloutError: as start().
         """
-        self._stop()
-        self.start()
+        if self._servers.fleet is None or self.config.push == "tensor":
+            self._stop()
+            self.start()
+        else:
+            self._servers.restart()
 
     def close(self) -> None:
-        """Stops an own server and leaves an attached one running; safe to call twice and after a failure."""
-        healthy = self._http is not None and self._unusable is None
+        """Stops own servers and leaves attached ones running; safe to call twice and after a failure."""
+        healthy = [r for r in self.replicas if r.connected and r.unusable is None]
+        self._carried.clear()
         self._stop()
-        if healthy and self.server is not None:
-            self.server.remove_log()
+        for replica in healthy:
+            if replica.server is not None:
+                replica.server.remove_log()
 
     def ensure_alive(self) -> None:
-        """Raises RolloutError, with the last log lines of an own server, unless the server runs and answers."""
-        self._client()
-        reason = self._why_dead()
-        if reason is not None:
-            raise RolloutError(f"the rollout engine is not running: {reason}")
-
-    def _connect(self) -> None:
-        config = self.config
-        self._http = HttpClient(
-            self._url,
-            api_key=self.server.api_key if self.server is not None else config.read_api_key(),
-            concurrency=config.concurrency,
-            timeout_s=config.request_timeout_s,
-            retries=config.retries,
-            backoff_s=config.retry_backoff_s,
-            why_dead=self._why_dead,
-        )
-        where = f"SGLang server {self._url}"
-        info = self._get("/server_info", where)
-        check_server_info(info, where)
-        device = "cpu" if info.get("device") == "cpu" else "cuda"
-        backend = config.weight_backend
-        self._pusher = WeightPusher(
-            self._http,
-            world_size=weight_group_size(info, where),
-            backend=("gloo" if device == "cpu" else "nccl") if backend == "auto" else backend,
-            device=device,
-            bucket_bytes=config.weight_bucket_bytes,
-            timeout_s=config.request_timeout_s,
-        )
-        self._version_label = self._read_version(where)
-        self.weight_version = wire.parse_version(self._version_label)
-        self._unusable = None
-        self._probe(where)
-        if self._pushed:
-            self._unusable = "its server was restarted and does not hold the weights of the last push"
-
-    def _probe(self, where: str) -> None:
-        """A server may start and still return no routes: a plugin that failed is only logged, a kernel may skip the capture."""
-        ids = [token % self.shape.vocab_size for token in _PROBE_IDS]
-        try:
-            _, routes = self.score(ids)
-        except (RouteError, RolloutError) as error:
-            raise RolloutError(f"{where}: the probe after the start failed: {error}{self._log()}") from error
-        if routes.num_missing:
-            raise RolloutError(
-                f"{where}: {routes.num_missing} of {len(ids)} rows of the probe's routes are unusable (duplicate or out-of-range "
-                f"expert ids, or layers of zeros); its MoE kernel does not record routes, or ModelShape describes another model."
-                f"{self._log()}"
-            )
+        """Raises RolloutError, with the last log lines of an own server, unless every server runs and answers."""
+        self._servers.ensure_alive()
 
     def _stop(self) -> None:
-        pusher, self._pusher = self._pusher, None
-        http, self._http = self._http, None
-        if pusher is not None:
-            pusher.close()
-        if http is not None:
-            http.close()
-        if self.server is not None:
-            self.server.stop()
+        self._update.close()
+        self._servers.stop()
 
-    def _why_dead(self) -> str | None:
-        """None while the server runs and answers, else the reason with the last log lines."""
-        if self.server is not None and not self.server.alive():
-            return self.server.describe_end()
-        try:
-            # Outside the client's pool, which may be exhausted; /health needs no key.
-            status = httpx.get(f"{self._url}/health", timeout=30.0, trust_env=False).status_code
-        except httpx.HTTPError as error:
-            # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
-            deadline = time.monotonic() + _REAP_S
-            while self.server is not None and time.monotonic() < deadline:
-                if not self.server.alive():
-                    return self.server.describe_end()
-                time.sleep(0.05)
-            return f"{self._url} does not answer ({type(error).__name__}: {error}).{self._log()}"
-        return None if status == 200 else f"{self._url}/health answers {status}.{self._log()}"
-
-    def _log(self) -> str:
-        return self.server.describe_log() if self.server is not None else ""
-
-    def _client(self) -> HttpClient:
-        if self._http is None:
-            raise RolloutError("the rollout engine is not running; call start()")
-        return self._http
-
-    def _usable_client(self) -> HttpClient:
-        client = self._client()
-        if self._unusable is not None:
-            raise RolloutError(f"the rollout engine cannot sample: {self._unusable}; call update_weights()")
-        return client
-
-    def _get(self, path: str, where: str) -> dict[str, Any]:
-        client = self._client()
-        answer = client.run(client.json("GET", path, where=where))
-        if not isinstance(answer, dict):
-            raise RolloutError(f"{where}: {path} answered {str(answer)[:200]}, expected an object; is this an SGLang server?")
-        return answer
-
-    def _read_version(self, where: str) -> str:
-        return str(self._get("/model_info", where).get("weight_version"))
+    @property
+    def _fleet(self) -> Fleet | None:
+        return self._servers.fleet
 
     # Weights
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Pushes tensors by Hugging Face name, in buckets, and drops every cache; a part of the model will do.
+        """Pushes tensors by Hugging Face name to every server and drops every cache; a part of the model will do.
 
         SGLang skips names that it does not know without a word: the handshake after the push has to prove the content.
 
@@ -211,96 +138,204 @@ class SGLangEngine:
             version: stamped on everything that is sampled from now on.
 
         Raises:
-            RolloutError: any part was refused or the server died; the engine refuses to sample until a push succeeds.
+            RolloutError: any part was refused or a server died; it refuses to sample until a push succeeds.
         """
-        self._client()
-        assert self._pusher is not None
         began = time.monotonic()
-        self._unusable = "its last weight update failed and may have replaced a part of the weights"
-        sent = self._pusher.push(weights, str(version))
-        label = self._read_version("weight update")
-        if label != str(version):
-            raise RolloutError(f"weight update: the server reports version {label!r} after a push of version {version}")
-        self._version_label, self.weight_version = label, version
-        self._unusable, self._pushed = None, True
+        self.begin_push(version)
+        try:
+            sent = self.push_part(weights)
+            if not sent:
+                raise RolloutError("weight update: no tensors were given")
+            self.finish_push(version)
+        except BaseException:
+            self.abandon_push()
+            raise
         logger.info("pushed weights of version %d: %.1f MB in %.2f s", version, sent / 1e6, time.monotonic() - began)
+
+    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
+        """Halts sampling, starts lost servers anew and opens a weight update on each; what follows sends tensors to the targets.
+
+        Either finish_push or abandon_push must be called next, by the same thread.
+
+        Raises:
+            RolloutError: a server refused or died; nothing is left open.
+        """
+        fleet = self._servers.running()
+        self._updating.acquire()
+        self._push_is_open = True
+        try:
+            # Before the halt: a paused server does not pass its health check.
+            for replica in fleet.reachable():
+                if (reason := replica.why_dead()) is not None:
+                    fleet.lost[replica.index] = reason
+                    logger.warning("%s is lost and starts anew: %s", replica.name, reason.splitlines()[0])
+            self._servers.run(fleet.halt())
+            self._servers.revive()
+            self._updated = fleet.reachable()
+            for replica in self._updated:
+                replica.unusable = "its last weight update failed and may have replaced a part of the weights"
+            return self._update.begin(self._updated)
+        except BaseException:
+            self.abandon_push()
+            raise
+
+    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Sends tensors to the targets of begin_push; returns their bytes. Other processes may send theirs at the same time.
+
+        Raises:
+            RolloutError: a server refused, died or did not take a bucket in time.
+        """
+        return self._update.push(weights)
+
+    def finish_push(self, version: int) -> None:
+        """Closes the update on every server: caches flushed, version stamped and read back; sampling goes on.
+
+        Raises:
+            RolloutError: a server refused, or reports another version; abandon_push must be called then.
+        """
+        fleet = self._servers.running()
+        self._update.finish(self._updated, str(version), flush_cache=not fleet.busy)
+        for replica in self._updated:
+            replica.published(str(version))
+        self.weight_version = version
+        self._go_on(fleet)
+
+    def abandon_push(self) -> None:
+        """Closes a failed update as far as the servers still can; they refuse to sample until a push succeeds."""
+        if not self._push_is_open:  # interrupted on its way out of finish_push
+            return
+        fleet = self._fleet
+        if fleet is None:  # close() was faster
+            self._push_is_open = False
+            self._updating.release()
+            return
+        try:
+            self._update.abandon([replica for replica in self._updated if replica.connected])
+        finally:
+            self._go_on(fleet)
+
+    def _go_on(self, fleet: Fleet) -> None:
+        self._updated = []
+        try:
+            self._servers.run(fleet.go_on())
+        except RolloutError as error:  # its attempts fail by themselves, with the reason
+            logger.warning("an engine did not go on after a weight update: %s", error)
+        finally:
+            self._push_is_open = False
+            self._updating.release()
 
     # Sampling
 
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool
-    ) -> tuple[list[RolloutResponse], RolloutStats]:
-        """Samples one response per request, in the order of the requests, `config.concurrency` at a time.
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
+        """Samples one response per request, `config.concurrency` at a time.
 
         Seeds are honoured by CPU servers started by this package and by GPU servers with --enable-deterministic-inference.
 
+        Args:
+            enough: groups that suffice; the rest is aborted, and what has a key is continued when it is asked for again.
+
         Returns:
-            Responses, and stats whose `extra` counts `invalid_rows` (of routes, which the live router will decide),
-            `cached_tokens` (prompt tokens from the prefix cache), `retractions` and `retries`.
+            Responses, and stats whose `extra` counts `rerolls` (attempts that brought nothing), `timeouts`, `retries` (of HTTP
+            requests), `invalid_rows` (of routes, which the live router will decide), `cached_tokens` (input tokens from the prefix
+            cache), `retractions`, `interrupted` (attempts stopped by a weight update or an early stop), `resumed` (responses
+            carried over), `turns`, `engines_lost` and `spilled_bytes`.
 
         Raises:
-            RolloutError: any response is lost (the server died, refused, timed out, or answered nonsense).
-            RouteError: routes of a wrong shape.
+            RolloutError: a response is lost (no engine is left, it was refused, timed out, or no answer could be believed).
+            RouteError: the last attempt's routes could not be believed.
         """
-        client = self._usable_client()
+        fleet = self._servers.running()
         for index, request in enumerate(requests):
             wire.check_token_ids(request.prompt_ids, self.shape.vocab_size, f"request {index}")
-        began, retried = time.monotonic(), client.retried
-
-        async def one(index: int, request: RolloutRequest) -> wire.ParsedResponse:
-            where = f"request {index} of {len(requests)} (seed {request.seed})"
-            payload = wire.generate_payload(request, sampling, return_routes=return_routes)
-            answer = await self._answer(client, payload, len(request.prompt_ids) + sampling.max_new_tokens, where)
-            return wire.parse_generate(
-                answer,
-                request,
-                sampling,
-                self.shape,
-                return_routes=return_routes,
-                version_label=self._version_label,
-                version=self.weight_version,
-                where=where,
-            )
-
-        async def all_of_them() -> list[wire.ParsedResponse]:
-            tasks = [asyncio.ensure_future(one(index, request)) for index, request in enumerate(requests)]
+        self._check_keys(requests)
+        groups = len({request.group for request in requests})
+        if enough is not None and not 1 <= enough <= groups:
+            raise RolloutError(f"enough={enough}: the {len(requests)} requests are of {groups} groups; expected 1 to {groups}")
+        if not self._generating.acquire(blocking=False):
+            raise RolloutError("generate() is running already in another thread; one engine serves one call at a time")
+        try:
+            if not fleet.halted and not fleet.live():
+                raise RolloutError(fleet.nothing_left())
+            began, retried, lost = time.monotonic(), self._retried(fleet), len(fleet.lost)
+            spilled = self.spill.counts().total_spilled_bytes
+            fleet.forget_groups()
+            sampling = self._bounded(sampling, requests)
+            episodes = [self._episode(request, sampling, return_routes) for request in requests]
+            call = RolloutCall(fleet, self.config, episodes, sampling, self.spill, enough=enough, on_progress=self.on_progress)
+            finished: list[int] = []
             try:
-                return list(await asyncio.gather(*tasks))
+                self._servers.run(call.run())
+                chosen = set(call.complete[:enough])
+                finished = [index for index, request in enumerate(requests) if request.group in chosen]
             finally:
-                for task in tasks:
-                    task.cancel()
-
-        parsed = client.run(all_of_them())
+                returned = set(finished)
+                self._carried |= {
+                    e.request.key: e for i, e in enumerate(episodes) if e.request.key and i not in returned and e.num_sampled
+                }
+        finally:
+            self._generating.release()
+        counts = call.counts
+        counts["retries"] += self._retried(fleet) - retried
+        counts["engines_lost"] += len(fleet.lost) - lost
+        counts["spilled_bytes"] += self.spill.counts().total_spilled_bytes - spilled
         stats = RolloutStats(
             seconds=time.monotonic() - began,
-            generated_tokens=sum(len(p.response.response_ids) for p in parsed),
-            route_bytes=sum(p.route_bytes for p in parsed),
-            extra={
-                "invalid_rows": float(sum(p.invalid_rows for p in parsed)),
-                "cached_tokens": float(sum(p.cached_tokens for p in parsed)),
-                "retractions": float(sum(p.retractions for p in parsed)),
-                "retries": float(client.retried - retried),
-            },
+            generated_tokens=call.tokens,
+            route_bytes=call.route_bytes,
+            extra={name: float(counts[name]) for name in _COUNTS},
         )
-        return [p.response for p in parsed], stats
+        return RolloutBatch([call.responses[index] for index in finished], stats, finished)
 
-    def score(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], RouteTable]:
-        """Handshake probe, computed anew: the prefix cache is flushed first, so the engine has to be idle.
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drops what an early stop left unfinished."""
+        for key in keys:
+            self._carried.pop(key, None)
 
-        Returns:
-            [len - 1] float32 log-probs of tokens 1.. at temperature 1, and the routes of all tokens.
+    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+        """Handshake probe of every server, computed anew: prefix caches are flushed first, so they have to be idle.
 
         Raises:
             RolloutError, RouteError: as generate().
         """
-        client = self._usable_client()
-        wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
-        client.run(client.body("POST", "/flush_cache", where="score"))
-        answer = client.run(self._answer(client, wire.score_payload(token_ids), len(token_ids) + 1, "score"))
-        return wire.parse_score(answer, token_ids, self.shape, "score")
+        fleet = self._servers.running()
+        return [replica.score(token_ids) for replica in fleet.live() or self.replicas]
 
-    async def _answer(self, client: HttpClient, payload: dict[str, Any], num_tokens: int, where: str) -> Any:
-        """The parsed answer of /generate, its routes as a view into the body."""
-        limit = wire.max_answer_bytes(num_tokens, self.shape)
-        body = await client.body("POST", "/generate", payload, where=where, max_bytes=limit)
-        return parse_body(body, where)
+    def _bounded(self, sampling: SamplingParams, requests: Sequence[RolloutRequest]) -> SamplingParams:
+        """A server refuses what exceeds its context, which would end the call: replies may make a response that long."""
+        limits = [replica.max_length for replica in self.replicas if replica.connected and replica.max_length is not None]
+        limit = min([*limits, *([] if sampling.max_length is None else [sampling.max_length])], default=None)
+        if limit is None:
+            return sampling
+        for index, request in enumerate(requests):
+            if len(request.prompt_ids) >= limit:
+                raise RolloutError(
+                    f"request {index}: its prompt has {len(request.prompt_ids)} tokens, and prompt and response together may have "
+                    f"{limit} at most; use shorter prompts, or servers with a longer context (--context-length, max_total_tokens)"
+                )
+        return replace(sampling, max_length=limit)
+
+    def _episode(self, request: RolloutRequest, sampling: SamplingParams, return_routes: bool) -> Episode:
+        carried = self._carried.pop(request.key, None) if request.key else None
+        if carried is not None and carried.continues(request, sampling, return_routes=return_routes):
+            carried.resume(request, sampling)
+            return carried
+        return Episode(request, sampling, self.shape, return_routes=return_routes)
+
+    def _check_keys(self, requests: Sequence[RolloutRequest]) -> None:
+        seen: set[str] = set()
+        for index, request in enumerate(requests):
+            if request.key and request.key in seen:
+                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
+            seen.add(request.key)
+
+    def _retried(self, fleet: Fleet) -> int:
+        clients = [fleet.front, *(r.http for r in self.replicas if r.connected)]
+        return sum(client.retried for client in clients if client is not None)
+
+
+_COUNTS = (
+    "rerolls", "timeouts", "retries", "invalid_rows", "cached_tokens", "retractions", "interrupted", "resumed", "turns",
+    "engines_lost", "spilled_bytes",
+)  # fmt: skip

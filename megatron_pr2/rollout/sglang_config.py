@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,52 +14,117 @@ import torch
 
 from megatron_pr2.errors import ConfigError
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Flags that SGLangServer sets itself; a second value would silently win or contradict what the engine checks.
 _OWN_FLAGS = (
-    "--model-path", "--host", "--port", "--api-key", "--config", "--weight-version", "--skip-tokenizer-init",
+    "--model-path", "--model", "--load-format", "--base-gpu-id", "--host", "--port", "--api-key", "--config", "--weight-version",
+    "--skip-tokenizer-init", "--tp", "--ep", "--expert-parallel-size",
     "--enable-return-routed-experts", "--device", "--dtype", "--tp-size", "--tensor-parallel-size", "--ep-size",
 )  # fmt: skip
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address or host name stays on this machine: 127.0.0.0/8, ::1 or "localhost"; other names are not resolved."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_url(url: str, *, allow_remote: bool, has_key: bool) -> None:
+    """Refuses what is not the base URL of a server that may be talked to.
+
+    Raises:
+        ConfigError: malformed, holds a password or a path, or names another host than this one without leave or without a key.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.username or parts.password:
+        raise ConfigError("sglang.url holds a user name or password; give the server's key as api_key_file")
+    schemes = ("http", "https") if allow_remote else ("http",)
+    shape = parts.scheme in schemes and parts.hostname and not (parts.path.strip("/") or parts.query or parts.fragment)
+    if not shape or (port is None and parts.scheme == "http"):
+        raise ConfigError(f"sglang.url={url!r}: expected http://127.0.0.1:PORT, with allow_remote also https://HOST[:PORT]")
+    if is_loopback(str(parts.hostname)):
+        return
+    if not allow_remote:
+        raise ConfigError(
+            f"sglang.url={url!r}: other hosts are not supported without allow_remote=true, because tokens, routes and weights "
+            "would cross a network; set it and api_key_file if that network is trusted, or use http://127.0.0.1:PORT"
+        )
+    if not has_key:
+        raise ConfigError(f"sglang.url={url!r} is another host: set api_key_file to the file that holds its key")
+
+
 @dataclass(frozen=True)
 class SGLangConfig:
-    """One of `model_path` (start an own server) and `url` (attach to a running one) is set.
+    """Exactly one of `model_path` (start own servers) and `urls` (attach to running ones) is set.
 
     Attributes:
         model_path: directory of a Hugging Face checkpoint.
-        url: "http://127.0.0.1:PORT" of a running server; only loopback addresses, because weights travel unencrypted.
+        urls: "http://127.0.0.1:PORT" of running servers; other hosts, and https, only with `allow_remote`.
+        engines: number of own servers; each takes `tp_size` GPUs, one after the other from `first_gpu` on.
+        router: "none" (each request goes to the engine with the fewest), "own" (SGLang's router is started in front; needs the
+            package sglang-router), or the URL of a running one. Engines behind a router need this package's plugin to return
+            routes.
+        allow_remote: whether `urls` may name other hosts; then `api_key_file` is required, and whoever can read the network between
+            the two reads tokens, weights and, without https, the key.
         device: "cpu", "cuda" or "auto" (CUDA if there is one).
         dtype: dtype that the own server computes in, SGLang's names.
         tp_size, ep_size: tensor and expert parallelism of the own server.
         max_running_requests: requests that the own server decodes together.
         max_total_tokens: KV cache of the own server in tokens; None leaves it to SGLang (required on CPU).
+        python: interpreter that the own server runs in, e.g. of an environment that holds another SGLang release; this one if None.
+            That environment needs SGLang and torch, not Megatron-Core; this package is found through PYTHONPATH.
+        bind: address that the own server listens on; other machines reach it only if this is not a loopback address, which
+            `api_key_file` is required for.
+        first_gpu: index of the first GPU of the own server (SGLang's --base-gpu-id); it takes the tp_size from there on.
         extra_flags: further SGLang flags for the own server, e.g. ("--mem-fraction-static", "0.7").
         env: further environment variables for the own server.
         log_path: log file of the own server; a temporary file if None.
         api_key_file: file with the API key. An own server without one gets a random key. Never put on a command line or in a log.
+        push: how weights get in: "distributed" (a process group of each sender and the servers), "disk" (a directory that all
+            processes and servers see; whole models only), or "tensor" (one engine inside the trainer's process).
+        push_directory: where "disk" writes; the system's temporary directory if None.
         weight_backend: backend of the weight update group: "nccl", "gloo" or "auto" (nccl on CUDA). NCCL needs the server's GPU
             to be another one than the trainer's; gloo also works on a shared GPU.
         weight_bucket_bytes: weights travel in buckets of at most this size (a larger tensor is its own bucket).
-        concurrency: requests in flight at once.
+        concurrency: responses in work at once, over all engines.
         start_timeout_s: from process start to a healthy server.
         request_timeout_s: one attempt of one request; also one weight bucket.
         retries: further attempts after a refused or broken connection or an HTTP 429/5xx, while the server is alive.
         retry_backoff_s: pause before the first retry; doubles with each.
+        rerolls: how often a response is sampled anew after an answer that cannot be believed or a time-out.
+        deadline_s: for a whole response: all turns, retries and waits for new weights; not the time before it is first sent.
+        interrupt: what a weight update does to responses in work: "abort" stops them and lets them continue under the new weights
+            from what they have; "in_place" only pauses them, and they keep the old weights' KV cache.
+        answer_bytes: answers that are being received or decoded at once, in bytes; engines wait beyond it.
+        route_bytes: decoded routes kept in memory, in bytes; beyond it they go to a memory-mapped file.
+        spill_directory: where that file lies (deleted with its last table); the system's temporary directory if None.
     """
 
     model_path: str | None = None
-    url: str | None = None
+    urls: tuple[str, ...] = ()
+    engines: int = 1
+    router: str = "none"
     device: str = "auto"
     dtype: str = "auto"
     tp_size: int = 1
     ep_size: int = 1
+    python: str | None = None
+    bind: str = "127.0.0.1"
+    first_gpu: int = 0
+    allow_remote: bool = False
     max_running_requests: int = 32
     max_total_tokens: int | None = 16384
     extra_flags: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     log_path: str | None = None
     api_key_file: str | None = None
+    push: str = "distributed"
+    push_directory: str | None = None
     weight_backend: str = "auto"
     weight_bucket_bytes: int = 256 << 20
     concurrency: int = 64
@@ -65,29 +132,60 @@ class SGLangConfig:
     request_timeout_s: float = 600.0
     retries: int = 3
     retry_backoff_s: float = 0.5
+    rerolls: int = 3
+    deadline_s: float = 7200.0
+    interrupt: str = "abort"
+    answer_bytes: int = 1 << 30
+    route_bytes: int = 8 << 30
+    spill_directory: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.model_path is None) == (self.url is None):
-            raise ConfigError("sglang: set exactly one of model_path (own server) and url (attach to a running server)")
-        if self.url is not None:
-            parts = urlsplit(self.url)
-            if parts.scheme != "http" or parts.hostname not in _LOOPBACK or parts.port is None or parts.path.strip("/"):
-                raise ConfigError(f"sglang.url={self.url!r}: expected http://127.0.0.1:PORT; other hosts are not supported")
-        for name, allowed in (("device", ("auto", "cpu", "cuda")), ("weight_backend", ("auto", "nccl", "gloo"))):
+        if (self.model_path is None) == (not self.urls):
+            raise ConfigError("sglang: set exactly one of model_path (own servers) and urls (attach to running servers)")
+        if self.push != "distributed" and self.urls:
+            raise ConfigError(f"sglang.push={self.push!r} is for own servers; running ones get their weights by push='distributed'")
+        if self.push == "tensor" and (self.engines != 1 or self.router != "none"):
+            raise ConfigError("sglang.push='tensor' is one engine in this process: engines=1 and router='none' are needed")
+        if len(set(self.urls)) != len(self.urls):
+            raise ConfigError(f"sglang.urls={list(self.urls)}: the same server is named twice")
+        if self.urls and self.engines != 1:
+            raise ConfigError(f"sglang.engines={self.engines}: the number of own servers; running ones are counted by urls")
+        for url in self.urls:
+            check_url(url, allow_remote=self.allow_remote, has_key=self.api_key_file is not None)
+        if self.router not in ("none", "own"):
+            check_url(self.router, allow_remote=self.allow_remote, has_key=self.api_key_file is not None)
+        if not is_loopback(self.bind) and self.api_key_file is None:
+            raise ConfigError(
+                f"sglang.bind={self.bind!r} lets other machines reach the server: set api_key_file, or use bind='127.0.0.1'"
+            )
+        if self.first_gpu < 0:
+            raise ConfigError(f"sglang.first_gpu={self.first_gpu}: expected the index of a GPU, 0 or more")
+        if self.python is not None and shutil.which(self.python) is None:
+            raise ConfigError(f"sglang.python={self.python!r}: no such executable; name the interpreter, e.g. .venv/bin/python")
+        for name, allowed in (
+            ("device", ("auto", "cpu", "cuda")),
+            ("weight_backend", ("auto", "nccl", "gloo")),
+            ("interrupt", ("abort", "in_place")),
+            ("push", ("distributed", "disk", "tensor")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         positive = (
             "tp_size", "ep_size", "max_running_requests", "weight_bucket_bytes", "concurrency",
-            "start_timeout_s", "request_timeout_s", "retry_backoff_s",
+            "start_timeout_s", "request_timeout_s", "retry_backoff_s", "engines", "deadline_s", "answer_bytes", "route_bytes",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected a positive number")
-        if self.retries < 0:
-            raise ConfigError(f"sglang.retries={self.retries}: expected 0 or more")
+        for name in ("retries", "rerolls"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected 0 or more")
         for flag in self.extra_flags:
-            if flag.split("=")[0] in _OWN_FLAGS:
-                raise ConfigError(f"sglang.extra_flags: {flag.split('=')[0]} is set by the engine; use the field of SGLangConfig")
+            name = flag.split("=")[0]
+            # argparse takes abbreviations: "--hos" would be a second --host. Those of secrets are refused by SGLangServer.
+            longer = [own for own in _OWN_FLAGS if own.startswith(name) and own != "--api-key"]
+            if name in _OWN_FLAGS or (len(name) > 3 and longer):
+                raise ConfigError(f"sglang.extra_flags: {name} is set by the engine; use the field of SGLangConfig")
 
     def resolved_device(self) -> str:
         """Where the own server runs: "cpu" or "cuda".
@@ -127,7 +225,8 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     package_root = str(Path(__file__).resolve().parents[2])
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, env.get("PYTHONPATH"))))
-    env["GLOO_SOCKET_IFNAME"] = "lo"
+    if is_loopback(config.bind):
+        env["GLOO_SOCKET_IFNAME"] = "lo"
     if config.model_path is not None and Path(config.model_path).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     # The trainer's own rendezvous must not leak into the server's process groups.

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from megatron_pr2.errors import RolloutError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Aborts and health checks must get through while as many requests as allowed are in flight.
+_CONTROL_CONNECTIONS = 16
 _RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
@@ -37,16 +39,63 @@ class RefusedError(RolloutError):
         self.body = body
 
 
+class TimedOutError(RolloutError):
+    """One attempt took too long; the server is alive."""
+
+
+class UnavailableError(RolloutError):
+    """Every attempt failed on the way or with an HTTP 429 or 5xx; the server is alive."""
+
+
+class TooLongError(RolloutError):
+    """An answer that is longer than any honest one."""
+
+
+class EngineDiedError(RolloutError):
+    """The server is gone or does not answer its health check."""
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for callers that are not asynchronous."""
+
+    def __init__(self, name: str = "sglang-http") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the loop and waits; cancels it if the wait is interrupted."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Ends the thread; safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
 class HttpClient:
     """Client of one base URL.
 
     Args:
         url: base URL.
         api_key: sent as a bearer token, never logged; None for a server without one.
-        concurrency: connections, and requests in flight.
+        concurrency: requests that its user has in flight at once; some connections more are kept for control.
         timeout_s: one attempt.
         retries, backoff_s: see SGLangConfig.
         why_dead: called before every retry; returns None while the server is alive, else the reason for the error message.
+        loop: where it runs; a thread of its own, which ends with it, if None.
     """
 
     def __init__(
@@ -59,6 +108,7 @@ class HttpClient:
         retries: int,
         backoff_s: float,
         why_dead: Callable[[], str | None],
+        loop: LoopThread | None = None,
     ) -> None:
         self._url = url
         self._timeout_s = timeout_s
@@ -66,37 +116,33 @@ class HttpClient:
         self._backoff_s = backoff_s
         self._why_dead = why_dead
         self.retried = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
-        self._thread.start()
+        self._own_loop = loop is None
+        self._loop = LoopThread() if loop is None else loop
+        self._closed = False
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        # SGLang's web server drops idle connections after 5 s: what it is about to drop must not be used again.
+        limits = httpx.Limits(max_connections=concurrency + _CONTROL_CONNECTIONS, keepalive_expiry=2.0)
         # trust_env=False: a proxy of the environment must see neither the requests nor the key.
         self._client = httpx.AsyncClient(
-            headers=headers, trust_env=False, timeout=None, limits=httpx.Limits(max_connections=concurrency)
+            headers=headers, trust_env=False, timeout=None, limits=limits
         )
-        self._slots = asyncio.Semaphore(concurrency)
 
     def close(self) -> None:
-        """Closes the connections and ends the thread; safe to call twice."""
-        if self._loop.is_closed():
+        """Closes the connections; safe to call twice."""
+        if self._closed:
             return
+        self._closed = True
         self.run(self._client.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        if self._own_loop:
+            self._loop.close()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Runs a coroutine on the client's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return self._loop.submit(coroutine)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the client's loop and waits; cancels it if the wait is interrupted."""
-        future = self.submit(coroutine)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self._loop.run(coroutine)
 
     async def json(
         self,
@@ -125,23 +171,27 @@ class HttpClient:
         self,
         method: str,
         path: str,
-        payload: Mapping[str, Any] | None = None,
+        payload: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         *,
         where: str,
         max_bytes: int = 1 << 20,
         retry: bool = True,
         timeout_s: float | None = None,
+        reserve: Callable[[int], Awaitable[None]] | None = None,
     ) -> bytearray:
         """Sends one request and returns the body of its 200 answer.
 
         Args:
+            payload: sent as JSON; a function makes a new one for every attempt.
             where: names the request in errors.
             max_bytes: a longer answer is refused while it arrives.
             retry: whether to try again after a broken connection, 429 or 5xx; False where a repetition has another effect.
             timeout_s: of one attempt, the client's default if None.
+            reserve: awaited with the number of bytes that are about to be read; the server waits meanwhile.
 
         Raises:
             RefusedError: another HTTP status than 200, 429 and 5xx.
+            TimedOutError, TooLongError, UnavailableError, EngineDiedError: as they say.
             RolloutError: no usable answer, and why.
         """
         attempts = 1 + (self._retries if retry else 0)
@@ -152,18 +202,21 @@ class HttpClient:
                 self.retried += 1
                 await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1))
                 await self._raise_if_dead(where, problem)
+            if self._closed:  # before, or during the pause: httpx would raise a RuntimeError
+                raise EngineDiedError(f"{where}: the connection to {self._url} was closed")
             try:
-                async with self._slots:
-                    status, body = await asyncio.wait_for(self._attempt(method, path, payload, max_bytes), timeout_s)
-            except asyncio.TimeoutError as error:
+                content = payload() if callable(payload) else payload
+                async with asyncio.timeout(timeout_s) as limit:
+                    status, body = await self._attempt(method, path, content, max_bytes, _untimed(reserve, limit))
+            except TimeoutError as error:
                 await self._raise_if_dead(where, f"no answer within {timeout_s:g} s")
-                raise RolloutError(
+                raise TimedOutError(
                     f"{where}: {path} gave no answer within {timeout_s:g} s; raise request_timeout_s or look at the server"
                 ) from error
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = f"connection failed ({type(error).__name__}: {error})"
             except _TooLongError as error:
-                raise RolloutError(f"{where}: {path} answered with more than the expected {max_bytes} bytes") from error
+                raise TooLongError(f"{where}: {path} answered with more than the expected {max_bytes} bytes") from error
             else:
                 if status == 200:
                     return body
@@ -175,21 +228,51 @@ class HttpClient:
         if not retry:
             await asyncio.sleep(self._backoff_s)  # the end of a dying process takes a moment to be seen
         await self._raise_if_dead(where, problem)
-        raise RolloutError(f"{where}: {path} failed {attempts} times although the server is alive; last: {problem}")
+        raise UnavailableError(f"{where}: {path} failed {attempts} times although the server is alive; last: {problem}")
 
     async def _raise_if_dead(self, where: str, problem: str) -> None:
         reason = await asyncio.to_thread(self._why_dead)
         if reason is not None:
-            raise RolloutError(f"{where}: {problem}; the engine died: {reason}")
+            raise EngineDiedError(f"{where}: {problem}; the engine died: {reason}")
 
-    async def _attempt(self, method: str, path: str, payload: Mapping[str, Any] | None, max_bytes: int) -> tuple[int, bytearray]:
+    async def _attempt(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None,
+        max_bytes: int,
+        reserve: Callable[[int], Awaitable[None]] | None,
+    ) -> tuple[int, bytearray]:
         async with self._client.stream(method, self._url + path, json=payload) as response:
+            announced = response.headers.get("content-length", "")
+            expected = int(announced) if announced.isascii() and announced.isdigit() else max_bytes
+            if expected > max_bytes:
+                raise _TooLongError
+            if reserve is not None:
+                await reserve(expected)
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 if len(body) + len(chunk) > max_bytes:
                     raise _TooLongError
                 body += chunk
             return response.status_code, body
+
+
+def _untimed(reserve: Callable[[int], Awaitable[None]] | None, limit: asyncio.Timeout) -> Callable[[int], Awaitable[None]]:
+    """`reserve`, during which the time limit stands still: waiting for room is no fault of the server."""
+
+    async def wait(num_bytes: int) -> None:
+        if reserve is None:
+            return
+        loop = asyncio.get_running_loop()
+        ends = limit.when()
+        began = loop.time()
+        limit.reschedule(None)
+        await reserve(num_bytes)
+        if ends is not None:
+            limit.reschedule(ends + loop.time() - began)
+
+    return wait
 
 
 class _TooLongError(Exception):

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.sglang_refusals import refusals
 from megatron_pr2.rollout.sglang_wire import parse_release
 
 logger = logging.getLogger(__name__)
 
 TESTED_RELEASES = ((0, 5, 19), (0, 5, 23))
-# Before this, routes on CPU are silently wrong under the overlap scheduler (measured with 0.5.12 and 0.5.15).
-FIRST_GOOD_ON_CPU = (0, 5, 19)
-# MoE runners that select experts inside a fused kernel, past the hook that records them.
-_RUNNERS_PAST_CAPTURE = ("flashinfer_trtllm", "flashinfer_trtllm_routed", "triton_kernel")
+# Before this, routes on CPU are silently wrong under the overlap scheduler (measured with 0.5.12 and 0.5.15), and nobody has looked
+# at GPUs. There is no switch to go on regardless: a server whose routes nobody checked is what this package exists to prevent.
+FIRST_RELEASE = TESTED_RELEASES[0]
 
 
 def check_server_info(info: Mapping[str, Any], where: str) -> None:
@@ -28,36 +28,37 @@ def check_server_info(info: Mapping[str, Any], where: str) -> None:
     Raises:
         RolloutError: says which setting of the server is in the way.
     """
+    release = parse_release(info.get("version"), where)
+    if release[:3] < FIRST_RELEASE:
+        raise RolloutError(
+            f"{where} runs SGLang {info.get('version')}: releases before {release_text(FIRST_RELEASE)} are known to return "
+            f"wrong routes without an error; upgrade it (tested: {tested_text()})"
+        )
     if not info.get("enable_return_routed_experts"):
         raise RolloutError(f"{where} does not return routes; start it with --enable-return-routed-experts")
-    release = parse_release(info.get("version"), where)
-    device = str(info.get("device"))
-    if device == "cpu" and release < FIRST_GOOD_ON_CPU and not info.get("disable_overlap_schedule"):
-        raise RolloutError(
-            f"{where} runs SGLang {info.get('version')} on CPU, which returns wrong routes without an error; "
-            f"use {'.'.join(map(str, FIRST_GOOD_ON_CPU))} or later, or start it with --disable-overlap-schedule"
-        )
+    refused = refusals(info)
+    if refused:
+        raise RolloutError(f"{where} cannot be used with {'; and with '.join(refused)}")
     if release[:3] not in TESTED_RELEASES:
-        tested = " and ".join(".".join(map(str, r)) for r in TESTED_RELEASES)
-        logger.warning("%s runs SGLang %s; tested with %s", where, info.get("version"), tested)
-    runner = info.get("moe_runner_backend")
-    if runner in _RUNNERS_PAST_CAPTURE:
-        logger.warning(
-            "%s uses moe_runner_backend=%s, which may bypass the recording of routes; the handshake decides", where, runner
-        )
-    weight_group_size(info, where)
+        logger.warning("%s runs SGLang %s; tested with %s", where, info.get("version"), tested_text())
+
+
+def tested_text() -> str:
+    """The tested releases, to be read: "0.5.19 and 0.5.23"."""
+    return " and ".join(release_text(release) for release in TESTED_RELEASES)
+
+
+def release_text(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
 
 
 def weight_group_size(info: Mapping[str, Any], where: str) -> int:
-    """Ranks of the weight update group: this process and the server's tensor-parallel ranks.
+    """Ranks of the weight update group: this process and the server's tensor-parallel ranks, DP attention's included.
 
     Raises:
-        RolloutError: the server has data-parallel replicas or pipeline stages, for which SGLang has no such update.
+        RolloutError: the server does not say how many it has.
     """
-    sizes = {name: int(info.get(name) or 1) for name in ("tp_size", "pp_size", "dp_size")}
-    if sizes["pp_size"] > 1 or (sizes["dp_size"] > 1 and not info.get("enable_dp_attention")):
-        raise RolloutError(
-            f"{where} runs with {', '.join(f'{name}={size}' for name, size in sizes.items())}; weights can be pushed to "
-            "tensor-parallel servers only (DP attention included): start one server per replica"
-        )
-    return 1 + sizes["tp_size"]
+    try:
+        return 1 + int(info["tp_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RolloutError(f"{where} reports tp_size={info.get('tp_size')!r}, expected a number of ranks") from error

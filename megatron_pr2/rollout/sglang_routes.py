@@ -28,6 +28,10 @@ _KEY = re.compile(rb'"routed_experts"\s*:\s*"')
 _PIECE_IDS = 64 << 10
 
 
+class AnswerError(RolloutError):
+    """An answer that cannot be believed; another attempt may bring a better one."""
+
+
 def split_routes(body: bytearray) -> tuple[bytes, memoryview | None]:
     """An answer without its routes, and the routes' base64, which stays where it is.
 
@@ -46,17 +50,25 @@ def split_routes(body: bytearray) -> tuple[bytes, memoryview | None]:
     return bytes(view[:start]) + bytes(view[stop:]), view[start:stop]
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values under one name, json would take the last without a word."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("an object names something twice")
+    return made
+
+
 def parse_body(body: bytearray, where: str) -> Any:
     """The JSON of an answer, in which `meta_info.routed_experts` is a view into `body`.
 
     Raises:
-        RolloutError: it is not JSON.
+        AnswerError: it is not JSON.
     """
     rest, encoded = split_routes(body)
     try:
-        answer = json.loads(rest)
-    except ValueError as error:
-        raise RolloutError(f"{where}: /generate answered with something that is not JSON: {rest[:200]!r}") from error
+        answer = json.loads(rest, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(f"{where}: /generate answered with something that is not JSON ({error}): {rest[:200]!r}") from error
     meta = answer.get("meta_info") if isinstance(answer, dict) else None
     if encoded is not None and isinstance(meta, dict) and meta.get("routed_experts") == "":
         meta["routed_experts"] = encoded

@@ -148,6 +148,13 @@ def test_every_preset(tmp_path, preset, total):
     assert not re.search(r"\bnan\b", page.source, re.I)
 
 
+def test_turns_are_plotted_where_a_response_has_several(tmp_path):
+    single = [r | {"rollout": {"turns": 1.0}} for r in run(4)]
+    assert "turns" not in report(tmp_path / "single", single).plots
+    several = [r | {"rollout": {"turns": 1.0 + r["step"]}} for r in run(4)]
+    assert "turns" in report(tmp_path / "several", several).plots
+
+
 def test_one_mini_step_has_no_lift(tmp_path):
     page = report(tmp_path / "off1", run(6, kappa=1))
     assert "Prediction could not be judged" in page.text

@@ -157,7 +157,7 @@ def test_append_names_the_value_that_json_cannot_hold(tmp_path):
 
 
 def test_tensorboard_tags(tmp_path):
-    records = run(3)
+    records = [r | {"rollout": {"turns": 2.0 + r["step"]}} for r in run(3)]
     with MetricsLog(tmp_path) as log:
         for record in records:
             log.append(record)
@@ -169,6 +169,7 @@ def test_tensorboard_tags(tmp_path):
     assert {"logprob_gap/mean", "predictor/weight_norm", "seconds/rollout", "bytes/routes", "mini_step/agreement/4"} <= tags
     got = [(event.step, event.value) for event in events.Scalars("routes/lift")]
     assert got == [(r["step"], pytest.approx(r["lift"], rel=1e-6)) for r in records]
+    assert [event.value for event in events.Scalars("turns")] == [2.0, 3.0, 4.0]
     got = [event.value for event in events.Scalars("mini_step/agreement/2")]
     assert got == pytest.approx([r["mini_steps"][1]["agreement"] for r in records])
 

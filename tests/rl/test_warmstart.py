@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.rl import supervised, warmstart
-from megatron_pr2.rl.task import TaskConfig, make_problems
+from megatron_pr2.rl.calculator import Calculator, demonstration
+from megatron_pr2.rl.sampling import sample_responses
+from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
-from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID
+from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID, byte_tokenizer
 from megatron_pr2.rl.warmstart import RECORD, WarmStartConfig, ensure_warm_start, warm_start
 
 MODEL = TinyModelConfig(
@@ -82,6 +84,7 @@ def test_every_setting_is_part_of_the_digest():
         {"seed": 1},
         {"lr": 1e-3},
         {"guess_share": 0.5},
+        {"lesson": "calculator"},
         {"band": (0.1, 0.5)},
         {"task": TaskConfig(max_terms=5)},
         {"model": dataclasses.replace(MODEL, num_experts=8)},
@@ -89,6 +92,11 @@ def test_every_setting_is_part_of_the_digest():
     digests = {dataclasses.replace(FAST, **change).digest() for change in changes} | {FAST.digest()}
     assert len(digests) == len(changes) + 1
     assert dataclasses.replace(FAST).digest() == FAST.digest()
+
+
+def test_the_quickstarts_digest_is_what_it_always_was():
+    """What users have cached stays valid."""
+    assert WarmStartConfig().digest() == "7b79fd5172b6d94b5f462659f7fca2e1b39f0524e3b3b213dc123448f6de6c4b"
 
 
 def test_training_moves_the_loss_and_restores_the_thread_count():
@@ -128,6 +136,7 @@ def test_rounds_are_added_while_the_rate_is_below_the_band(monkeypatch, caplog):
         {"batch_size": 101},
         {"early": -0.1},
         {"eval_prompts": 0},
+        {"lesson": "slide rule"},
     ],
 )
 def test_settings_out_of_range_are_refused(change):
@@ -139,6 +148,31 @@ def test_only_responses_bear_loss():
     input_ids, labels = supervised.supervised_batch([("1+2=", "3"), ("10+2=", "~9")])
     assert input_ids.tolist() == [[*b"1+2=3", EOS_ID, PAD_ID, PAD_ID], [*b"10+2=~9", EOS_ID]]
     assert labels.tolist() == [[-100] * 4 + [ord("3"), EOS_ID, -100, -100], [-100] * 5 + [*b"~9", EOS_ID]]
+
+
+def test_of_several_turns_only_the_policys_bear_loss():
+    """Between prompt and end: calls and the answer are learned, what the calculator writes is not."""
+    problem = Problem("8+7+5=", "15 20", "20")
+    input_ids, labels = supervised.supervised_batch([(problem.prompt, demonstration(problem)), ("1+2=", "3")])
+    assert bytes(input_ids[0, :-1].tolist()) == b"8+7+5=[8+7]=15 [15+5]=20 20"
+    assert input_ids[0, -1] == EOS_ID
+    learned = "".join(chr(i) if m != -100 else "." for i, m in zip(input_ids[0, :-1], labels[0, :-1], strict=True))
+    assert learned == "......[8+7]....[15+5]....20"
+    borne = labels != -100
+    assert torch.equal(labels[borne], input_ids[borne])
+    assert labels[0, -1] == EOS_ID
+    assert borne.sum() == 5 + 6 + 2 + 1 + 2
+
+
+def test_a_reply_has_no_say_in_the_loss():
+    """The gradient of the logits is exactly zero where the next token is the calculator's."""
+    problem = Problem("8+7+5=", "15 20", "20")
+    input_ids, labels = supervised.supervised_batch([(problem.prompt, demonstration(problem))])
+    logits = torch.randn(1, input_ids.shape[1], 264, requires_grad=True)
+    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).backward()
+    moved = logits.grad[0].abs().sum(-1) > 0
+    text = "".join("x" if m else "." for m in moved.tolist())
+    assert text == ".....xxxxx....xxxxxx....xxx."
 
 
 def test_balance_loss_is_one_at_balance_and_experts_over_topk_at_collapse():
@@ -164,8 +198,9 @@ class _Scripted:
     def __call__(self, input_ids, **_):
         return SimpleNamespace(router_logits=[fn(input_ids.numel()) for fn in self._logits])
 
-    def generate(self, input_ids, **_):
+    def generate(self, input_ids, attention_mask, **_):
         assert input_ids[:, -1].eq(ord("=")).all()  # padded on the left
+        assert torch.equal(attention_mask, (input_ids != PAD_ID).long())
         rows = [[*r.encode(), EOS_ID] for r in self._responses]
         width = max(map(len, rows))
         return torch.cat([input_ids, torch.tensor([r + [PAD_ID] * (width - len(r)) for r in rows])], dim=1)
@@ -190,3 +225,48 @@ def test_exact_match_rate_counts_right_answers():
     problems = make_problems(TaskConfig(), "eval", 4, 0)
     model = _Scripted(responses=[problems[0].worked, "~" + problems[1].answer, "999", ""])
     assert supervised.exact_match_rate(model, problems, 0) == 0.5
+
+
+class _Caller:
+    """Stands for a model that says a line per turn; checks that it is given what was said so far."""
+
+    def __init__(self, lines):
+        self._lines, self.seen = lines, []
+
+    def generate(self, input_ids, attention_mask, eos_token_id, **_):
+        assert eos_token_id == [EOS_ID, ord("]")]
+        texts = [bytes(ids[mask.bool()].tolist()).decode() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        self.seen.append(texts)
+        said = [self._lines[text] for text in texts]
+        width = max(map(len, said))
+        rows = [[EOS_ID if c == "$" else ord(c) for c in line] + [PAD_ID] * (width - len(line)) for line in said]
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+
+def test_sampling_goes_on_behind_replies_and_scores_the_last_turn():
+    model = _Caller(
+        {
+            "8+7+5=": "[8+7]",
+            "8+7+5=[8+7]=15 ": "[15+5]",
+            "8+7+5=[8+7]=15 [15+5]=20 ": "20$",
+            "1+1=": "~3$",
+            "2+2=": "[2+2]",
+            "2+2=[2+2]=4 ": "5$",
+        }
+    )
+    prompts = ["8+7+5=", "1+1=", "2+2="]
+    problems = [Problem(p, "", a) for p, a in zip(prompts, ["20", "2", "4"], strict=True)]
+    calculator = Calculator(byte_tokenizer())
+    responses = sample_responses(model, prompts, 0, calculator)
+    assert responses == [("[8+7]", "=15 ", "[15+5]", "=20 ", "20"), ("~3",), ("[2+2]", "=4 ", "5")]
+    assert [len(texts) for texts in model.seen] == [3, 2, 1]
+    assert supervised.exact_match_rate(model, problems, 0, calculator) == pytest.approx(1 / 3)
+
+
+def test_a_policy_that_never_stops_calling_is_stopped():
+    class Endless(dict):
+        def __missing__(self, _):
+            return "[1+1]"
+
+    (response,) = sample_responses(_Caller(Endless()), ["1+1="], 0, Calculator(byte_tokenizer()))
+    assert response == ("[1+1]", "=2 ") * 7 + ("[1+1]",)

@@ -49,10 +49,11 @@ class FakeServer:
         """An honest answer to /generate; tests damage it."""
         prompt = body["input_ids"]
         output = [7 + i for i in range(body["sampling_params"]["max_new_tokens"])]
-        rows = self.routes(len(prompt) + len(output) - 1)
+        rows = self.routes(len(prompt) + len(output) - 1)[body.get("routed_experts_start_len", 0) :]
         return {
             "output_ids": output,
             "meta_info": {
+                "id": body.get("rid", "fake"),
                 "finish_reason": {"type": "length", "length": len(output)},
                 "weight_version": self.version,
                 "weight_versions": [{"version": self.version, "start": 0, "end": len(output)}],
@@ -101,7 +102,7 @@ def serve(fake: FakeServer) -> Iterator[FakeServer]:
                 fake.in_flight += 1
                 fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
             try:
-                status, content = fake.answer(self.path, body)
+                status, content = fake.answer(self.path.partition("?")[0], body)
             finally:
                 with fake.lock:
                     fake.in_flight -= 1
@@ -120,7 +121,10 @@ def serve(fake: FakeServer) -> Iterator[FakeServer]:
             except ConnectionError:  # a client that stops reading is what some tests are about
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # the default of 5 resets connections of concurrent clients
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     fake.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

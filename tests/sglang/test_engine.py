@@ -35,7 +35,8 @@ def assert_matches(responses, tiny: TinyModel, gates=None, temperature: float = 
 
 
 def test_routes_and_logprobs_equal_transformers(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    responses, stats = fresh.generate(make_requests(24), SamplingParams(16), return_routes=True)
+    batch = fresh.generate(make_requests(24), SamplingParams(16), return_routes=True)
+    responses, stats = batch.responses, batch.stats
     assert_matches(responses, tiny)
     assert stats.generated_tokens == 24 * 16
     assert stats.extra["invalid_rows"] == 0
@@ -46,19 +47,20 @@ def test_routes_and_logprobs_equal_transformers(fresh: SGLangEngine, tiny: TinyM
 
 
 def test_logprobs_are_those_of_the_sampling_temperature(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    responses, _ = fresh.generate(make_requests(4), SamplingParams(8, temperature=0.7), return_routes=True)
+    responses = fresh.generate(make_requests(4), SamplingParams(8, temperature=0.7), return_routes=True).responses
     assert_matches(responses, tiny, temperature=0.7)
 
 
 def test_without_routes(fresh: SGLangEngine) -> None:
-    responses, stats = fresh.generate(make_requests(2), SamplingParams(4), return_routes=False)
+    batch = fresh.generate(make_requests(2), SamplingParams(4), return_routes=False)
+    responses, stats = batch.responses, batch.stats
     assert all(r.routes is None for r in responses)
     assert stats.route_bytes == 0
 
 
 def test_stop_tokens_end_the_response_and_belong_to_it(fresh: SGLangEngine) -> None:
     stops = tuple(range(100, 200))
-    responses, _ = fresh.generate(make_requests(8), SamplingParams(64, stop_token_ids=stops), return_routes=False)
+    responses = fresh.generate(make_requests(8), SamplingParams(64, stop_token_ids=stops), return_routes=False).responses
     stopped = [r for r in responses if r.finish_reason == "stop"]
     assert stopped
     for response in stopped:
@@ -68,10 +70,10 @@ def test_stop_tokens_end_the_response_and_belong_to_it(fresh: SGLangEngine) -> N
 
 def test_same_seeds_give_the_same_tokens_in_any_batch(fresh: SGLangEngine) -> None:
     requests = make_requests(16) + [RolloutRequest(r.prompt_ids, r.seed + 1000) for r in make_requests(16)]
-    together, _ = fresh.generate(requests, SamplingParams(12), return_routes=True)
+    together = fresh.generate(requests, SamplingParams(12), return_routes=True).responses
     order = random.Random(1).sample(range(len(requests)), len(requests))
-    shuffled, _ = fresh.generate([requests[i] for i in order], SamplingParams(12), return_routes=True)
-    few, _ = fresh.generate(requests[:3], SamplingParams(12), return_routes=True)
+    shuffled = fresh.generate([requests[i] for i in order], SamplingParams(12), return_routes=True).responses
+    few = fresh.generate(requests[:3], SamplingParams(12), return_routes=True).responses
     for position, index in enumerate(order):
         assert shuffled[position].response_ids == together[index].response_ids
     assert [r.response_ids for r in few] == [r.response_ids for r in together[:3]]
@@ -80,7 +82,7 @@ def test_same_seeds_give_the_same_tokens_in_any_batch(fresh: SGLangEngine) -> No
 
 def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyModel) -> None:
     prompt, draws = (5, 6, 7), 800
-    responses, _ = fresh.generate([RolloutRequest(prompt, s) for s in range(draws)], SamplingParams(1), return_routes=False)
+    responses = fresh.generate([RolloutRequest(prompt, s) for s in range(draws)], SamplingParams(1), return_routes=False).responses
     counts = np.bincount([r.response_ids[0] for r in responses], minlength=260)
     with torch.no_grad():
         p = tiny.model(torch.tensor([prompt])).logits[0, -1].softmax(-1).double().numpy()
@@ -94,11 +96,11 @@ def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyM
 
 def test_merged_push_changes_routes_of_a_repeated_prompt(fresh: SGLangEngine, tiny: TinyModel) -> None:
     requests = make_requests(6, seed=3)
-    before, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    before = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
     assert {r.weight_version for r in before} == {1}
     merged = tiny.merged_gates(seed=7)
     fresh.update_weights(merged.items(), 5)
-    after, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    after = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
     assert {r.weight_version for r in after} == {5}
     assert_matches(after, tiny, merged)
     prompt_rows = [slice(0, len(r.prompt_ids)) for r in requests]
@@ -107,7 +109,7 @@ def test_merged_push_changes_routes_of_a_repeated_prompt(fresh: SGLangEngine, ti
     ]
     assert min(changed) > 0.5  # nothing came from the prefix cache of the old weights
     fresh.update_weights(tiny.gates().items(), 6)
-    again, _ = fresh.generate(requests, SamplingParams(8), return_routes=True)
+    again = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
     assert [r.response_ids for r in again] == [r.response_ids for r in before]
 
 
@@ -119,7 +121,7 @@ def test_full_push_in_many_buckets(fresh: SGLangEngine, tiny: TinyModel) -> None
     generator = torch.Generator().manual_seed(5)
     scaled = {name: w * (1 + 0.2 * torch.rand(w.shape, generator=generator)) for name, w in original.items()}
     fresh.update_weights(iter(scaled.items()), 8)
-    responses, _ = fresh.generate(make_requests(4), SamplingParams(8), return_routes=True)
+    responses = fresh.generate(make_requests(4), SamplingParams(8), return_routes=True).responses
     from transformers import AutoModelForCausalLM
 
     try:
@@ -138,7 +140,8 @@ def test_full_push_in_many_buckets(fresh: SGLangEngine, tiny: TinyModel) -> None
 def test_score_returns_logprobs_and_routes_of_every_token(fresh: SGLangEngine, tiny: TinyModel) -> None:
     ids = [random.Random(4).randrange(3, 260) for _ in range(100)]
     fresh.generate([RolloutRequest(tuple(ids), 0)], SamplingParams(1), return_routes=False)  # warms the prefix cache
-    logprobs, table = fresh.score(ids)
+    (probe,) = fresh.score(ids)
+    logprobs, table = probe.logprobs, probe.routes
     routes, want = tiny.routes_and_logprobs(ids)
     assert table.num_missing == 0
     assert (np.sort(table.experts, axis=-1) == routes.numpy()).all()
@@ -163,7 +166,7 @@ def test_failing_exporter_leaves_a_server_that_can_be_pushed_again(fresh: SGLang
     with pytest.raises(KeyError, match="exporter broke"):
         fresh.update_weights(broken(), 3)
     fresh.update_weights(tiny.gates().items(), 4)
-    responses, _ = fresh.generate(make_requests(2), SamplingParams(4), return_routes=True)
+    responses = fresh.generate(make_requests(2), SamplingParams(4), return_routes=True).responses
     assert_matches(responses, tiny)
 
 
@@ -183,12 +186,12 @@ def test_ids_outside_the_vocabulary_never_reach_the_server(fresh: SGLangEngine) 
 
 
 def test_too_long_prompt_is_refused_by_name(fresh: SGLangEngine) -> None:
-    with pytest.raises(RolloutError, match=r"request 0 .*HTTP 400.*512"):
+    with pytest.raises(RolloutError, match=r"request 0: its prompt has 600 tokens, .* 5\d\d at most"):
         fresh.generate([RolloutRequest((3,) * 600, 0)], SamplingParams(1), return_routes=True)
 
 
 def test_server_wants_the_key_and_keeps_it_to_itself(engine: SGLangEngine) -> None:
-    server = engine.server
+    server = engine.replicas[0].server
     assert server is not None
     assert server.log_path is not None
     assert httpx.get(f"{server.url}/server_info", trust_env=False).status_code == 401
@@ -198,15 +201,15 @@ def test_server_wants_the_key_and_keeps_it_to_itself(engine: SGLangEngine) -> No
 
 
 def test_attach_to_a_running_server_and_leave_it_running(fresh: SGLangEngine, tiny: TinyModel, tmp_path) -> None:
-    assert fresh.server is not None
+    assert fresh.replicas[0].server is not None
     key = tmp_path / "key"
-    key.write_text(fresh.server.api_key + "\n")
-    guest = SGLangEngine(SGLangConfig(url=fresh.server.url, api_key_file=str(key)), SHAPE)
+    key.write_text(fresh.replicas[0].server.api_key + "\n")
+    guest = SGLangEngine(SGLangConfig(urls=(fresh.replicas[0].url,), api_key_file=str(key)), SHAPE)
     guest.start()
     assert guest.weight_version == 1
     merged = tiny.merged_gates(seed=2)
     guest.update_weights(merged.items(), 2)
-    responses, _ = guest.generate(make_requests(3), SamplingParams(4), return_routes=True)
+    responses = guest.generate(make_requests(3), SamplingParams(4), return_routes=True).responses
     assert_matches(responses, tiny, merged)
     guest.close()
     with pytest.raises(RolloutError, match="weights of version 2, expected 1"):
@@ -218,9 +221,9 @@ def test_attach_to_a_running_server_and_leave_it_running(fresh: SGLangEngine, ti
 def test_attach_with_a_wrong_shape_is_refused_at_once(engine: SGLangEngine, tmp_path) -> None:
     from dataclasses import replace
 
-    assert engine.server is not None
+    assert engine.replicas[0].server is not None
     key = tmp_path / "key"
-    key.write_text(engine.server.api_key)
-    guest = SGLangEngine(SGLangConfig(url=engine.server.url, api_key_file=str(key)), replace(SHAPE, topk=8))
+    key.write_text(engine.replicas[0].server.api_key)
+    guest = SGLangEngine(SGLangConfig(urls=(engine.replicas[0].url,), api_key_file=str(key)), replace(SHAPE, topk=8))
     with pytest.raises(RolloutError, match=r"probe after the start failed.*top-8"):
         guest.start()

@@ -16,6 +16,7 @@ import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.child_process import PARENT_VARIABLE
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_server import SGLangServer
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
@@ -54,10 +55,10 @@ def test_engine_dies_mid_batch_and_is_restarted(
     merged = tiny.merged_gates(seed=11)
     engine.update_weights(merged.items(), 7)
     requests, sampling = make_requests(64, seed=9), SamplingParams(256)
-    before, _ = engine.generate(requests[:4], SamplingParams(16), return_routes=True)
-    assert engine.server is not None
-    assert engine.server.pid is not None
-    members = group_members(engine.server.pid)
+    before = engine.generate(requests[:4], SamplingParams(16), return_routes=True).responses
+    assert engine.replicas[0].server is not None
+    assert engine.replicas[0].server.pid is not None
+    members = group_members(engine.replicas[0].server.pid)
     pid = next(pid for pid, command in members.items() if victim in command)
     killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
     killer.start()
@@ -71,14 +72,14 @@ def test_engine_dies_mid_batch_and_is_restarted(
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 30)
     with pytest.raises(RolloutError, match="not running: SGLang server"):
         engine.ensure_alive()
-    with pytest.raises(RolloutError, match=r"weight update: .*engine died"):
-        engine.update_weights(merged.items(), 8)
+    with pytest.raises(RolloutError, match=r"no engine is left: .*engine died"):
+        engine.generate(requests[:4], sampling, return_routes=True)
 
     engine.restart()
     with pytest.raises(RolloutError, match=r"restarted and does not hold.*call update_weights\(\)"):
         engine.generate(requests[:4], SamplingParams(16), return_routes=True)
     engine.update_weights(merged.items(), 7)
-    after, _ = engine.generate(requests[:4], SamplingParams(16), return_routes=True)
+    after = engine.generate(requests[:4], SamplingParams(16), return_routes=True).responses
     assert [r.response_ids for r in after] == [r.response_ids for r in before]
     assert_matches(after, tiny, merged)
 
@@ -88,9 +89,9 @@ def test_engine_dies_in_the_middle_of_a_push(engine: SGLangEngine, tiny: TinyMod
     from safetensors.torch import load_file
 
     weights = load_file(f"{tiny.path}/model.safetensors")
-    assert engine.server is not None
-    assert engine.server.pid is not None
-    pid = next(pid for pid, command in group_members(engine.server.pid).items() if victim in command)
+    assert engine.replicas[0].server is not None
+    assert engine.replicas[0].server.pid is not None
+    pid = next(pid for pid, command in group_members(engine.replicas[0].server.pid).items() if victim in command)
 
     def exporter() -> Iterator[tuple[str, torch.Tensor]]:
         for index, item in enumerate(weights.items()):
@@ -102,17 +103,38 @@ def test_engine_dies_in_the_middle_of_a_push(engine: SGLangEngine, tiny: TinyMod
         engine.update_weights(exporter(), 9)
     engine.restart()
     engine.update_weights(weights.items(), 9)
-    responses, _ = engine.generate(make_requests(2), SamplingParams(4), return_routes=True)
+    responses = engine.generate(make_requests(2), SamplingParams(4), return_routes=True).responses
     assert_matches(responses, tiny)
 
 
 def test_start_with_a_broken_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     engine = SGLangEngine(own_server(str(tmp_path), tmp_path / "log"), SHAPE)
     with pytest.raises(RolloutError, match=r"(?s)SGLang server (ended with code|was killed by signal).*Last lines of .*Error"):
         engine.start()
-    assert engine.server is not None
-    assert engine.server.pid is None
+    assert engine.replicas[0].server is not None
+    assert engine.replicas[0].server.pid is None
+    engine.close()
+
+
+def test_engine_that_is_killed_while_it_starts(tiny: TinyModel, tmp_path: Path) -> None:
+    engine = SGLangEngine(own_server(tiny.path, tmp_path / "log"), SHAPE)
+    server = engine.replicas[0].server
+    assert isinstance(server, SGLangServer)
+
+    def kill() -> None:
+        assert wait_for(lambda: server.pid is not None, 30)
+        time.sleep(1.0)
+        assert server.pid is not None
+        os.killpg(server.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RolloutError, match="SGLang server was killed by signal 9"):
+        engine.start()
+    killer.join()
+    assert server.pid is None
     engine.close()
 
 
@@ -166,7 +188,7 @@ def test_server_dies_with_a_trainer_that_is_killed(tiny: TinyModel, tmp_path: Pa
 def test_a_launcher_whose_trainer_is_already_gone_does_not_start(tiny: TinyModel) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MEGATRON_PR2_SGLANG_PARENT": "1"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), PARENT_VARIABLE: "1"},
         capture_output=True,
         text=True,
         timeout=300,

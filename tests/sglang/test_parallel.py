@@ -22,7 +22,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("ep_size", "flags"), [(2, ()), (1, ("--enable-dp-attention", "--dp-size", "2"))], ids=["tp2_ep2", "tp2_dp_attention"]
+    ("ep_size", "flags"),
+    [(1, ()), (2, ()), (1, ("--enable-dp-attention", "--dp-size", "2"))],
+    ids=["tp2", "tp2_ep2", "tp2_dp_attention"],
 )
 def test_two_ranks(tiny: TinyModel, tmp_path: Path, ep_size: int, flags: tuple[str, ...]) -> None:
     config = own_server(
@@ -36,11 +38,11 @@ def test_two_ranks(tiny: TinyModel, tmp_path: Path, ep_size: int, flags: tuple[s
     engine = SGLangEngine(config, SHAPE)
     engine.start()
     try:
-        responses, _ = engine.generate(make_requests(24), SamplingParams(16), return_routes=True)
+        responses = engine.generate(make_requests(24), SamplingParams(16), return_routes=True).responses
         assert_matches(responses, tiny)
         merged = tiny.merged_gates(seed=3)
         engine.update_weights(merged.items(), 2)
-        responses, _ = engine.generate(make_requests(24), SamplingParams(16), return_routes=True)
+        responses = engine.generate(make_requests(24), SamplingParams(16), return_routes=True).responses
         assert_matches(responses, tiny, merged)
     finally:
         engine.close()

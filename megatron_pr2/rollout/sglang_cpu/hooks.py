@@ -1,6 +1,7 @@
 """What SGLang's CPU engine lacks on the way of an MoE model with returned routes, as hooks of its plugin registry.
 
-Each hook replaces or wraps one function at the seam named beside it; nothing here runs on a GPU. Checked with SGLang 0.5.23.
+Each hook replaces or wraps one function at the seam named beside it; nothing here runs on a GPU. Checked with SGLang 0.5.19
+and 0.5.23, whose seams are the same but for the `device` of the host cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from megatron_pr2.rollout.sglang_cpu.seeds import fill_sampling_seeds, sample_with_seeds
 
 
-def init_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str) -> None:
+def init_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str = "cpu") -> None:
     """REPLACE `BaseHostCache.__init__`: the same int32 [tokens, layers, top-k] buffer without pinning memory, which needs CUDA."""
     cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
     cache.num_tokens = num_tokens

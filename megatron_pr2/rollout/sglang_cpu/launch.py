@@ -2,23 +2,24 @@
 
 SGLang spawns its scheduler and detokenizer with multiprocessing's spawn, and a spawned child first imports the parent's main
 module by name: so what stands at this module's top level runs in every SGLang process, before any of them imports SGLang.
-With CUDA no adapter is installed and this is SGLang's own server.
+With CUDA no CPU adapter is installed and this is SGLang's own server, with one hook: routes can be asked for in the request id
+(sglang_plugin.py), which is what passes SGLang's router.
+
+This module and what it imports run in any environment that holds SGLang; nothing of the trainer's is needed there.
 
 Environment, set by :class:`megatron_pr2.rollout.sglang_server.SGLangServer`:
     MEGATRON_PR2_SGLANG_API_KEY   key that clients have to present; kept out of the command line and of every log record
-    MEGATRON_PR2_SGLANG_PARENT    process id that this one must not outlive
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from megatron_pr2.rollout.child_process import die_with_parent
+
 _API_KEY = os.environ.get("MEGATRON_PR2_SGLANG_API_KEY", "")
 
 
@@ -40,25 +41,31 @@ def _prepare_process() -> None:
     """What every SGLang process needs before it imports SGLang."""
     import torch
 
+    from megatron_pr2.rollout import sglang_plugin
+
     if _API_KEY:
         _redact_api_key()
-    if torch.cuda.is_available():
-        return
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    from megatron_pr2.rollout.sglang_cpu import plugin, shims
+    if not torch.cuda.is_available():
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        from megatron_pr2.rollout.sglang_cpu import plugin, shims
 
-    shims.install()
-    plugin.register()
+        shims.install()
+        plugin.register()
+    sglang_plugin.register()
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this process when the thread that started it ends (Linux)."""
-    parent = os.environ.get("MEGATRON_PR2_SGLANG_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the request was in place
-        sys.exit("the process that started this SGLang server is gone")
+def _refuse_what_breaks_routes(server_args: Any) -> None:
+    """Ends the process if what SGLang resolved, its own choice of MoE runner included, would make routes wrong."""
+    from megatron_pr2.rollout.sglang_refusals import refusals
+
+    if not hasattr(server_args, "resolve_once"):
+        return  # older than any release that is used: the client refuses it by its version
+    # `run_server` resolves too, once; the record is final from here on.
+    server_args.resolve_once()
+    refused = refusals(server_args.resolved_dict())
+    if refused:
+        # One line each: the trainer shows the last lines of the log, cut at some length.
+        sys.exit("\n".join(f"refused before the start (extra_flags, or SGLang's own choice): {each}" for each in refused))
 
 
 def main(argv: list[str]) -> None:
@@ -71,6 +78,7 @@ def main(argv: list[str]) -> None:
     load_plugins()
     server_args = prepare_server_args(argv)
     server_args.api_key = _API_KEY or None
+    _refuse_what_breaks_routes(server_args)
     try:
         run_server(server_args)
     finally:
@@ -78,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _die_with_parent()  # first of all: the imports that follow take seconds
+    die_with_parent()  # first of all: the imports that follow take seconds
 _prepare_process()
 if __name__ == "__main__":
     main(sys.argv[1:])

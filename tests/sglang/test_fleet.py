@@ -1,0 +1,150 @@
+"""Several real engines behind one client: equal answers wherever they come from, a death in the middle, SGLang's router."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.sglang import SGLangEngine
+from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.sglang.conftest import SHAPE, TinyModel, own_server
+from tests.sglang.test_engine import assert_matches, make_requests
+
+pytestmark = [
+    pytest.mark.sglang,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    """Two own servers."""
+    directory = tmp_path_factory.mktemp("pair")
+    config = own_server(tiny.path, directory / "log", engines=2, max_total_tokens=8192, weight_bucket_bytes=1 << 20)
+    engine = SGLangEngine(config, SHAPE)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def served(engine: SGLangEngine) -> list[int]:
+    """Attempts in flight per engine, the most that were seen while a batch was sampled."""
+    return [replica.load for replica in engine.replicas]
+
+
+def test_two_engines_share_a_batch_and_hold_the_same_weights(pair: SGLangEngine, tiny: TinyModel) -> None:
+    merged = tiny.merged_gates(seed=31)
+    pair.update_weights(merged.items(), 1)
+    most = [0, 0]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            most[:] = map(max, most, served(pair))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    batch = pair.generate(make_requests(48, seed=1), SamplingParams(24), return_routes=True)
+    done.set()
+    watcher.join()
+    assert min(most) > 0
+    assert_matches(batch.responses, tiny, merged)
+    probes = pair.score([3, 4, 5, 6])
+    assert len({probe.name for probe in probes}) == 2
+
+
+def test_responses_of_one_prompt_go_to_one_engine(pair: SGLangEngine, tiny: TinyModel) -> None:
+    from dataclasses import replace
+
+    pair.update_weights(tiny.gates().items(), 2)
+    prompts = [tuple(range(40 + i, 120 + i)) for i in range(6)]
+    requests = [replace(r, prompt_ids=prompts[i % 6], group=i % 6) for i, r in enumerate(make_requests(24, seed=2))]
+    batch = pair.generate(requests[:6], SamplingParams(2), return_routes=True)
+    again = pair.generate(requests, SamplingParams(2), return_routes=True)
+    assert batch.stats.extra["cached_tokens"] == 0
+    assert again.stats.extra["cached_tokens"] > 0.5 * 24 * 79
+    assert_matches(again.responses, tiny)
+
+
+def test_an_engine_that_dies_in_the_middle_costs_no_response(pair: SGLangEngine, tiny: TinyModel) -> None:
+    merged = tiny.merged_gates(seed=32)
+    pair.update_weights(merged.items(), 3)
+    requests, sampling = make_requests(64, seed=9), SamplingParams(128)
+    before = pair.generate(requests, sampling, return_routes=True)
+    server = pair.replicas[1].server
+    assert server is not None
+    assert server.pid is not None
+    killer = threading.Timer(0.7, os.killpg, (server.pid, signal.SIGKILL))
+    killer.start()
+    batch = pair.generate(requests, sampling, return_routes=True)
+    killer.join()
+    assert batch.stats.extra["engines_lost"] == 1
+    assert [r.response_ids for r in batch.responses] == [r.response_ids for r in before.responses]
+    assert_matches(batch.responses, tiny, merged)
+    with pytest.raises(RolloutError, match="killed by signal 9"):
+        pair.ensure_alive()
+    # The next push starts it anew first.
+    pair.update_weights(tiny.gates().items(), 4)
+    pair.ensure_alive()
+    after = pair.generate(make_requests(32, seed=3), SamplingParams(8), return_routes=True)
+    assert after.stats.extra["engines_lost"] == 0
+    assert_matches(after.responses, tiny)
+    assert {replica.label for replica in pair.replicas} == {"4"}
+
+
+def test_an_engine_that_dies_between_two_rollouts_is_back_at_the_next_push(pair: SGLangEngine, tiny: TinyModel) -> None:
+    server = pair.replicas[0].server
+    assert server is not None
+    assert server.pid is not None
+    os.killpg(server.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while server.alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pair.update_weights(tiny.gates().items(), 5)
+    batch = pair.generate(make_requests(16, seed=4), SamplingParams(8), return_routes=True)
+    assert_matches(batch.responses, tiny)
+
+
+@pytest.fixture
+def routed(pair: SGLangEngine, tmp_path: Any) -> Iterator[SGLangEngine]:
+    key = tmp_path / "key"
+    key.write_text(pair.replicas[0].api_key or "")
+    urls = tuple(replica.url for replica in pair.replicas)
+    config = SGLangConfig(
+        urls=urls, api_key_file=str(key), router="own", log_path=str(tmp_path / "log"), retry_backoff_s=0.1, request_timeout_s=120.0
+    )
+    engine = SGLangEngine(config, SHAPE)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def test_sglangs_router_in_front(routed: SGLangEngine, pair: SGLangEngine, tiny: TinyModel) -> None:
+    merged = tiny.merged_gates(seed=33)
+    routed.update_weights(merged.items(), 6)
+    requests = make_requests(32, seed=5)
+    batch = routed.generate(requests, SamplingParams(16), return_routes=True)
+    assert_matches(batch.responses, tiny, merged)
+    for replica in pair.replicas:
+        replica.label = "6"
+    direct = pair.generate(requests, SamplingParams(16), return_routes=True)
+    assert [r.response_ids for r in batch.responses] == [r.response_ids for r in direct.responses]
+    stopped = routed.generate(
+        [r.__class__(r.prompt_ids, r.seed, key=str(i), group=i) for i, r in enumerate(requests)],
+        SamplingParams(100, stop_token_ids=(5, 6, 7)),
+        return_routes=True,
+        enough=4,
+    )
+    assert len(stopped.finished) == 4
