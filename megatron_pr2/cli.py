@@ -1,4 +1,4 @@
-"""The command line: `megatron-pr2 train`, `megatron-pr2 report`."""
+"""The command line: `megatron-pr2 train`, `megatron-pr2 report`, `megatron-pr2 doctor`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_pr2.errors import PR2Error
+from megatron_pr2.errors import ConfigError, PR2Error
+
+if TYPE_CHECKING:
+    from megatron_pr2.rollout.doctor_findings import Diagnosis
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +75,73 @@ def report(
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error
     _print_result(run, path)
+
+
+@app.command()
+def doctor(
+    engine: Annotated[list[str], typer.Option(help="Base URL of a running SGLang server or router; repeat it for several.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the checkpoint that the engines run: routes and log-probs are compared with Transformers."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the engines' API key; never give a key itself.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.", min=0.1)] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object only.")] = False,
+) -> None:
+    """Examines running SGLang engines: can their routes be replayed, and if not, what has to be changed?
+
+    Checks reachability, key, version, flags, routes (shape, validity, repetition), prefix-cache flush, weight version and push,
+    and latency. With --model also a handshake: the same prompt through Transformers has to take the same routes.
+
+    Can be run beside other requests: it sends a dozen probes and flushes the prefix cache only while the engine is idle.
+    FAIL: replay would be wrong or impossible. WARN: read it. SKIP: could not be checked, and why.
+    Exit code 0 if no check failed, else 1. The last line printed is a JSON object with all findings.
+
+    Example: megatron-pr2 doctor --engine http://127.0.0.1:30000 --model checkpoints/qwen3 --api-key-file key.txt
+    """
+    from megatron_pr2.rollout.doctor import diagnose
+
+    try:
+        key = _read_key(api_key_file)
+    except PR2Error as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from error
+    diagnoses = []
+    for url in engine:
+        diagnoses.append(diagnose(url, api_key=key, model=model, timeout_s=timeout))
+        if not as_json:
+            _print_diagnosis(diagnoses[-1])
+    healthy = not any(diagnosis.failed for diagnosis in diagnoses)
+    typer.echo(json.dumps({"ok": healthy, "engines": [diagnosis.as_json() for diagnosis in diagnoses]}))
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _read_key(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
+    if not key or any(character.isspace() or not character.isascii() for character in key):
+        raise ConfigError(f"--api-key-file {file}: expected one key, without blanks")
+    return key
+
+
+def _print_diagnosis(diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colors = {"OK": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
+    table = Table(title=Text(diagnosis.url), title_justify="left", show_lines=False)
+    for heading in ("check", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in diagnosis.findings:
+        status = Text(finding.status.value, style=colors[finding.status.value])
+        table.add_row(Text(finding.check), status, Text(finding.detail), Text(finding.fix))
+    Console().print(table)
 
 
 def _print_result(directory: Path, report_path: Path | None = None) -> None:

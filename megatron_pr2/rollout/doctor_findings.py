@@ -1,0 +1,56 @@
+"""What the doctor finds: one finding per check, and all of them about one URL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """How a check ended; SKIP: it could not be made."""
+
+    OK = "OK"
+    WARN = "WARN"
+    FAIL = "FAIL"
+    SKIP = "SKIP"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, how it ended, what was seen, and what to do about it."""
+
+    check: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+@dataclass
+class Diagnosis:
+    """All findings about one URL, in the order of the checks."""
+
+    url: str
+    findings: list[Finding] = field(default_factory=list)
+
+    def ok(self, check: str, detail: str) -> None:
+        self.findings.append(Finding(check, Status.OK, detail))
+
+    def warn(self, check: str, detail: str, fix: str) -> None:
+        self.findings.append(Finding(check, Status.WARN, detail, fix))
+
+    def fail(self, check: str, detail: str, fix: str) -> None:
+        self.findings.append(Finding(check, Status.FAIL, detail, fix))
+
+    def skip(self, check: str, detail: str, fix: str) -> None:
+        self.findings.append(Finding(check, Status.SKIP, detail, fix))
+
+    @property
+    def failed(self) -> bool:
+        """Whether any check failed."""
+        return any(finding.status is Status.FAIL for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: {"url", "ok", "findings": [{"check", "status", "detail", "fix"}]}."""
+        findings = [{"check": f.check, "status": f.status.value, "detail": f.detail, "fix": f.fix} for f in self.findings]
+        return {"url": self.url, "ok": not self.failed, "findings": findings}
