@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +48,23 @@ def test_bench_routes_decodes_the_same() -> None:
     ours, usual = report["cases"][-2:]
     assert usual["result_bytes"] == 4 * ours["result_bytes"]
     sys.stdout.write(f"ours against json + numpy: {ours['mb_per_s'] / usual['mb_per_s']:.1f} times as fast\n")
+
+
+@pytest.mark.slow
+@pytest.mark.sglang
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers are of a CPU engine")
+def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: Path) -> None:
+    """Engine and trainer compute in bf16: some experts differ before replay, all are replayed, and the gap shrinks."""
+    settings = ["rollout.prompts=16", "rollout.responses=4", "rollout.max_new_tokens=24", "algorithm.mini_steps=1"]
+    settings.append(f"model.path={tiny_checkpoint}")
+    command = [sys.executable, str(ROOT / "tools/bench_mismatch.py"), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    sys.stdout.write(f"{report}\n")
+    assert report["responses_identical"]
+    assert 0.9 < report["route_agreement_before_replay"] < 1.0
+    assert report["missing_routes"] == 0
+    assert report["gap_with_replay"]["kl"] < 0.5 * report["gap_without_replay"]["kl"]
+    assert report["gap_with_replay"]["mean"] < report["gap_without_replay"]["mean"]
