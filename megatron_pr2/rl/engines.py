@@ -34,11 +34,10 @@ def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:
         "dtype": config.model.dtype,
         "log_path": None if rollout.urls else str(Path(config.run) / "sglang.log"),
     }
-    known = {entry.name: entry for entry in fields(SGLangConfig)}
+    allowed = {entry.name for entry in fields(SGLangConfig)} - {"urls", "model_path", "engines", "router"}
     for name in rollout.sglang:
-        if name not in known or name in ("urls", "model_path", "engines", "router"):
-            allowed = ", ".join(sorted(set(known) - {"urls", "model_path", "engines", "router"}))
-            raise ConfigError(f"rollout.sglang.{name}: not a setting here; expected one of {allowed}")
+        if name not in allowed:
+            raise ConfigError(f"rollout.sglang.{name}: not a setting here; expected one of {', '.join(sorted(allowed))}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in rollout.sglang.items()}
     try:
         return SGLangConfig(**{**settings, **given})

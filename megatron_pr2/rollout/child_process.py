@@ -32,11 +32,17 @@ _LOG_LINES = 20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port on an address of this machine that was free a moment ago; OSError if it is none of this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def base_url(address: str, port: int) -> str:
+    """Where this machine reaches a server that listens on an address; a wildcard is reached over loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def die_with_parent() -> None:

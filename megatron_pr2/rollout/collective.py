@@ -84,18 +84,7 @@ class CollectiveEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank walks the weights (exporting them is collective); rank 0 sends them."""
-        iterator = iter(weights)
-        failure: Exception | None = None
-        try:
-            if self._engine is not None:
-                self._engine.update_weights(iterator, version)
-        except Exception as error:
-            failure = error
-        try:
-            for _ in iterator:  # exporting is collective: keep in step with the other ranks, also after a failure
-                pass
-        except Exception as error:
-            failure = failure or error
+        _, failure = _walked(weights, lambda part: self._engine.update_weights(part, version) if self._engine is not None else None)
 
         def outcome(_: RolloutEngine) -> None:
             if failure is not None:
@@ -119,19 +108,9 @@ class CollectiveEngine:
         if not self.takes_owned_weights:
             raise RolloutError(f"the {self.name} engine takes the whole model from one rank: call update_weights()")
         targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version))
-        iterator = iter(owned)
-        sent, failure = 0, None
         try:
-            try:
-                sent = self._push_part(iterator, targets)
-            except Exception as error:
-                failure = _describe(error)
-            try:
-                for _ in iterator:  # exporting is collective: keep in step with the other ranks, also after a failure
-                    pass
-            except Exception as error:
-                failure = failure or _describe(error)
-            self._agree_on_push(failure, sent)
+            sent, failure = _walked(owned, lambda part: self._push_part(part, targets))
+            self._agree_on_push(None if failure is None else _describe(failure), sent or 0)
             self._on_rank_0(lambda engine: cast(PushEngine, engine).finish_push(version))
         except BaseException:
             self._abandon_push()
@@ -224,6 +203,28 @@ class CollectiveEngine:
             environment, told = outcome[0]
             # A failing environment is not to be mended by another engine, so that nobody tries.
             raise EnvironmentFailed(told) if environment else RolloutError(told)
+
+
+def _walked(
+    weights: Iterable[tuple[str, torch.Tensor]], send: Callable[[Iterable[tuple[str, torch.Tensor]]], T]
+) -> tuple[T | None, Exception | None]:
+    """What sending the weights gave, and the first failure; they are walked to the end in any case.
+
+    Exporting is collective: a rank has to keep in step with the others, also after a failure.
+    """
+    iterator = iter(weights)
+    sent: T | None = None
+    failure: Exception | None = None
+    try:
+        sent = send(iterator)
+    except Exception as error:
+        failure = error
+    try:
+        for _ in iterator:
+            pass
+    except Exception as error:
+        failure = failure or error
+    return sent, failure
 
 
 def _describe(error: Exception) -> str:

@@ -56,11 +56,6 @@ class Episode:
         """Tokens whose row is known, or None where routes are not asked for."""
         return self._routes.rows if self._return_routes else None
 
-    @property
-    def route_bytes(self) -> int:
-        """Bytes of the rows so far, as tables."""
-        return self._routes.nbytes
-
     def continues(self, request: RolloutRequest, sampling: SamplingParams, *, return_routes: bool) -> bool:
         """Whether this is the unfinished response that a request asks to go on with."""
         return (

@@ -15,7 +15,7 @@ from megatron_pr2.rollout.base import Progress, RolloutResponse, SamplingParams
 from megatron_pr2.rollout.episode import Episode
 from megatron_pr2.rollout.route_spill import RouteSpill
 from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_fleet import Fleet, unexpected_abort
+from megatron_pr2.rollout.sglang_fleet import Fleet
 from megatron_pr2.rollout.sglang_http import EngineDiedError, TimedOutError, TooLongError, UnavailableError
 from megatron_pr2.rollout.sglang_routes import AnswerError
 from megatron_pr2.rollout.sglang_wire import Sampled
@@ -134,7 +134,7 @@ class RolloutCall:
             sampled = await self._fleet.attempt(episode, self._sampling, where)
             if sampled.finish == "abort":
                 if halts == self._fleet.halts and not self._stopping:
-                    raise unexpected_abort(where)
+                    raise AnswerError(f"{where}: the server aborted the request; the response is lost")
                 self.counts["interrupted"] += 1
             if sampled.invalid_rows and episode.failures < self._config.rerolls:
                 raise RouteError(

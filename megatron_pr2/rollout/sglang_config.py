@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -202,6 +203,15 @@ class SGLangConfig:
                 "or hide the GPUs with CUDA_VISIBLE_DEVICES='' for a CPU engine"
             )
         return self.device
+
+    def client_settings(self) -> dict[str, Any]:
+        """What every client of these servers is told: HttpClient's arguments of the same meaning."""
+        return {
+            "concurrency": self.concurrency,
+            "timeout_s": self.request_timeout_s,
+            "retries": self.retries,
+            "backoff_s": self.retry_backoff_s,
+        }
 
     def read_api_key(self) -> str | None:
         """The key in `api_key_file`, None without one.

@@ -19,7 +19,7 @@ from megatron_pr2.rollout.episode import Episode
 from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_http import EngineDiedError, HttpClient, TimedOutError
 from megatron_pr2.rollout.sglang_replica import SGLangReplica
-from megatron_pr2.rollout.sglang_routes import AnswerError, parse_body
+from megatron_pr2.rollout.sglang_routes import parse_body
 from megatron_pr2.rollout.sglang_wire import Ask, Sampled
 
 logger = logging.getLogger(__name__)
@@ -263,8 +263,3 @@ class Fleet:
 
     async def _post(self, replica: SGLangReplica, path: str, payload: dict[str, Any]) -> None:
         await replica.http.body("POST", path, payload, where=replica.name)
-
-
-def unexpected_abort(where: str) -> AnswerError:
-    """An attempt that ended as aborted although nobody here asked for it."""
-    return AnswerError(f"{where}: the server aborted the request; the response is lost")

@@ -44,16 +44,7 @@ class Front:
             self._router = SGLangRouter(list(self._url_of.values()), api_key=key, bind=config.bind, log_path=log)
             self._router.start()
             url = self._router.url
-        self._http = HttpClient(
-            url,
-            api_key=key,
-            concurrency=config.concurrency,
-            timeout_s=config.request_timeout_s,
-            retries=config.retries,
-            backoff_s=config.retry_backoff_s,
-            why_dead=self._why_dead,
-            loop=self._loop,
-        )
+        self._http = HttpClient(url, api_key=key, why_dead=self._why_dead, loop=self._loop, **config.client_settings())
         self._prove(self._http, f"router {url}")
         return self._http
 

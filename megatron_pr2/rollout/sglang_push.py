@@ -14,10 +14,10 @@ import ipaddress
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -37,38 +37,6 @@ _ABANDON_TIMEOUT_S = 10.0
 # SGLang waits so long for what is still running: of a request whose client went away it learns seconds later.
 FLUSH = "/flush_cache?timeout=30"
 _HEALTH_TIMEOUT_S = 5.0
-
-
-class Client(Protocol):
-    """What pushing needs of a client; HttpClient is one."""
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]: ...
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
-
-    async def json(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        *,
-        where: str,
-        max_bytes: int = ...,
-        retry: bool = ...,
-        timeout_s: float | None = ...,
-    ) -> Any: ...
-
-    async def body(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        *,
-        where: str,
-        max_bytes: int = ...,
-        retry: bool = ...,
-        timeout_s: float | None = ...,
-    ) -> bytearray: ...
 
 
 @dataclass(frozen=True)
@@ -148,7 +116,7 @@ class PushSession:
         where: names the update in errors.
     """
 
-    def __init__(self, http: Client, where: str = WHERE) -> None:
+    def __init__(self, http: HttpClient, where: str = WHERE) -> None:
         self._http = http
         self._where = where
         self._has_sessions = True
@@ -246,7 +214,7 @@ class WeightSender:
             caller's. By default the sender makes and closes its own.
     """
 
-    def __init__(self, targets: Sequence[PushTarget] = (), *, client: Callable[[PushTarget], Client] | None = None) -> None:
+    def __init__(self, targets: Sequence[PushTarget] = (), *, client: Callable[[PushTarget], HttpClient] | None = None) -> None:
         self._client = client
         self._links: dict[PushTarget, _Link] = {}
         self.retarget(targets)
@@ -309,7 +277,7 @@ class WeightSender:
 class _Link:
     """A target, its client and its channel."""
 
-    def __init__(self, target: PushTarget, client: Callable[[PushTarget], Client] | None) -> None:
+    def __init__(self, target: PushTarget, client: Callable[[PushTarget], HttpClient] | None) -> None:
         self.target = target
         self._own: HttpClient | None = None
         if client is not None:

@@ -41,7 +41,6 @@ class SGLangReplica:
         load: attempts in flight.
         paused: told to pause for a weight update; its health check fails until it goes on.
         max_length: tokens of prompt and response together that it takes at most; None where it does not say.
-        release: version numbers of its SGLang.
     """
 
     def __init__(self, index: int, config: SGLangConfig, shape: ModelShape, *, url: str | None, api_key: str | None) -> None:
@@ -59,7 +58,6 @@ class SGLangReplica:
         self.pushed = False
         self.paused = False
         self.max_length: int | None = None
-        self.release: tuple[int, ...] = ()
         self._session: PushSession | None = None
         self._target: PushTarget | None = None
         self._url = url or ""
@@ -118,7 +116,7 @@ class SGLangReplica:
         assert self._target is not None
         return self._target
 
-    def start(self, loop: LoopThread) -> None:
+    def start(self, loop: LoopThread | None) -> None:
         """Starts the own server, or attaches; returns when a probe came back with valid routes.
 
         Args:
@@ -148,22 +146,15 @@ class SGLangReplica:
             self.server.stop()
         self.unusable = "it was stopped"
 
-    def _connect(self, loop: LoopThread) -> None:
+    def _connect(self, loop: LoopThread | None) -> None:
         config = self.config
-        settings: dict[str, Any] = {
-            "concurrency": config.concurrency,
-            "timeout_s": config.request_timeout_s,
-            "retries": config.retries,
-            "backoff_s": config.retry_backoff_s,
-            "why_dead": self.why_dead,
-        }
+        settings = config.client_settings()
         if isinstance(self.server, InProcessServer):
-            self._http = self.server.client(**settings)
+            self._http = self.server.client(why_dead=self.why_dead, **settings)
         else:
-            self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, **settings)
+            self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
         info = self.get("/server_info")
         check_server_info(info, self.name)
-        self.release = wire.parse_release(info.get("version"), self.name)
         self._session = PushSession(self._http)
         self._target = push_target(config, self._url, self.api_key, info, self.name)
         limit = info.get("max_req_input_len")

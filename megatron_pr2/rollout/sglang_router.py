@@ -29,7 +29,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.child_process import ChildProcess, free_port
+from megatron_pr2.rollout.child_process import ChildProcess, base_url, free_port
 from megatron_pr2.rollout.sglang_router_launch import API_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class SGLangRouter:
             "prometheus_host": "127.0.0.1",
             "prometheus_port": metrics_port,
             # An empty list would let every web page that a browser on this machine shows call the router.
-            "cors_allowed_origins": [_base_url(host, port)],
+            "cors_allowed_origins": [base_url(host, port)],
             # Its log names every request at "info".
             "log_level": "warn",
             "history_backend": "none",
@@ -161,7 +161,7 @@ class SGLangRouter:
         self.stop()
         began = time.monotonic()
         port = free_port()
-        self.url = _base_url(str(self._address), port)
+        self.url = base_url(str(self._address), port)
         command = [sys.executable, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
         self._process.start(command, _environment(self._api_key))
         try:
@@ -270,14 +270,6 @@ def _checked_address(bind: str, api_key: str | None) -> ipaddress.IPv4Address | 
     if not address.is_loopback and not api_key:
         raise ConfigError(f"router: bind={bind} can be reached from other machines: it needs an api_key, or use 127.0.0.1")
     return address
-
-
-def _base_url(host: str, port: int) -> str:
-    """The router's URL as a client on this machine reaches it."""
-    address = ipaddress.ip_address(host)
-    if address.is_unspecified:
-        host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _environment(api_key: str | None) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.child_process import ChildProcess
+from megatron_pr2.rollout.child_process import ChildProcess, base_url, free_port
 from megatron_pr2.rollout.sglang_config import SGLangConfig, is_loopback, server_environment
 from megatron_pr2.rollout.sglang_refusals import refusals, settings_from_flags
 
@@ -103,8 +102,12 @@ class SGLangServer:
         self.stop()
         assert self.config.model_path is not None
         check_weight_files(self.config.model_path)
-        port = _free_port(self.config.bind)
-        self.url = _base_url(self.config.bind, port)
+        bind = self.config.bind
+        try:
+            port = free_port(bind)
+        except OSError as error:
+            raise ConfigError(f"sglang.bind={bind!r} is no address of this machine: {error.strerror or error}") from error
+        self.url = base_url(bind, port)
         began = time.monotonic()
         try:
             self._process.start(self.command(port), self._environment())
@@ -184,19 +187,3 @@ def check_weight_files(model_path: str) -> None:
         f"sglang.model_path={model_path!r} holds {found}; only safetensors are loaded, because other formats can run code: save "
         "the model again with save_pretrained (Transformers writes safetensors)"
     )
-
-
-def _free_port(address: str) -> int:
-    """A TCP port on an address of this machine that was free a moment ago."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise ConfigError(f"sglang.bind={address!r} is no address of this machine: {error.strerror or error}") from error
-
-
-def _base_url(address: str, port: int) -> str:
-    """Where this machine reaches a server that listens on an address; a wildcard is reached over loopback."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -143,15 +143,13 @@ class SGLangServers:
     def _start_all(self) -> LoopThread:
         """Starts the replicas side by side; returns the loop that their clients run on."""
         server = self.replicas[0].server
-        loop = LoopThread()
-        if not isinstance(server, InProcessServer):
-            self._loop = loop
-            _together([lambda r=r: r.start(loop) for r in self.replicas])  # type: ignore[misc]
-            return loop
-        loop.close()
-        self.replicas[0].start(loop)
-        assert server.loop is not None
-        return server.loop
+        if isinstance(server, InProcessServer):  # it brings its own loop
+            self.replicas[0].start(None)
+            assert server.loop is not None
+            return server.loop
+        self._loop = loop = LoopThread()
+        _together([lambda r=r: r.start(loop) for r in self.replicas])  # type: ignore[misc]
+        return loop
 
 
 def _config_of(config: SGLangConfig, index: int, count: int) -> SGLangConfig:

@@ -26,11 +26,6 @@ class RouteSplice:
         self._parts: list[RouteTable] = []
         self.rows = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows as tables."""
-        return sum(part.nbytes for part in self._parts)
-
     def append(self, start: int, part: RouteTable, where: str) -> None:
         """Adds the rows of tokens start .. start + part.num_tokens - 2.
 
