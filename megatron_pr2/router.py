@@ -16,6 +16,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_pr2.errors import AttachError
+
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -70,32 +72,46 @@ class PredictiveTopKRouter(TopKRouter):
             self.config = fused
 
 
-class _Capture:
-    """Takes the ids that Megatron-Core's selection arrives at."""
+class _Selected(Exception):
+    """Carries the selected ids out of Megatron-Core's routing, which would go on to build dense maps that nobody wants."""
 
-    ids: Tensor
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        self.ids = ids
+
+
+class _Selection:
+    """Takes the ids that Megatron-Core's selection arrives at, and leaves."""
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
     ) -> tuple[Tensor, Tensor]:
-        chosen, self.ids = default_compute_topk(scores, topk, num_groups, group_topk)
-        return chosen, self.ids
+        raise _Selected(default_compute_topk(scores, topk, num_groups, group_topk)[1])
 
 
 @torch.no_grad()
 def select_experts(router: TopKRouter, logits_TE: Tensor) -> Tensor:
-    """Expert ids [T, K] that this router's own selection rule picks from given logits (groups, expert bias included)."""
+    """Expert ids [T, K] that this router's own selection rule picks from given logits (groups, expert bias included).
+
+    The rule is Megatron-Core's code, left as soon as it has chosen: ties, dtypes and score functions are decided there, and the
+    gate weights and [T, E] maps that follow are never made.
+    """
     if logits_TE.shape[0] == 0:
         return torch.zeros(0, router.topk, dtype=torch.long, device=logits_TE.device)
-    capture = _Capture()
-    topk_routing_with_score_function(
-        logits_TE,
-        router.topk,
-        use_pre_softmax=router.config.moe_router_pre_softmax,
-        num_groups=router.config.moe_router_num_groups,
-        group_topk=router.config.moe_router_group_topk,
-        score_function=router.score_function,
-        expert_bias=router.expert_bias,
-        router_replay=capture,
+    try:
+        topk_routing_with_score_function(
+            logits_TE,
+            router.topk,
+            use_pre_softmax=router.config.moe_router_pre_softmax,
+            num_groups=router.config.moe_router_num_groups,
+            group_topk=router.config.moe_router_group_topk,
+            score_function=router.score_function,
+            expert_bias=router.expert_bias,
+            router_replay=_Selection(),
+        )
+    except _Selected as selected:
+        return selected.ids
+    raise AttachError(
+        "topk_routing_with_score_function() did not ask router_replay for its experts: this release of Megatron-Core routes "
+        "otherwise than 0.16, which selection and replay rely on"
     )
-    return capture.ids
