@@ -9,6 +9,7 @@
             forward_backward(session.forward_step(forward_step))
         optimizer.step()
         report = pr2.step(lr=policy_lr)
+    pr2.end_rollout()
     engine.update_weights(pr2.engine_weights(names_and_tensors))
 """
 
@@ -31,12 +32,13 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError, RouteError
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
+from megatron_pr2.forecast import Forecast
 from megatron_pr2.gates import merge_gates
 from megatron_pr2.groups import communication_device, every_layer, everyone, gathered, token_group, whole_model
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
-from megatron_pr2.predictor import RoutePredictor, predicted_logits
-from megatron_pr2.replay import MicroBatch, Observer, ReplaySession
+from megatron_pr2.predictor import RoutePredictor, merge_gate
+from megatron_pr2.replay import MicroBatch, Observer, Predict, ReplaySession
 from megatron_pr2.replica import find_replica
 from megatron_pr2.route_store import RouteStore
 from megatron_pr2.routes import RouteTable
@@ -50,7 +52,8 @@ from megatron_pr2.sequences import (
     sampled_tokens,
     too_many_missing,
 )
-from megatron_pr2.sites import RouterSite, check_config, unwrapped, upgrade_routers
+from megatron_pr2.sites import check_config, unwrapped, upgrade_routers
+from megatron_pr2.strategies import make_predictor
 from megatron_pr2.tokens import TokenIndex
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class PR2:
         replica, token_group: the ranks that train the same sequences, and those that hold other tokens of the same layers.
         sequences, tokens: the rollout batch at work (without its routes), and its tokens as one axis.
         measurement: what its passes leave behind: features, drift, the predictor's gradient.
+        forecast: over how many updates a prediction reaches, and the policy's optimizer.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
@@ -78,24 +82,14 @@ class PR2:
         check_config(self.model_config)
         check_live_layout(self.model_config, communication_device())
         self.sites, self.moe_layers = upgrade_routers(self._chunks)
-        hidden, experts = self.model_config.hidden_size, self.model_config.num_moe_experts
+        experts = self.model_config.num_moe_experts
         device = next((p.device for chunk in self._chunks for p in chunk.parameters()), communication_device())
         if device.type == "cpu" and communication_device().type == "cuda":
             raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
         self.token_group = token_group(self.model_config.sequence_parallel)
         self.replica = find_replica([site.column for site in self.sites], self.model_config.sequence_parallel)
-        self.predictor: RoutePredictor | None = None
-        if config.learns:
-            self.predictor = RoutePredictor(
-                len(self.sites),
-                experts,
-                hidden,
-                target=config.target,
-                score_function=self.model_config.moe_router_score_function,
-                betas=config.betas,
-                eps=config.eps,
-                device=device,
-            )
+        self.predictor: RoutePredictor | None = make_predictor(config, self.model_config, len(self.sites), device)
+        self.forecast = Forecast(config, self.model_config, self.sites, self.predictor, self.token_group, device)
         self.measurement = Measurement(
             config, self.model_config, self.sites, self.predictor, self.replica, device
         )
@@ -112,6 +106,17 @@ class PR2:
         self.tokens = TokenIndex({})
         self.sequences: tuple[ReplaySequence, ...] = ()
         self._attached = True
+
+    def follow(self, optimizer: Any) -> None:
+        """Tells which optimizer trains the policy; predictor="momentum" reads from it how the gates move, after every update.
+
+        Args:
+            optimizer: Megatron-Core's, sharded or not (megatron_pr2.optimizer_moments). Other strategies need none and ignore it.
+
+        Raises:
+            AttachError: it does not train the gates.
+        """
+        self.forecast.watch(optimizer)
 
     @property
     def features(self) -> FeatureStore:
@@ -172,7 +177,8 @@ class PR2:
         sampled = sampled_tokens(
             sequences, tokens, valid if from_engine else None, self.config.seed, self.config.sample_fraction
         )
-        self.measurement.begin(tokens, sampled)
+        self.forecast.end_batch()
+        self.measurement.begin(self.sequences, tokens, sampled, self.forecast.known_horizon(self.sequences))
         return RolloutReport(total, missing, self.routes.table_bytes)
 
     def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -197,7 +203,7 @@ class PR2:
                 `min_agreement`: routes and tokens are not aligned.
         """
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
-        predict = self._predict if self.config.routes == "actor" and self.predictor is not None else None
+        predict = self.measurement.predict if self.config.routes == "actor" and self.predictor is not None else None
         self._require_attached()
         self._agree_on_pass(micro_batches)
         self.measurement.open_log_prob_pass(micro_batches)
@@ -234,10 +240,11 @@ class PR2:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         mode = "replay" if self.config.replays else "live"
         self._require_attached()
+        self.forecast.require_optimizer()
         self._agree_on_pass(micro_batches)
         brought = False
         try:
-            brought = self.measurement.open_training_pass(micro_batches, learning=self.predictor is not None and mini_step >= 2)
+            brought = self.measurement.open_training_pass(micro_batches, learning=self.config.learns and mini_step >= 2)
             with self._session(micro_batches, mode, self.measurement.compare, None) as session:
                 yield session
         except BaseException:
@@ -245,6 +252,7 @@ class PR2:
             raise
         finally:
             self.measurement.close_training_pass(brought)
+        self.forecast.ran(mini_step)
 
     def step(self, lr: float) -> dict[str, Any]:
         """Ends a mini-step: updates the predictor (if it was learning) with alpha * lr and reads the drift metrics.
@@ -256,22 +264,45 @@ class PR2:
 
         Returns:
             "drift": means per MoE layer of the whole model (megatron_pr2.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
-            weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of.
+            weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
+            "hold_back", where a prediction can be held back: per MoE layer of the whole model `beta`, which this batch was rolled
+            out with, `lift`, the gain in agreement over all mini-steps that was expected of it, and `lift_error`, its standard
+            error.
+
+        Raises:
+            AttachError: predictor="momentum" and the optimizer does not train the gates with Adam.
         """
         update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
         measured = self.measurement
-        if self.predictor is not None and measured.learning:
-            update = self.predictor.step(self.config.alpha * lr, self.token_group)
+        if self.predictor is not None:
+            if measured.learning:
+                measured.learning = False
+                update = self.predictor.step(self.config.alpha * lr, self.token_group)
+            if self.config.follows:
+                self.forecast.update()
+                update["weight_norm"] = self.predictor.weight_norm()
         absent, drift = measured.features_absent, measured.drift.read(self.token_group)
+        if measured.hold_back is not None:
+            measured.hold_back.read(self.token_group)
         measured.discard()
-        drift, update = whole_model([site.column for site in self.sites], drift, update)
-        return {"drift": drift, "predictor": update, "features_absent": absent}
+        held = {} if measured.hold_back is None else measured.hold_back.used
+        columns = [site.column for site in self.sites]
+        per_layer, update = whole_model(columns, drift | {f"hold_back.{name}": values for name, values in held.items()}, update)
+        report = {"drift": {name: per_layer[name] for name in drift}, "predictor": update, "features_absent": absent}
+        if held:
+            report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
+        return report
 
     def end_rollout(self) -> None:
-        """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective."""
+        """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective.
+
+        What the batch says of the prediction counts from the next push on; without this call from the push after the next
+        begin_rollout() on.
+        """
         self.tokens, self.sequences = TokenIndex({}), ()
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
-        self.measurement.begin(self.tokens, np.zeros(0, dtype=bool))
+        self.measurement.end()
+        self.forecast.end_batch()
 
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
@@ -301,7 +332,7 @@ class PR2:
         """
         if self.predictor is None:
             return iter(weights)
-        own = {site.layer: self.predictor.weight_LEH[site.local] for site in self.sites}
+        own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
         return merge_gates(weights, own if own_stage else every_layer(own))
 
     @contextmanager
@@ -309,9 +340,9 @@ class PR2:
         """The model itself with W + W_p in its gates, for an embedded rollout; the gates come back bit-identical."""
         saved = [site.router.weight.data for site in self.sites]
         try:
-            if self.predictor is not None:
-                for site in self.sites:
-                    site.router.weight.data = self.predictor.merged(site.local, site.router.weight.data)
+            for site in self.sites:
+                if (w_EH := self.measurement.prediction(site)) is not None:
+                    site.router.weight.data = merge_gate(site.router.weight.data, w_EH)
             yield
         finally:
             for site, data in zip(self.sites, saved, strict=True):
@@ -355,7 +386,7 @@ class PR2:
             )
 
     def _session(
-        self, micro_batches: Sequence[MicroBatch], mode: str, observer: Observer | None, predict: Any
+        self, micro_batches: Sequence[MicroBatch], mode: str, observer: Observer | None, predict: Predict | None
     ) -> ReplaySession:
         self._require_attached()
         return ReplaySession(
@@ -368,10 +399,6 @@ class PR2:
             observer=observer,
             predict=predict,
         )
-
-    def _predict(self, site: RouterSite, h_TH: Tensor, p_TE: Tensor) -> Tensor:
-        assert self.predictor is not None
-        return predicted_logits(h_TH, p_TE, self.predictor.weight_LEH[site.local]).to(p_TE.dtype)
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:

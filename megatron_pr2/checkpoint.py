@@ -8,12 +8,17 @@ each rank takes the layers that it has. A rollout batch at work can be kept as w
     pr2.predictor.layers.<layer>.weight                   [E, H] fp32
     pr2.predictor.layers.<layer>.exp_avg, .exp_avg_sq     [E, H] fp32, Adam's
     pr2.predictor.layers.<layer>.step                     [] fp32, Adam's; 0 before the first update
+    pr2.predictor.layers.<layer>.momentum                 [E, H] fp32, the extrapolation of predictor="momentum"
+    pr2.predictor.layers.<layer>.horizon                  [] fp32, updates that it is made for
+    pr2.predictor.layers.<layer>.hold_back                [rows, steps] fp64, what predictions were worth (megatron_pr2.hold_back)
+
+Each is there if the strategy that wrote has it; a strategy that reads takes what it knows, and starts the rest anew.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +32,13 @@ from megatron_pr2 import checkpoint_files as files
 from megatron_pr2.attach import PR2
 from megatron_pr2.checkpoint_rollout import load_rollout, sharded_rollout
 from megatron_pr2.errors import CheckpointError
-from megatron_pr2.predictor import RoutePredictor
 
 __all__ = ["load", "load_rollout", "load_sharded_state_dict", "save", "sharded_state_dict"]
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "pr2.predictor.layers."
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+HOLD_BACK = "hold_back"
 
 
 def save(pr2: PR2, directory: str | Path, *, rollout: bool = False) -> None:
@@ -88,52 +92,45 @@ def sharded_state_dict(pr2: PR2, *, rollout: bool = False, load_from: str | Path
         CheckpointError: the checkpoint is of a model of another size.
     """
     if load_from is None:
-        state = _shards(pr2, _current(pr2.predictor)) if pr2.predictor is not None else {}
+        state = _shards(pr2, None) if pr2.predictor is not None else {}
         return {**state, **sharded_rollout(pr2)} if rollout else state
-    if not _has_predictor(pr2, files.shapes(Path(load_from)), load_from):
+    found = files.shapes(Path(load_from))
+    if not _has_predictor(pr2, found, load_from):
         return {}
-    return _shards(pr2, None)
+    return _shards(pr2, found)
 
 
 def load_sharded_state_dict(pr2: PR2, state: dict[str, Any] | None) -> None:
     """Takes what `dist_checkpointing.load` made of :func:`sharded_state_dict`; nothing (None, or empty) means W_p = 0."""
-    predictor = pr2.predictor
-    if predictor is None:
+    if pr2.predictor is None:
         return
     loaded = {key: tensor for key, tensor in (state or {}).items() if key.startswith(PREFIX)}
-    weight_LEH = torch.zeros_like(predictor.weight_LEH)
-    moments: dict[str, Tensor] = {}
-    if loaded and pr2.sites:
-        weight_LEH = _stacked(pr2, loaded, "weight")
-        moments = {name: _stacked(pr2, loaded, name) for name in _MOMENTS}
-        moments["step"] = _common_step(moments["step"])
-    optimizer = predictor.state_dict()["optimizer"]
-    # Before its first update Adam has no state, and makes it as zeros.
-    optimizer["state"] = {0: moments} if moments and moments["step"] > 0 else {}
-    predictor.load_state_dict({"weight": weight_LEH, "optimizer": optimizer})
+    names = sorted({key.rsplit(".", 1)[1] for key in loaded}) if pr2.sites else []
+    tensors = {name: _stacked(pr2, loaded, name) for name in names}
+    if pr2.measurement.hold_back is not None:
+        pr2.measurement.hold_back.load_state(tensors.pop(HOLD_BACK, None))
+    pr2.predictor.load_state(tensors)
 
 
-def _current(predictor: RoutePredictor) -> dict[str, Tensor]:
-    """W_p and Adam's state as [L, ...] tensors; zeros before the first update."""
-    state = predictor.state_dict()
-    weight_LEH = state["weight"]
-    moments = state["optimizer"]["state"].get(0)
-    if moments is None:
-        moments = {"exp_avg": torch.zeros_like(weight_LEH), "exp_avg_sq": torch.zeros_like(weight_LEH), "step": torch.tensor(0.0)}
-    step_L = moments["step"].expand(len(weight_LEH))
-    return {"weight": weight_LEH, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"], "step": step_L}
-
-
-def _shards(pr2: PR2, current: dict[str, Tensor] | None) -> dict[str, Any]:
-    """A ShardedTensor per layer and kind; without values when they are going to be loaded."""
+def _current(pr2: PR2) -> dict[str, Tensor]:
+    """Everything that prediction continues from as [L, ...] tensors."""
     assert pr2.predictor is not None
-    shape = pr2.predictor.weight_LEH.shape[1:]
+    state = pr2.predictor.state()
+    if pr2.measurement.hold_back is not None:
+        state[HOLD_BACK] = pr2.measurement.hold_back.state()
+    return state
+
+
+def _shards(pr2: PR2, wanted: Collection[str] | None) -> dict[str, Any]:
+    """A ShardedTensor per layer and kind; with `wanted` new ones for these keys, to be loaded into."""
     replica = _replica_id()
     state: dict[str, Any] = {}
-    for site in pr2.sites:
-        for name in ("weight", *_MOMENTS):
+    for name, tensors in _current(pr2).items():
+        for site in pr2.sites:
             key = f"{PREFIX}{site.layer}.{name}"
-            data = torch.empty(shape if name != "step" else ()) if current is None else current[name][site.local]
+            if wanted is not None and key not in wanted:
+                continue
+            data = tensors[site.local] if wanted is None else torch.empty_like(tensors[site.local])
             state[key] = ShardedTensor.from_rank_offsets(key, data, replica_id=replica)
     return state
 
@@ -151,7 +148,7 @@ def _has_predictor(pr2: PR2, found: files.Shapes, where: str | Path) -> bool:
     Raises:
         CheckpointError: it is of other layers, experts or another hidden size.
     """
-    ours = {key: shape for key, shape in found.items() if key.startswith(PREFIX) and key.endswith(".weight")}
+    ours = {key: shape for key, shape in found.items() if key.startswith(PREFIX) and key.endswith((".weight", ".momentum"))}
     if pr2.predictor is None:
         if ours:
             _say("%s has a predictor, but predictor='none' is configured: ignored", where)
@@ -159,8 +156,9 @@ def _has_predictor(pr2: PR2, found: files.Shapes, where: str | Path) -> bool:
     if not ours:
         _say("%s has no predictor: starting with W_p = 0", where)
         return False
-    experts_hidden = tuple(pr2.predictor.weight_LEH.shape[1:])
-    layers = sorted(int(key.removeprefix(PREFIX).removesuffix(".weight")) for key in ours)
+    config = pr2.model_config
+    experts_hidden = (config.num_moe_experts, config.hidden_size)
+    layers = sorted({int(key.removeprefix(PREFIX).split(".")[0]) for key in ours})
     if layers != list(pr2.moe_layers):
         raise CheckpointError(f"{where}: its predictor is of the MoE layers {layers}, the model has {list(pr2.moe_layers)}")
     for key, shape in ours.items():
@@ -172,18 +170,8 @@ def _has_predictor(pr2: PR2, found: files.Shapes, where: str | Path) -> bool:
     return True
 
 
-def _stacked(pr2: PR2, loaded: dict[str, Tensor], name: str) -> Tensor:
-    assert pr2.predictor is not None
-    parts = [loaded[f"{PREFIX}{site.layer}.{name}"] for site in pr2.sites]
-    return torch.stack(parts).to(pr2.predictor.weight_LEH.device if name != "step" else "cpu")
-
-
-def _common_step(step_L: Tensor) -> Tensor:
-    """Adam's step, which the layers of a rank share."""
-    if (step_L != step_L[0]).any():
-        # Possible only where the byte budget left one stage without any feature for a whole mini-step and others not.
-        logger.warning("the layers' predictors had different numbers of updates %s: Adam goes on from the largest", step_L.tolist())
-    return step_L.max()
+def _stacked(pr2: PR2, loaded: dict[str, Any], name: str) -> Tensor:
+    return torch.stack([loaded[f"{PREFIX}{site.layer}.{name}"] for site in pr2.sites])
 
 
 def _say(message: str, *arguments: object) -> None:

@@ -6,12 +6,13 @@ they are; a rank that reads takes those of its own sequences, layer by layer. Wh
 no difference, since features follow their token (megatron_pr2.feature_plan); in the old layout it is the old one, so that sums are
 formed in the old order.
 
-    pr2.rollout.sequences                  [N, 4] int64: id, length, loss_start, loss_stop
-    pr2.rollout.tokens                     [T, 2] uint8: has a route, is sampled; the sequences' tokens one after the other
+    pr2.rollout.sequences                  [N, 5] int64: id, length, loss_start, loss_stop, mini-step (0: not known)
+    pr2.rollout.tokens                     [T, 3] uint8: has a route, is sampled, is held out; one sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16
     pr2.rollout.layers.<layer>.p_old       [S, E] fp32
+    pr2.rollout.layers.<layer>.pushed, .pushed_momentum   [E, H] fp32: the W_p that the routes were predicted with
 
 Shape suffixes: T tokens of the rollout batch, S sampled tokens, L MoE layers of the whole model, K top-k, E experts, H hidden.
 """
@@ -52,12 +53,13 @@ class _Rollout:
 
     Attributes:
         sequences: with their routes where this rank has to be given them.
-        valid, sampled: per flat token index.
+        valid, sampled, held_out: per flat token index.
     """
 
     sequences: list[ReplaySequence]
     valid: npt.NDArray[np.bool_]
     sampled: npt.NDArray[np.bool_]
+    held_out: npt.NDArray[np.bool_]
 
 
 def sharded_rollout(pr2: PR2) -> dict[str, Any]:
@@ -71,13 +73,16 @@ def sharded_rollout(pr2: PR2) -> dict[str, Any]:
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:
-        spans = torch.tensor([[s.id, s.length, s.loss_start, s.loss_stop] for s in pr2.sequences], dtype=torch.int64)
-        marks = np.stack([pr2.routes.valid, pr2.feature_plan.sampled], axis=1).astype(np.uint8)
-        _put(state, SEQUENCES, spans.view(-1, 4), (first,), (all_sequences, 4))
-        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 2))
+        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0] for s in pr2.sequences]
+        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+        each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out
+        marks = np.stack(each, axis=1).astype(np.uint8)
+        _put(state, SEQUENCES, spans, (first,), (all_sequences, 5))
+        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 3))
     if pr2.config.replays:
         _put_routes(state, pr2, start, total)
     _put_features(state, pr2)
+    _put_in_use(state, pr2)
     return state
 
 
@@ -93,13 +98,20 @@ def load_rollout(pr2: PR2, directory: str | Path, sequences: Sequence[int]) -> R
     directory = Path(directory)
     reader = files.RowReader(directory)
     found = files.together(lambda: _read_rollout(pr2, reader, directory, sequences))
+    hold_back = pr2.measurement.hold_back
+    counted = None if hold_back is None else hold_back.state().clone()
     report = pr2.begin_rollout(found.sequences)
+    if hold_back is not None:
+        # The batch goes on: what its first mini-steps counted is not a whole observation.
+        hold_back.load_state(counted)
     if pr2.config.routes == "actor":
         # The actor recorded them; begin_rollout takes an engine's only.
         pr2.routes.begin(pr2.tokens, {s.id: s.routes for s in found.sequences if s.routes is not None}, found.valid)
     held, members = files.together(lambda: _held(pr2, reader, found.sampled))
+    pr2.measurement.held_out = found.held_out
     segment = pr2.feature_plan.restore(found.sampled, held, members)
     files.together(lambda: _read_features(pr2, reader, segment))
+    files.together(lambda: _read_in_use(pr2, reader))
     return report
 
 
@@ -146,25 +158,51 @@ def _put_features(state: dict[str, Any], pr2: PR2) -> None:
         start += len(segment.tokens)
 
 
+def _put_in_use(state: dict[str, Any], pr2: PR2) -> None:
+    if pr2.predictor is None or not pr2.sequences or not _first_of_stage():
+        return
+    if mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0:
+        return
+    for name, in_use_LEH in pr2.predictor.in_use().items():
+        for site in pr2.sites:
+            _put(state, _key(site.layer, name), in_use_LEH[site.local], (0,), tuple(in_use_LEH.shape[1:]))
+
+
+def _read_in_use(pr2: PR2, reader: files.RowReader) -> None:
+    """What the checkpoint has not stays as begin_rollout() left it."""
+    for name, in_use_LEH in pr2.predictor.in_use().items() if pr2.predictor is not None else ():
+        for site in pr2.sites:
+            if reader.shape(_key(site.layer, name)) is not None:
+                in_use_LEH[site.local].copy_(reader.read(_key(site.layer, name)))
+
+
 def _read_rollout(pr2: PR2, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:
     if reader.shape(SEQUENCES) is None:
         raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the one at work")
     rows = reader.read(SEQUENCES).numpy()
+    if rows.shape[1] != 5 or (reader.shape(TOKENS) or (0, 3))[1] != 3:
+        raise CheckpointError(
+            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 5); "
+            "load the checkpoint without it, and roll out anew"
+        )
     stops = np.cumsum(rows[:, 1])
     at = {int(row[0]): i for i, row in enumerate(rows)}
     if absent := [sid for sid in wanted if sid not in at]:
         raise CheckpointError(f"{directory}: its rollout batch has the sequences {sorted(at)}, not {absent}")
     tables = {}
-    marks = [np.zeros((0, 2), dtype=np.uint8)]
+    marks = [np.zeros((0, 3), dtype=np.uint8)]
     for sid in wanted:
         start, stop = int(stops[at[sid]] - rows[at[sid], 1]), int(stops[at[sid]])
         marks.append(reader.read(TOKENS, start, stop).numpy())
         if pr2.config.replays and pr2.routes.is_owner:
             tables[sid] = _read_table(pr2, reader, directory, start, stop, marks[-1][:, 0].astype(bool))
-    valid, sampled = np.concatenate(marks).astype(bool).T
+    valid, sampled, held_out = np.concatenate(marks).astype(bool).T
     spans = {sid: [int(n) for n in rows[at[sid]]] for sid in wanted}
-    sequences = [ReplaySequence(sid, length, first, stop, tables.get(sid)) for sid, length, first, stop in spans.values()]
-    return _Rollout(sequences, valid, sampled)
+    sequences = [
+        ReplaySequence(sid, length, first, stop, tables.get(sid), mini_step=mini_step or None)
+        for sid, length, first, stop, mini_step in spans.values()
+    ]
+    return _Rollout(sequences, valid, sampled, held_out)
 
 
 def _read_table(

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_pr2.errors import ConfigError
 
 ROUTES = ("live", "actor", "engine")
-PREDICTORS = ("none", "learned")
+PREDICTORS = ("none", "learned", "momentum", "learned+momentum")
 TARGETS = ("post", "delta")
 
 DELIVERIES = ("scatter", "local")
@@ -30,12 +30,22 @@ class PR2Config:
             engine).
         route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): "scatter" sends each its
             share from the first rank, "local" slices tables that every rank was given.
-        predictor: "none", or "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's drift).
+        predictor: what W_p comes from: "none", "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's
+            drift), "momentum" (the direction in which the policy's Adam moves the gate), or "learned+momentum".
         target: what the predictor matches: "post" = KL(rho_theta || q_hat), "delta" = KL of the softmax of the logit change.
         alpha: the predictor's learning rate is alpha times the policy's current one.
         betas, eps: the predictor's Adam.
+        momentum: c of W_p = c * horizon * (the gate's last update).
+        horizon: updates between the weights that a rollout is sampled under and those that train on it, on average; 0 takes
+            (kappa - 1) / 2 for the kappa mini-steps that it sees. More where an asynchronous pipeline is further behind.
+        hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers,
+            on sampled tokens that nothing learned from; 0 (exactly r3) until the gain is measured to be one.
+        held_out_share: share of the sampled tokens for that.
+        hold_back_decay: weight of a rollout batch in that measurement, relative to the next one's.
+        hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is believed.
         sample_fraction: share of the loss-bearing tokens of each sequence whose router inputs are kept as features, in (0, 1].
-        feature_bytes: byte budget of the features on this rank; whole sequences are dropped (and counted) beyond it.
+        feature_bytes: byte budget of the features on this rank; beyond it whole sequences, spread over the batch, are dropped,
+            counted and warned of.
         feature_device: "device" keeps features where they were computed, "cpu" in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
         min_agreement: smallest share of an engine's routes that the live router must agree with in the old-log-prob pass, on the
@@ -51,6 +61,12 @@ class PR2Config:
     alpha: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    momentum: float = 1.0
+    horizon: float = 0.0
+    hold_back: bool = True
+    held_out_share: float = 0.25
+    hold_back_decay: float = 0.9
+    hold_back_confidence: float = 2.0
     sample_fraction: float = 0.125
     feature_bytes: int = 4 << 30
     feature_device: str = "device"
@@ -74,10 +90,19 @@ class PR2Config:
             )
         _in_range("alpha", self.alpha, 0.0, None)
         _in_range("eps", self.eps, 0.0, None)
+        _in_range("momentum", self.momentum, 0.0, None)
+        _in_range("horizon", self.horizon, 0.0, None)
+        _in_range("hold_back_confidence", self.hold_back_confidence, 0.0, None)
         _in_range("max_missing_share", self.max_missing_share, 0.0, 1.0)
         _in_range("min_agreement", self.min_agreement, 0.0, 1.0)
         if not 0.0 < self.sample_fraction <= 1.0:
             raise ConfigError(f"pr2.sample_fraction={self.sample_fraction}: expected a share in (0, 1]")
+        if not 0.0 < self.held_out_share <= 1.0:
+            raise ConfigError(f"pr2.held_out_share={self.held_out_share}: expected a share in (0, 1]")
+        if not 0.0 < self.hold_back_decay < 1.0:
+            raise ConfigError(f"pr2.hold_back_decay={self.hold_back_decay}: expected a number in (0, 1)")
+        if self.hold_back and self.learns and self.held_out_share == 1.0:
+            raise ConfigError("pr2.held_out_share=1.0 leaves no sampled token to learn from; lower it, or set pr2.hold_back=false")
         if self.feature_bytes < 0:
             raise ConfigError(f"pr2.feature_bytes={self.feature_bytes}: expected a number of bytes >= 0")
         if self.seed < 0:
@@ -111,9 +136,19 @@ class PR2Config:
         return self.routes != "live"
 
     @property
+    def predicts(self) -> bool:
+        """Whether there is a predictor."""
+        return self.predictor != "none"
+
+    @property
     def learns(self) -> bool:
         """Whether a predictor is trained."""
-        return self.predictor == "learned"
+        return "learned" in self.predictor
+
+    @property
+    def follows(self) -> bool:
+        """Whether the predictor extrapolates the policy optimizer's momentum."""
+        return "momentum" in self.predictor
 
 
 def _is_number(value: Any) -> bool:

@@ -8,6 +8,7 @@ micro-batches, hence who holds and who needs what, and send only that; where not
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor
 from megatron_pr2.features import FeatureStore, Segment
 from megatron_pr2.layout import IntArray, TokenGrid
 from megatron_pr2.replica import RankGroup
-from megatron_pr2.tokens import TokenIndex
+from megatron_pr2.tokens import TokenIndex, spread_order
+
+logger = logging.getLogger(__name__)
 
 
 class FeaturePlan:
@@ -40,6 +43,7 @@ class FeaturePlan:
         """
         self._per_token = store.bytes_of(most_layers)
         self._store, self._stage, self._budget, self._device = store, stage, budget_bytes, device
+        self._warned = False
         self.begin(TokenIndex({}), np.zeros(0, dtype=bool))
 
     @property
@@ -87,11 +91,13 @@ class FeaturePlan:
         room = self._budget // self._per_token
         if members is None or (np.bincount(members, minlength=1) > room).any():
             if len(held) > room * self._stage.size:
-                # Whole sequences, last ones first: the one in which the room ends, and all after it.
-                first = int(self._tokens.sequence_of(held[room * self._stage.size, None])[0])
-                for sequence in list(self._tokens.lengths)[first:]:
-                    self._dropped.add(sequence)
-                    self._sampled[self._tokens.span(sequence)] = False
+                # Whole sequences: the one with which the room ends, and all after it.
+                ids = list(self._tokens.lengths)
+                order = spread_order(ids)
+                counts = np.bincount(self._tokens.sequence_of(held), minlength=len(ids))[order]
+                for place in order[np.cumsum(counts) > room * self._stage.size].tolist():
+                    self._dropped.add(ids[place])
+                    self._sampled[self._tokens.span(ids[place])] = False
                 held = held[self._sampled[held]]
             members = np.arange(len(held)) * self._stage.size // max(1, len(held))
         self._holder[held] = members
@@ -101,7 +107,8 @@ class FeaturePlan:
     def make_room(self, grids: Sequence[TokenGrid]) -> None:
         """Before a log-prob pass: room for the sampled tokens that this rank will compute.
 
-        Whole sequences are dropped, last ones first, where any rank of the stage would exceed its budget.
+        Whole sequences are dropped where any rank of the stage would exceed its budget; which ones has nothing to do with their
+        order, or the predictor would see the first mini-steps only.
         """
         fresh = [grid for grid in grids if grid.fingerprint not in self._seen]
         wanted = [self._wanted(fresh, member) for member in range(self._stage.size)]
@@ -113,7 +120,9 @@ class FeaturePlan:
         for member, tokens in enumerate(wanted):
             np.add.at(counts[member], self._tokens.sequence_of(tokens), 1)
         room = self._budget // self._per_token
-        for place, sequence in enumerate(self._tokens.lengths):
+        ids = list(self._tokens.lengths)
+        for place in spread_order(ids).tolist():
+            sequence = ids[place]
             if not counts[:, place].any():
                 continue
             if (self._load + counts[:, place] > room).any():
@@ -121,6 +130,13 @@ class FeaturePlan:
                 self._sampled[self._tokens.span(sequence)] = False
             else:
                 self._load += counts[:, place]
+        if self._dropped and not self._warned:
+            self._warned = True
+            logger.warning(
+                "feature_bytes=%d has room for %d of the %d sequences whose router inputs should be kept; lower sample_fraction "
+                "(megatron-pr2 plan says what fits), or raise feature_bytes",
+                self._budget, len(ids) - len(self._dropped), len(ids),
+            )  # fmt: skip
         self._newest = [tokens[self._sampled[tokens]] for tokens in wanted]
         # First what can fail for lack of memory.
         self._store.add(self._newest[self._stage.me])
@@ -180,7 +196,7 @@ class FeaturePlan:
         where = self._store.locate(np.concatenate(outgoing), self._device)
         back = torch.argsort(where.rows)
         segment = self._store.add(np.sort(arriving))
-        slots = torch.from_numpy(np.searchsorted(segment.tokens, arriving)).to(self._store.device)
+        slots = torch.from_numpy(np.searchsorted(segment.tokens, arriving)).to(self._store.device, non_blocking=True)
         splits = [len(part) for part in incoming], [len(part) for part in outgoing]
         # Layer by layer, so that what is under way stays small.
         try:

@@ -46,11 +46,13 @@ class Located:
 
     Attributes:
         rows: [S] on the device, rows of the router's input.
+        tokens: [S] their flat token indices, on the host.
         parts: per segment the slots [S_i], on the segment's device; rows are in this order.
         count: S.
     """
 
     rows: Tensor
+    tokens: IntArray
     parts: tuple[tuple[Segment, Tensor], ...]
     count: int
 
@@ -137,7 +139,8 @@ class FeatureStore:
             slots = torch.from_numpy(self._slot_of[tokens_T[rows[here]]])
             parts.append((self._segments[index], slots.to(self.device, non_blocking=True)))
         ordered = np.concatenate(order) if order else np.zeros(0, dtype=np.int64)
-        return Located(torch.from_numpy(ordered).to(device, non_blocking=True), tuple(parts), len(ordered))
+        rows_S = torch.from_numpy(ordered).to(device, non_blocking=True)
+        return Located(rows_S, tokens_T[ordered], tuple(parts), len(ordered))
 
     def write(self, layer: int, where: Located, h_SH: Tensor, p_SE: Tensor) -> None:
         """Keeps the features of one layer of one micro-batch."""

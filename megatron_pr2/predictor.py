@@ -1,15 +1,16 @@
-"""RoutePredictor: W_p of every local MoE layer, its closed-form gradient and its own optimizer (design decision 1).
+"""RoutePredictor: the interface of everything that proposes a W_p, and the maths that its users share.
 
 Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden.
 
-The prediction for a token is q_hat = score(p_old + W_p h_old) (arXiv 2606.00395, Eq. 9-11). Both losses of the paper, and the
-Bernoulli KL that sigmoid routers need, are negative log-likelihoods of generalised linear models with canonical links, so one
-expression gives every gradient:  dL/dW_p = mean_t (score(prediction) - score(target))^T h_old.
+The prediction for a token is q_hat = score(p_old + W_p h_old) (arXiv 2606.00395, Eq. 9-11). A strategy says where W_p comes from:
+megatron_pr2.learned (the paper), megatron_pr2.momentum (the policy optimizer's direction), or both. It is never a parameter of the
+policy (design decision 1).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,9 @@ def score(logits_SE: Tensor, score_function: str) -> Tensor:
     raise ValueError(f"score function {score_function!r}: expected 'softmax' or 'sigmoid'")
 
 
-def predicted_logits(h_old_SH: Tensor, p_old_SE: Tensor, w_EH: Tensor) -> Tensor:
-    """p_old + W_p h_old, [S, E], in the dtype of W_p."""
-    return p_old_SE.to(w_EH.dtype) + h_old_SH.to(w_EH.dtype) @ w_EH.t()
+def shift_logits(h_SH: Tensor, w_EH: Tensor) -> Tensor:
+    """W_p h, [S, E], in the dtype of W_p."""
+    return F.linear(h_SH.to(w_EH.dtype), w_EH)
 
 
 def divergence(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
@@ -52,84 +53,66 @@ def divergence(target_SE: Tensor, prediction_SE: Tensor, score_function: str) ->
     raise ValueError(f"score function {score_function!r}: expected 'softmax' or 'sigmoid'")
 
 
-def matching_logits(
-    h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, w_EH: Tensor, target: str, score_function: str
-) -> tuple[Tensor, Tensor, str]:
-    """The (target, prediction) logits that a loss compares, and the score function that it compares them under.
+class RoutePredictor(ABC):
+    """W_p of the MoE layers of this pipeline rank, fp32, zero at the start; a strategy decides how it changes.
 
-    "post" compares p with p_old + W_p h_old under the router's own score; "delta" compares p - p_old with W_p h_old under softmax
-    (the delta ablation of arXiv 2606.00395, defined for softmax only; a sigmoid router's logit change is compared likewise).
-    """
-    if target == "post":
-        return p_SE.to(w_EH.dtype), predicted_logits(h_old_SH, p_old_SE, w_EH), score_function
-    if target == "delta":
-        return (p_SE.to(w_EH.dtype) - p_old_SE.to(w_EH.dtype)), h_old_SH.to(w_EH.dtype) @ w_EH.t(), "softmax"
-    raise ValueError(f"predictor target {target!r}: expected 'post' or 'delta'")
+    What is pushed to the engine is W + beta W_p, where beta is what megatron_pr2.hold_back trusts it with. W_p may change while a
+    rollout batch is trained on; `pushed` is the W_p that its routes were predicted with.
 
-
-def gradient_sum(
-    h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, w_EH: Tensor, *, target: str, score_function: str
-) -> Tensor:
-    """Sum over the sampled tokens of the loss gradient with respect to W_p, [E, H]."""
-    wanted, predicted, function = matching_logits(h_old_SH, p_old_SE, p_SE, w_EH, target, score_function)
-    return (score(predicted, function) - score(wanted, function)).t() @ h_old_SH.to(w_EH.dtype)
-
-
-class RoutePredictor:
-    """W_p of the MoE layers of this pipeline rank, fp32, zero at start; not a parameter of the policy.
-
-    The gradient is accumulated on the device over micro-batches and reduced once per mini-step over every rank that holds
-    other tokens; it never touches DDP, the policy's optimizer, its clipping or its checkpoint.
+    Attributes:
+        learns: whether it wants the gradients that training passes gather (accumulate, step).
+        follows: whether it wants to know how the policy's optimizer moves the gates (follow).
+        pushed_LEH: W_p as it was at the last freeze(); None where nobody asks for it.
+        horizon: updates between a rollout and the training on it, on average, in the last whole rollout batch.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_experts: int,
-        hidden: int,
-        *,
-        target: str,
-        score_function: str,
-        betas: tuple[float, float],
-        eps: float,
-        device: torch.device,
-    ) -> None:
-        """Args: `device` is where the routers' weights live; `score_function` is the routers' own."""
-        self.target = target
-        self.score_function = score_function
-        self.weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
-        # One flat buffer, so that a mini-step costs one collective: the gradient sums, then the number of tokens per layer.
-        self._sums = torch.zeros(self.weight_LEH.numel() + num_layers, dtype=torch.float32, device=device)
-        self._optimizer = torch.optim.Adam([self.weight_LEH], lr=0.0, betas=betas, eps=eps)
+    learns: bool = False
+    follows: bool = False
+    pushed_LEH: Tensor | None = None
+    horizon: float = 0.0
+
+    def keep_pushed(self) -> None:
+        """From now on freeze() keeps a copy of W_p."""
+        self.pushed_LEH = self.weight_LEH.clone()
+
+    def freeze(self) -> None:
+        """A rollout batch begins, whose routes were predicted with the present W_p."""
+        if self.pushed_LEH is not None:
+            self.pushed_LEH.copy_(self.weight_LEH)
+
+    def in_use(self) -> dict[str, Tensor]:
+        """What freeze() keeps, by name: needed to go on in the middle of a rollout batch."""
+        return {} if self.pushed_LEH is None else {"pushed": self.pushed_LEH}
 
     @property
-    def grad_sum_LEH(self) -> Tensor:
-        """Gradient sums of the current mini-step, a view."""
-        return self._sums[: self.weight_LEH.numel()].view_as(self.weight_LEH)
+    @abstractmethod
+    def weight_LEH(self) -> Tensor:
+        """W_p of every layer, [L, E, H] fp32."""
 
-    @property
-    def token_count_L(self) -> Tensor:
-        """Sampled tokens of the current mini-step per layer, a view."""
-        return self._sums[self.weight_LEH.numel() :]
+    def weight(self, layer: int) -> Tensor:
+        """W_p of one local layer, [E, H] fp32."""
+        return self.weight_LEH[layer]
 
-    @torch.no_grad()
-    def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor) -> None:
-        """Adds one micro-batch's gradient of one local layer; no host-device synchronisation."""
-        self.grad_sum_LEH[layer] += gradient_sum(
-            h_old_SH, p_old_SE, p_SE, self.weight_LEH[layer], target=self.target, score_function=self.score_function
-        )
-        self.token_count_L[layer] += h_old_SH.shape[0]
+    def training_weight(self, layer: int) -> Tensor:
+        """The W_p, [E, H] fp32, whose prediction the training passes of the batch at work compare and learn from."""
+        return self.weight(layer)
 
-    def discard(self) -> None:
+    # What follows does nothing where a strategy has no use for it.
+
+    def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, shift_SE: Tensor) -> None:  # noqa: B027
+        """Adds one micro-batch's gradient of one local layer; no host-device synchronisation.
+
+        Args:
+            h_old_SH: fp32 router inputs under theta_old; where a token's horizon is known, scaled by it.
+            p_old_SE, p_SE: fp32 logits under theta_old and now.
+            shift_SE: W_p h_old.
+        """
+
+    def discard(self) -> None:  # noqa: B027
         """Forgets what was accumulated since the last step."""
-        self._sums.zero_()
 
-    @torch.no_grad()
     def step(self, lr: float, group: dist.ProcessGroup | None) -> dict[str, float]:
-        """Reduces, averages and applies the accumulated gradient, then clears it.
-
-        Every rank of `group` calls it, also one without a single sampled token (a collective behind a per-rank condition hangs).
-        Without any token in the whole group nothing is updated.
+        """Reduces, averages and applies the accumulated gradient, then clears it; collective over `group`.
 
         Args:
             lr: the predictor's learning rate, alpha times the policy's.
@@ -138,34 +121,45 @@ class RoutePredictor:
         Returns:
             tokens: sampled tokens over the group, summed over layers; grad_norm; weight_norm after the step.
         """
-        if group is not None and dist.get_world_size(group) > 1:
-            dist.all_reduce(self._sums, group=group)
-        count_L = self.token_count_L
-        grad = self.grad_sum_LEH / count_L.clamp(min=1.0).view(-1, 1, 1)
-        tokens, grad_norm = torch.stack([count_L.sum(), grad.norm()]).tolist()
-        if tokens > 0.0:
-            self.weight_LEH.grad = grad
-            for param_group in self._optimizer.param_groups:
-                param_group["lr"] = lr
-            self._optimizer.step()
-            self.weight_LEH.grad = None
-        self._sums.zero_()
-        return {"tokens": tokens, "grad_norm": grad_norm, "weight_norm": float(self.weight_LEH.norm())}
+        return {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": self.weight_norm()}
 
-    def merged(self, layer: int, gate_EH: Tensor) -> Tensor:
-        """W + W_p of one local layer, added in fp32 and cast once to the gate's dtype (design decision 2)."""
-        return merge_gate(gate_EH, self.weight_LEH[layer])
+    def follow(self, updates_LEH: Tensor, horizon: float) -> None:  # noqa: B027
+        """Takes the change of the gates that the policy's optimizer is making per update.
 
-    def state_dict(self) -> dict[str, Any]:
-        """W_p [L, E, H] and its Adam state."""
-        return {"weight": self.weight_LEH, "optimizer": self._optimizer.state_dict()}
+        Args:
+            updates_LEH: fp32, in units of the weights.
+            horizon: updates that lie, on average, between a rollout and the training on it.
+        """
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`; the learning rate is not restored, it follows the policy's."""
-        with torch.no_grad():
-            self.weight_LEH.copy_(state["weight"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._sums.zero_()
+    def weight_norm(self) -> float:
+        """Norm of W_p over all layers."""
+        return float(self.weight_LEH.norm())
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that it continues from: name to a tensor with the layers in front."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores :meth:`state`; what is absent starts anew."""
+
+
+def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> dict[str, int]:
+    """Bytes of a predictor on a rank with so many MoE layers, by what they are for.
+
+    Returns:
+        weight, gradient, adam (all of the learned part), momentum, snapshot (W_p as the engine has it).
+    """
+    one = 4 * num_layers * num_experts * hidden
+    learns, follows = "learned" in predictor, "momentum" in predictor
+    return {
+        "weight": one * learns,
+        "gradient": (one + 4 * num_layers) * learns,
+        "adam": 2 * one * learns,
+        # Beside a learned part the extrapolation in use is kept apart from the newest one.
+        "momentum": one * follows * (2 if learns else 1),
+        "snapshot": one * (predictor == "momentum" or (learns and hold_back)),
+    }
 
 
 def merge_gate(gate_EH: Tensor, w_EH: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
 from megatron_pr2.errors import ReplayError
@@ -66,6 +67,7 @@ class BoundMicroBatch:
 
 
 Observer = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], None]
+Predict = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], Tensor]
 Routes = Callable[[Sequence[TokenGrid]], list[tuple[RouteSlice, npt.NDArray[np.bool_]]]]
 
 
@@ -83,7 +85,7 @@ class _SiteControl:
             return
         with torch.no_grad():
             h_TH, p_TE = hidden.detach().reshape(-1, hidden.shape[-1]), logits.detach().reshape(-1, logits.shape[-1])
-            self._predicted = self._session.predict(self._site, h_TH, p_TE)
+            self._predicted = self._session.predict(self._site, bound, h_TH, p_TE)
             if self._session.observer is not None:
                 self._session.observer(self._site, bound, h_TH, p_TE)
 
@@ -113,11 +115,14 @@ class _SiteControl:
             return chosen, ids
         ids = bound.routes_TLK[:, self._site.local].long()
         if bound.missing is not None:
-            # Group-limited selection needs all rows; otherwise only the missing ones are computed.
+            # Only for the missing rows: to select for all of them is what a replay saves.
+            missing_ME = scores.detach().index_select(0, bound.missing)
             if group_topk:
-                live = default_compute_topk(scores, topk, num_groups, group_topk)[1].index_select(0, bound.missing)
+                # The given one insists on the number of rows of the whole micro-batch.
+                of_groups = {"num_groups": num_groups, "group_topk": group_topk, "num_experts": scores.shape[1]}
+                live = group_limited_topk(missing_ME, topk, num_tokens=len(missing_ME), **of_groups)[1]
             else:
-                live = default_compute_topk(scores.index_select(0, bound.missing), topk, num_groups, group_topk)[1]
+                live = default_compute_topk(missing_ME, topk, None, None)[1]
             ids.index_copy_(0, bound.missing, live)
         return scores.gather(1, ids), ids
 
@@ -135,7 +140,7 @@ class ReplaySession:
         localize: Callable[[TokenGrid], TokenGrid] = lambda grid: grid,
         routes: Routes | None = None,
         observer: Observer | None = None,
-        predict: Callable[[RouterSite, Tensor, Tensor], Tensor] | None = None,
+        predict: Predict | None = None,
     ) -> None:
         """Args:
         sites, chunks: this rank's routers and the model chunks that they live in.
@@ -266,11 +271,11 @@ class ReplaySession:
             )
         return bound, recomputing
 
-    def predict(self, site: RouterSite, h_TH: Tensor, p_TE: Tensor) -> Tensor | None:
+    def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor | None:
         """Expert ids [T, K] chosen by prediction while recording, or None for the live choice."""
         if self._predict is None or self.mode != "record":
             return None
-        return select_experts(site.router, self._predict(site, h_TH, p_TE))
+        return select_experts(site.router, self._predict(site, bound, h_TH, p_TE))
 
     def count(self, site: RouterSite, bound: BoundMicroBatch, recomputing: bool) -> None:
         """Counts one selection of one layer for one micro-batch (invariant I4); host integers only."""

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.groups import gathered
+from megatron_pr2.groups import communication_device, gathered
 from megatron_pr2.replica import RankGroup
 from megatron_pr2.routes import RouteTable
-from megatron_pr2.tokens import TokenIndex, sample_positions
+from megatron_pr2.tokens import TokenIndex, sample_positions, thinned_positions
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class ReplaySequence:
             with `route_delivery="local"`, and nowhere when routes are live or recorded by the actor.
         loss_mask: [loss_stop - loss_start], which of these positions bear loss; None for all. False where the output is a token
             that the policy did not sample, e.g. an environment's.
+        mini_step: the mini-step, from 1, that will train on it, where that is known. Routes that the actor records are then
+            predicted for that many updates instead of the average; an engine has one gate for all sequences.
     """
 
     id: int
@@ -37,6 +41,7 @@ class ReplaySequence:
     loss_stop: int
     routes: RouteTable | None = None
     loss_mask: npt.NDArray[np.bool_] | None = None
+    mini_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
                 f"sequence {sequence.id}: loss-bearing positions [{sequence.loss_start}, {sequence.loss_stop}) are outside its "
                 f"{sequence.length} tokens"
             )
+        if sequence.mini_step is not None and sequence.mini_step < 1:
+            raise RouteError(f"sequence {sequence.id}: mini_step={sequence.mini_step}; mini-steps count from 1")
         if sequence.loss_mask is not None and sequence.loss_mask.shape != (sequence.loss_stop - sequence.loss_start,):
             raise RouteError(
                 f"sequence {sequence.id}: loss_mask has shape {list(sequence.loss_mask.shape)}, expected one entry for each of the "
@@ -115,9 +122,10 @@ def agree_on_rollout(
         return failure, valid
     told = list(tokens.lengths.items())
     digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
-    packed = np.packbits(valid).tobytes() if is_owner else None
-    # One bit per token and a few bytes, once per rollout batch.
-    parts: list[Any] = gathered((failure, digest, packed), ranks.handle)
+    packed = np.packbits(valid)
+    marks = hashlib.blake2b(packed.tobytes(), digest_size=16).hexdigest() if is_owner else None
+    # Short ones: gathering objects pads every rank's to the longest.
+    parts: list[Any] = gathered((failure, digest, marks), ranks.handle)
     owners = parts[ranks.owner]
     failure = next((part[0] for part in parts if part[0] is not None), None)
     if failure is None and any(part[1] != owners[1] for part in parts):
@@ -127,8 +135,11 @@ def agree_on_rollout(
         )
     if failure is None and any(part[2] not in (None, owners[2]) for part in parts):
         failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
-    if failure is None:
-        valid = np.unpackbits(np.frombuffer(owners[2], dtype=np.uint8), count=tokens.total).astype(bool)
+    if failure is None and any(part[2] is None for part in parts):
+        # One bit per token, once per rollout batch, from the owner to the others.
+        told_bits = torch.from_numpy(packed).to(communication_device())
+        dist.broadcast(told_bits, group=ranks.handle, group_src=ranks.owner)
+        valid = np.unpackbits(told_bits.cpu().numpy(), count=tokens.total).astype(bool)
     return failure, valid
 
 
@@ -167,3 +178,34 @@ def sampled_tokens(
             positions = positions[valid[start + positions]]
         sampled[start + sample_positions(seed, sequence.id, positions, fraction)] = True
     return sampled
+
+
+def held_out_tokens(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], seed: int, share: float
+) -> npt.NDArray[np.bool_]:
+    """Which of the sampled tokens predictions are judged on instead of learned from, by flat token index."""
+    held = np.zeros(tokens.total, dtype=bool)
+    for sequence in sequences:
+        start = tokens.span(sequence.id).start
+        (positions,) = np.nonzero(sampled[tokens.span(sequence.id)])
+        held[start + thinned_positions(seed, sequence.id, positions, share)] = True
+    return held
+
+
+def last_mini_step(sequences: Sequence[ReplaySequence]) -> tuple[int, int]:
+    """(how many sequences do not say their mini-step, the last one that is said)."""
+    said = [s.mini_step for s in sequences if s.mini_step is not None]
+    return len(sequences) - len(said), max(said, default=0)
+
+
+def horizons(sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: float) -> npt.NDArray[np.float32]:
+    """Updates until each token is trained on, relative to the average over mini-steps, by flat token index.
+
+    Args:
+        sequences: all of them say their mini-step; the i-th is i - 1 updates away.
+        average: that W_p is made for, (kappa - 1) / 2 of kappa mini-steps.
+    """
+    out = np.ones(tokens.total, dtype=np.float32)
+    for sequence in sequences:
+        out[tokens.span(sequence.id)] = ((sequence.mini_step or 1) - 1) / average
+    return out

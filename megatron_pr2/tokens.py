@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -50,6 +50,15 @@ class TokenIndex:
         return self.of(*grid.rows())
 
 
+def spread_order(ids: Sequence[int] | IntArray) -> IntArray:
+    """Indices that put sequences into an order which has nothing to do with how they are numbered, evenly spread over the numbers.
+
+    What is done for the first ones only, for want of room, is then done for a fair sample of all mini-steps. Fibonacci hashing: the
+    multiples of 2^64 / golden ratio modulo 2^64 (Knuth, The Art of Computer Programming, vol. 3, section 6.4).
+    """
+    return np.argsort(np.asarray(ids, dtype=np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15), kind="stable")
+
+
 def sample_positions(seed: int, sequence: int, candidates: IntArray, fraction: float) -> IntArray:
     """Uniform sample without replacement of the candidate positions of one sequence, ascending.
 
@@ -58,3 +67,12 @@ def sample_positions(seed: int, sequence: int, candidates: IntArray, fraction: f
     count = min(len(candidates), max(1, round(len(candidates) * fraction)))
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sequence])))
     return np.sort(generator.permutation(candidates)[:count]).astype(np.int64)
+
+
+def thinned_positions(seed: int, sequence: int, candidates: IntArray, share: float) -> IntArray:
+    """Each candidate position of one sequence with the same chance, ascending; of a few there may be none.
+
+    A function of its arguments alone, and independent of what :func:`sample_positions` draws from the same ones.
+    """
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sequence, 1])))
+    return candidates[generator.random(len(candidates)) < share]

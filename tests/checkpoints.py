@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Outcome:
         held: tokens whose features this rank took from the checkpoint.
         moved: tokens whose features it then got from another rank.
         dropped: sequences whose features the byte budget had no room for.
+        judged: per layer what hold-back counted in the rollout batch.
     """
 
     weights: dict[int, Tensor]
@@ -48,6 +49,7 @@ class Outcome:
     held: int = 0
     moved: int = 0
     dropped: int = 0
+    judged: dict[int, Tensor] = field(default_factory=dict)
 
 
 def build(path: Path, case: Case, **settings: Any) -> _Run:
@@ -62,7 +64,20 @@ def build(path: Path, case: Case, **settings: Any) -> _Run:
     # The routes are random ones: no engine's, and some tokens have none.
     tolerant = {"max_missing_share": 1.0, "min_agreement": 0.0}
     config = PR2Config.preset("pr2", **{"sample_fraction": 0.5, "route_delivery": case.delivery, **tolerant, **settings})
-    return _Run(attach(chunks, config), bridge, chunks, case, None)
+    run = _Run(attach(chunks, config), bridge, chunks, case, None)
+    run.pr2.follow(_optimizer(run.pr2))
+    return run
+
+
+def _optimizer(pr2: PR2) -> torch.optim.Adam:
+    """An optimizer of the gates that has made steps, the same in every layout."""
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1)), *(site.router.weight for site in pr2.sites)], lr=0.05)
+    for site in pr2.sites:
+        squares = _noise(site, 1.0, seed=42).square() + 0.1
+        adam.state[site.router.weight] = {
+            "step": torch.tensor(3.0), "exp_avg": _noise(site, 1.0, seed=41), "exp_avg_sq": squares
+        }  # fmt: skip
+    return adam
 
 
 def drift(pr2: PR2, seed: int) -> None:
@@ -75,6 +90,11 @@ def drift(pr2: PR2, seed: int) -> None:
 def weights(pr2: PR2) -> dict[int, Tensor]:
     assert pr2.predictor is not None
     return {site.layer: pr2.predictor.weight_LEH[site.local].clone() for site in pr2.sites}
+
+
+def judged(pr2: PR2) -> dict[int, Tensor]:
+    held = pr2.measurement.hold_back
+    return {} if held is None else {site.layer: held.state()[site.local].clone() for site in pr2.sites}
 
 
 def mini_step(run: _Run, logprobs: LogProbs) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def straight_job(path: Path, case: Case, directory: Path, **settings: Any) -> Ou
     checkpoint.save(run.pr2, directory, rollout=True)
     drift(run.pr2, 13)
     report = mini_step(run, logprobs)
-    return Outcome(weights(run.pr2), report, logprobs)
+    return Outcome(weights(run.pr2), report, logprobs, judged=judged(run.pr2))
 
 
 def resumed_job(path: Path, case: Case, directory: Path, logprobs: LogProbs, **settings: Any) -> Outcome:
@@ -108,7 +128,7 @@ def resumed_job(path: Path, case: Case, directory: Path, logprobs: LogProbs, **s
     held = run.pr2.feature_plan.sampled_tokens
     report = mini_step(run, logprobs)
     plan = run.pr2.feature_plan
-    return Outcome(weights(run.pr2), report, logprobs, held, plan.moved_tokens, plan.dropped_sequences)
+    return Outcome(weights(run.pr2), report, logprobs, held, plan.moved_tokens, plan.dropped_sequences, judged(run.pr2))
 
 
 def sequences(run: _Run) -> list[int]:

@@ -206,7 +206,7 @@ def test_unfinished_checkpoints_are_not_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_resumed_run_continues_with_the_same_bits(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     """Two steps and two more are four: rollouts, log-probs, weights, optimizer, predictor, records."""
-    common = ["preset=pr2", "pr2.alpha=3", f"model.dtype={dtype}", "checkpoint_every=2", "rollout.prompts=2"]
+    common = ["preset=pr2", "pr2.alpha=3", "pr2.hold_back=false", f"model.dtype={dtype}", "checkpoint_every=2", "rollout.prompts=2"]
     jobs = [
         (tmp_path / "straight", ["steps=4", *common], False),
         (tmp_path / "cut", ["steps=2", *common], False),
@@ -228,7 +228,7 @@ def layout_job(path: Path, run: Path, overrides: list[str], expert: int, resume:
 
 @pytest.fixture(scope="module")
 def common() -> list[str]:
-    return ["preset=pr2", "pr2.alpha=3", "checkpoint_every=2", "rollout.prompts=2"]
+    return ["preset=pr2", "pr2.alpha=3", "pr2.hold_back=false", "checkpoint_every=2", "rollout.prompts=2"]
 
 
 @pytest.fixture(scope="module")

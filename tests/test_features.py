@@ -12,7 +12,7 @@ from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
 from megatron_pr2.layout import IntArray, TokenGrid, packed, padded
 from megatron_pr2.replica import Member, RankGroup
-from megatron_pr2.tokens import TokenIndex, sample_positions
+from megatron_pr2.tokens import TokenIndex, sample_positions, spread_order
 from tests.distributed import pool
 
 L, E, H = 2, 4, 3
@@ -218,13 +218,30 @@ def whole(lengths: dict[int, int], multiple: int = 1) -> TokenGrid:
     return packed(list(lengths), list(lengths.values()), [-(-n // multiple) * multiple for n in lengths.values()])
 
 
+@given(st.lists(st.integers(0, 2**62), unique=True, max_size=40))
+def test_a_spread_order_is_an_order(ids: list[int]) -> None:
+    order = spread_order(ids).tolist()
+    assert sorted(order) == list(range(len(ids)))
+    # A function of the ids alone, however they are told.
+    assert [ids[i] for i in order] == [sorted(ids)[i] for i in spread_order(sorted(ids)).tolist()]
+
+
+@pytest.mark.parametrize("count", [16, 64, 500])
+def test_the_first_of_a_spread_order_are_of_everywhere(count: int) -> None:
+    """Of a quarter of the room each of four mini-steps gets its share, within one sequence or two."""
+    first = spread_order(range(count))[: count // 4]
+    shares = np.bincount(first * 4 // count, minlength=4)
+    assert abs(shares - count / 16).max() <= 1.5
+
+
 def test_budget_drops_whole_sequences_and_counts_them() -> None:
     made, features = plan(stage(), tokens=10)
     made.make_room([whole(LENGTHS)])
-    assert made.sampled_tokens == 4 + 5 + 1  # the third does not fit, the fourth does
+    assert spread_order(list(LENGTHS)).tolist() == [0, 2, 1, 3]
+    assert made.sampled_tokens == 4 + 3 + 1  # the second, asked as the third, does not fit; the fourth does
     assert made.dropped_sequences == 1
-    assert features.nbytes == 10 * BYTES
-    assert features.segments[0].tokens.tolist() == [*range(9), 12]
+    assert features.nbytes == 8 * BYTES
+    assert features.segments[0].tokens.tolist() == [*range(4), *range(9, 13)]
     assert made.absent(np.arange(13)) == 0  # a dropped sequence is not sampled any more
 
 

@@ -42,8 +42,9 @@ def runs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     directory = tmp_path_factory.mktemp("runs")
     presets = {
         "r3": ["preset=r3"],
-        "zero": ["preset=pr2", "pr2.alpha=0"],
-        "pr2": ["preset=pr2", "pr2.alpha=3"],
+        "zero": ["preset=pr2", "pr2.alpha=0", "pr2.hold_back=false"],
+        "held": ["preset=pr2", "pr2.alpha=3"],
+        "pr2": ["preset=pr2", "pr2.alpha=3", "pr2.hold_back=false"],
     }
     jobs = [(directory / name, ["steps=2", *overrides], False) for name, overrides in presets.items()]
     results = pool(2).run(train_job, tiny_checkpoint, jobs)
@@ -79,6 +80,15 @@ def test_i1_a_zero_predictor_is_r3_bit_by_bit(runs: dict[str, list[dict[str, Any
             assert same(kept, {k: v for k, v in b.items() if k not in ("preset", "predictor")})
         assert zero["records"][0]["predictor"]["grad_norm"] > 0.0
         assert zero["predictor"] == 0.0
+
+
+def test_i1_a_prediction_that_is_held_back_is_r3_bit_by_bit(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Two rollout batches are too few to believe any prediction, however much was learned."""
+    for held, r3 in zip(runs["held"], runs["r3"], strict=True):
+        assert held["predictor"] > 0.1
+        assert held["records"][-1]["hold_back"]["beta"] == [0.0, 0.0]
+        for name in ("rollouts", "samples", "weights", "optimizer"):
+            assert held[name] == r3[name], name
 
 
 def test_i2_a_learning_predictor_does_not_touch_the_policy(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -398,12 +408,13 @@ def test_the_counter_counts() -> None:
 
 
 def reads(
-    layers: int, micro_batches: int, *, recompute: bool = False, routes: str = "engine", context: int = 1
+    layers: int, micro_batches: int, *, recompute: bool = False, routes: str = "engine", context: int = 1, **settings: Any
 ) -> dict[str, Counter[str]]:
     """What every call of a rollout batch of two mini-steps makes the host wait for."""
     config = toy.toy_config(num_layers=layers, context_parallel_size=context)
     chunk = toy.ToyChunk(config, recompute=recompute)
-    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, max_missing_share=1.0, routes=routes))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, max_missing_share=1.0, routes=routes, **settings))
+    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
     lengths = {i: 17 + i for i in range(micro_batches)}
     tables = toy.random_tables(lengths, config, [(0, 4)]) if routes == "engine" else None
 
@@ -447,11 +458,14 @@ READS = {
 }
 
 
-def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> Counter[str]:
+def passes(layers: int, micro_batches: int, kind: str, recompute: bool, predictor: str) -> Counter[str]:
     """What the passes of a rollout batch make the host wait for."""
     config = toy.toy_config(num_layers=layers, **toy.ROUTERS[kind])
     chunk = toy.ToyChunk(config, recompute=recompute)
-    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0))
+    # A learned predictor alone without hold-back, which does the least; or everything at once.
+    settings = {"predictor": predictor, "hold_back": predictor != "learned"}
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0, **settings))
+    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
     lengths = {i: 8 + i for i in range(micro_batches)}
     pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, config, [(0, 4)])))
     data = toy.batches(lengths, 1)
@@ -465,14 +479,25 @@ def passes(layers: int, micro_batches: int, kind: str, recompute: bool) -> Count
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "groups", "top-1"])
-def test_i8_passes_do_not_wait_for_the_device(kind: str, recompute: bool) -> None:
-    assert not passes(2, 3, kind, recompute)
+@pytest.mark.parametrize("predictor", ["learned", "learned+momentum"])
+def test_i8_passes_do_not_wait_for_the_device(predictor: str, kind: str, recompute: bool) -> None:
+    assert not passes(2, 3, kind, recompute, predictor)
 
 
 @pytest.mark.parametrize("size", [(2, 1), (6, 1), (2, 4), (6, 4)])
 def test_i8_the_reads_of_a_step_are_few_and_constant(size: tuple[int, int]) -> None:
     """However many layers and micro-batches there are."""
     assert reads(*size) == READS
+
+
+def test_i8_hold_back_reads_once_more_and_no_more_for_more_layers() -> None:
+    """What was counted, once per mini-step; what it then decides on the host is no wait, but is counted here as well."""
+    few, many = (reads(*size, hold_back=True) for size in ((2, 1), (6, 4)))
+    assert few == many
+    for name, found in few.items():
+        assert found["to"] == READS[name]["to"] + name.startswith("step")
+        if not name.startswith(("step", "begin_rollout")):
+            assert found == READS[name]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

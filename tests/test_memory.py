@@ -28,7 +28,7 @@ from megatron_pr2.features import FeatureStore
 from megatron_pr2.layout import TokenGrid, packed, padded
 from megatron_pr2.replay import MicroBatch
 from megatron_pr2.replica import Member, RankGroup
-from megatron_pr2.tokens import TokenIndex
+from megatron_pr2.tokens import TokenIndex, spread_order
 from tests import toy
 from tests.distributed import pool
 
@@ -322,7 +322,7 @@ def test_what_a_rollout_batch_costs() -> None:
         gone = meter.live
     features, indices = sampled * FEATURE, sampled * 8
     assert model.pr2.features.peak_bytes == 0
-    assert begun - empty == pytest.approx(tokens * 18, rel=0.05)  # holder, segment and slot per token, two flags
+    assert begun - empty == pytest.approx(tokens * 19, rel=0.05)  # holder, segment and slot per token, three flags
     # Where a micro-batch's rows and features are (two indices) is known during a pass.
     assert features <= kept - begun - rows * ROUTE - indices <= features + 2 * indices
     assert stepped - begun == features + indices + (rows + again) * ROUTE
@@ -369,12 +369,14 @@ def test_features_obey_their_budget(
     pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, model.chunk.config)))
     data = cut(lengths, first, model.rows)
     share = -(-len(data) // passes)
-    for start in range(0, len(data), share):
-        toy.old_logprobs(pr2, model.chunk, data[start : start + share])
     wanted, kept = samples(lengths, fraction), list[int]()
-    for sid, count in wanted.items():
-        if count and (sum(wanted[i] for i in kept) + count) * FEATURE <= budget:
-            kept.append(sid)
+    for start in range(0, len(data), share):
+        part = data[start : start + share]
+        toy.old_logprobs(pr2, model.chunk, part)
+        there = {sid for batch in part for sid in batch.micro_batch.grid.real()[1].tolist()}
+        for sid in spread_order(list(lengths)).tolist():
+            if sid in there and wanted[sid] and (sum(wanted[i] for i in kept) + wanted[sid]) * FEATURE <= budget:
+                kept.append(sid)
     tokens = sum(wanted[i] for i in kept)
     toy.update(pr2, model.chunk, cut(dict(reversed(lengths.items())), second, model.rows), 2)
     assert pr2.features.nbytes == tokens * FEATURE

@@ -198,7 +198,8 @@ def update_job(path: Path, run: Path) -> dict[str, Any]:
     from megatron_pr2.rollout.megatron import MegatronEngine
 
     host.init(expert=2)
-    config = load_config(None, [*SMALL, f"run={run}", "rollout.temperature=0.8", "algorithm.micro_batch_size=2", "pr2.alpha=3"])
+    settings = ["rollout.temperature=0.8", "algorithm.micro_batch_size=2", "pr2.alpha=3", "pr2.hold_back=false"]
+    config = load_config(None, [*SMALL, f"run={run}", *settings])
     out: dict[str, Any] = {}
     for name in ("plain", "old masked", "advantages masked", "old own", "advantages own"):
         actor = Actor(config, path, 258)

@@ -84,6 +84,11 @@ def assert_continued(resumed: list[jobs.Outcome], expected: list[jobs.Outcome], 
         assert outcome.report["predictor"]["tokens"] == expected[0].report["predictor"]["tokens"] > 0
         for name, values in outcome.report["drift"].items():
             assert values == pytest.approx(expected[0].report["drift"][name], abs=1e-5), name
+    judged = {layer: counts for outcome in expected for layer, counts in outcome.judged.items()}
+    for outcome in resumed:
+        for layer, counts in outcome.judged.items():
+            assert torch.equal(counts, judged[layer])
+            assert counts.any()
 
 
 QUICK = {("tp2", "one"), ("one", "cp2"), ("pp2-vpp2", "dp2"), ("ep2", "pp2")}
@@ -109,10 +114,21 @@ def test_the_same_layout_continues_with_the_same_bits(name: str, model: Path, st
         assert repr(after.report) == repr(before.report)
 
 
+@pytest.mark.parametrize(("source", "target"), [("cp2", "pp2-vpp2"), ("pp2-vpp2", "one")])
+def test_a_prediction_along_the_momentum_continues(source: str, target: str, model: Path, straight: Straight) -> None:
+    """In the middle of a rollout batch there are two: the one its routes were predicted with, and the newest."""
+    settings = {"predictor": "learned+momentum"}
+    directory, expected = straight(source, **settings)
+    case = CASES[target]
+    resumed = pool(case.processes).run(jobs.resumed_job, model, case, directory, expected[0].logprobs, **settings)
+    assert_continued(resumed, expected)
+    assert expected[0].report["predictor"]["weight_norm"] > 0.1
+
+
 def test_features_are_read_once_and_follow_their_tokens(model: Path, straight: Straight) -> None:
     """From one rank to two of a stage: each reads half of the sample, and gets from the other what it computes of the rest."""
-    directory, expected = straight("one")
-    resumed = pool(2).run(jobs.resumed_job, model, CASES["cp2"], directory, expected[0].logprobs)
+    directory, expected = straight("one", hold_back=False)
+    resumed = pool(2).run(jobs.resumed_job, model, CASES["cp2"], directory, expected[0].logprobs, hold_back=False)
     sampled = expected[0].report["predictor"]["tokens"] / 4
     assert [outcome.held for outcome in resumed] == [sampled / 2] * 2
     assert all(outcome.moved for outcome in resumed)
@@ -138,9 +154,9 @@ def test_a_stage_without_routers_takes_part(tmp_path: Path) -> None:
 
 def test_features_beyond_the_byte_budget_are_dropped(model: Path, straight: Straight) -> None:
     """Fewer ranks than before may have less room; whole sequences go, the last ones first, and the rest is learned from."""
-    directory, expected = straight("ep2")
-    per_token = 4 * (32 * 2 + 8 * 4)
-    resumed = pool(1).run(jobs.resumed_job, model, CASES["one"], directory, expected[0].logprobs, feature_bytes=20 * per_token)[0]
+    directory, expected = straight("ep2", hold_back=False)
+    settings = {"hold_back": False, "feature_bytes": 20 * 4 * (32 * 2 + 8 * 4)}
+    resumed = pool(1).run(jobs.resumed_job, model, CASES["one"], directory, expected[0].logprobs, **settings)[0]
     assert resumed.dropped > 0
     assert 0 < resumed.held <= 20
     assert resumed.report["predictor"]["tokens"] == 4 * resumed.held

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from megatron_pr2.predictor import RoutePredictor, divergence, gradient_sum, matching_logits, merge_gate, score
+from megatron_pr2.learned import LearnedPredictor, gradient_sum, matching_logits
+from megatron_pr2.predictor import divergence, merge_gate, score, shift_logits
 from tests.distributed import pool
 
 S, E, H = 11, 6, 5
@@ -40,7 +41,7 @@ def test_closed_form_gradient_is_autograd_of_the_mean_kl(target: str, score_func
     post = target == "post"
     loss = kl(p, p_old + h @ w.t(), score_function).mean() if post else kl(p - p_old, h @ w.t(), "softmax").mean()
     (expected,) = torch.autograd.grad(loss, w)
-    actual = gradient_sum(h, p_old, p, w.detach(), target=target, score_function=score_function) / S
+    actual = gradient_sum(h, p_old, p, shift_logits(h, w.detach()), target=target, score_function=score_function) / S
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -55,7 +56,7 @@ def test_the_divergence_is_forward_kl(score_function: str) -> None:
 def test_gradient_is_finite_for_extreme_logits() -> None:
     h, p_old, p, w = features(torch.float32)
     for function in ("softmax", "sigmoid"):
-        gradient = gradient_sum(h, p_old * 1e4, p * 1e4, w, target="post", score_function=function)
+        gradient = gradient_sum(h, p_old * 1e4, p * 1e4, shift_logits(h, w), target="post", score_function=function)
         assert gradient.isfinite().all()
         assert divergence(p * 50, p_old * 50, function).isfinite().all()
 
@@ -65,7 +66,7 @@ def test_unknown_names_are_refused() -> None:
     for call in (
         lambda: score(p, "tanh"),
         lambda: divergence(p, p_old, "tanh"),
-        lambda: matching_logits(h, p_old, p, w, "both", "softmax"),
+        lambda: matching_logits(p_old, p, shift_logits(h, w), "both", "softmax"),
     ):
         with pytest.raises(ValueError, match="expected"):
             call()
@@ -77,9 +78,14 @@ def test_scores_are_fp32_whatever_the_routers_dtype() -> None:
     torch.testing.assert_close(score(logits, "softmax"), torch.softmax(logits.float(), -1), rtol=0, atol=0)
 
 
-def make(layers: int = 2, **changes: Any) -> RoutePredictor:
+def make(layers: int = 2, **changes: Any) -> LearnedPredictor:
     settings: dict[str, Any] = {"target": "post", "score_function": "softmax", "betas": (0.9, 0.99), "eps": 1e-8}
-    return RoutePredictor(layers, E, H, **{**settings, **changes}, device=torch.device("cpu"))
+    return LearnedPredictor(layers, E, H, **{**settings, **changes}, device=torch.device("cpu"))
+
+
+def accumulate(predictor: LearnedPredictor, layer: int, h: Tensor, p_old: Tensor, p: Tensor) -> None:
+    """What a training pass does: W_p h_old is computed once, for the metrics and for the gradient."""
+    predictor.accumulate(layer, h, p_old, p, shift_logits(h, predictor.training_weight(layer)))
 
 
 def test_step_is_adam_on_the_token_mean_of_each_layer() -> None:
@@ -91,7 +97,7 @@ def test_step_is_adam_on_the_token_mean_of_each_layer() -> None:
         for layer in range(2):
             parts = [features(torch.float32, tokens, seed=10 * step + i) for i, tokens in enumerate((4 + layer, 7))]
             for h, p_old, p, _ in parts:
-                predictor.accumulate(layer, h, p_old, p)
+                accumulate(predictor, layer, h, p_old, p)
             h, p_old, p = (torch.cat([part[i] for part in parts]).double() for i in range(3))
             w = reference[layer].detach().double().requires_grad_(True)
             grads.append(torch.autograd.grad(kl(p, p_old + h @ w.t(), "softmax").mean(), w)[0].float())
@@ -112,7 +118,7 @@ def test_learning_lowers_the_kl() -> None:
     predictor = make(1)
     before = divergence(p, p_old, "softmax").mean()
     for _ in range(100):
-        predictor.accumulate(0, h, p_old, p)
+        accumulate(predictor, 0, h, p_old, p)
         predictor.step(0.02, None)
     after = divergence(p, p_old + h @ predictor.weight_LEH[0].t(), "softmax").mean()
     assert after < 0.05 * before
@@ -121,14 +127,16 @@ def test_learning_lowers_the_kl() -> None:
 def test_without_any_token_nothing_moves() -> None:
     predictor = make()
     h, p_old, p, _ = features(torch.float32)
-    predictor.accumulate(0, h, p_old, p)
+    accumulate(predictor, 0, h, p_old, p)
     predictor.step(0.1, None)
-    before = copy.deepcopy(predictor.state_dict())
+    before = copy.deepcopy(predictor.state())
     report = predictor.step(0.1, None)
     assert report["tokens"] == 0.0
     assert report["grad_norm"] == 0.0
-    torch.testing.assert_close(predictor.state_dict()["weight"], before["weight"], rtol=0, atol=0)
-    assert predictor.state_dict()["optimizer"]["state"][0]["step"] == before["optimizer"]["state"][0]["step"]
+    after = predictor.state()
+    assert before["step"].tolist() == [1.0, 1.0]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_pipeline_rank_without_layers_steps_too() -> None:
@@ -140,14 +148,14 @@ def test_state_continues_with_the_same_numbers_and_the_current_learning_rate() -
     """A checkpoint saved during warm-up must not bring its learning rate back (it stayed 0 for ever elsewhere)."""
     first, second = make(), make()
     h, p_old, p, _ = features(torch.float32)
-    first.accumulate(0, h, p_old, p)
+    accumulate(first, 0, h, p_old, p)
     first.step(0.0, None)
-    first.accumulate(1, h, p_old, p)
+    accumulate(first, 1, h, p_old, p)
     first.step(0.1, None)
-    second.accumulate(0, h, p_old, p)  # half a mini-step that the restore has to drop
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    accumulate(second, 0, h, p_old, p)  # half a mini-step that the restore has to drop
+    second.load_state(copy.deepcopy(first.state()))
     for predictor in (first, second):
-        predictor.accumulate(0, h, p_old, p)
+        accumulate(predictor, 0, h, p_old, p)
         predictor.step(0.2, None)
     assert torch.equal(first.weight_LEH, second.weight_LEH)
     assert first.weight_LEH[0].abs().max() > 0.1
@@ -158,7 +166,7 @@ def reduce_job(parts: list[list[tuple[int, int]]]) -> tuple[Tensor, dict[str, fl
     predictor = make()
     seed = sum(len(p) for p in parts[: dist.get_rank()])
     for i, (layer, tokens) in enumerate(parts[dist.get_rank()]):
-        predictor.accumulate(layer, *features(torch.float32, tokens, seed=seed + i)[:3])
+        accumulate(predictor, layer, *features(torch.float32, tokens, seed=seed + i)[:3])
     report = predictor.step(0.1, dist.group.WORLD)
     return predictor.weight_LEH, report
 
@@ -169,7 +177,7 @@ def test_reduction_over_ranks_is_the_single_process_result(parts: list[list[tupl
     results = pool(2).run(reduce_job, parts)
     predictor = make()
     for i, (layer, tokens) in enumerate([piece for part in parts for piece in part]):
-        predictor.accumulate(layer, *features(torch.float32, tokens, seed=i)[:3])
+        accumulate(predictor, layer, *features(torch.float32, tokens, seed=i)[:3])
     expected = predictor.step(0.1, None)
     for weight, report in results:
         torch.testing.assert_close(weight, predictor.weight_LEH, rtol=1e-5, atol=1e-7)
@@ -192,4 +200,4 @@ def test_merging_adds_in_fp32_and_rounds_once() -> None:
     assert merge_gate(gate, w).item() == 1.0 + 2**-7
     predictor = make(1)
     predictor.weight_LEH.fill_(0.25)
-    torch.testing.assert_close(predictor.merged(0, torch.ones(E, H)), torch.full((E, H), 1.25), rtol=0, atol=0)
+    torch.testing.assert_close(merge_gate(torch.ones(E, H), predictor.weight(0)), torch.full((E, H), 1.25), rtol=0, atol=0)

@@ -48,8 +48,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: Any) -> PR2Config:
-    """A preset under which routes may be random: they agree with no router."""
-    return PR2Config.preset(name, min_agreement=0.0, **overrides)
+    """A preset under which routes may be random (they agree with no router), and predictions are believed at once."""
+    return PR2Config.preset(name, **{"min_agreement": 0.0, "hold_back": False, **overrides})
 
 
 def toy_config(**changes: Any) -> TransformerConfig:

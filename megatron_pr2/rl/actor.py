@@ -84,6 +84,7 @@ class Actor:
             ),
             self.chunks,
         )
+        self.pr2.follow(self.optimizer)
         model_config = self.chunks[0].config
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.optimizer.scale_loss

@@ -47,10 +47,11 @@ class Sample:
         """Input positions whose outputs are the response's tokens; the response's loss_mask says which of them bear loss."""
         return len(self.response.prompt_ids) - 1, self.length - 1
 
-    def replay_sequence(self) -> ReplaySequence:
-        """What PR2 has to know of it."""
+    def replay_sequence(self, mini_step: int | None = None) -> ReplaySequence:
+        """What PR2 has to know of it; `mini_step` is the one that will train on it, from 1."""
+        response = self.response
         return ReplaySequence(
-            self.id, self.length, *self.loss_span, routes=self.response.routes, loss_mask=self.response.loss_mask
+            self.id, self.length, *self.loss_span, routes=response.routes, loss_mask=response.loss_mask, mini_step=mini_step
         )
 
 

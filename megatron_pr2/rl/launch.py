@@ -52,8 +52,7 @@ def train(config: TrainConfig) -> Path:
     directory = Path(config.run)
     # A failed rank is told by TrainingFailed and in full by errors.log; torch's own report of it would bury the reason.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    if not torch.cuda.is_available():
-        host.enable()  # Megatron-Core and Transformers are imported here too, to look at the model
+    _enable_host()
     # What was given is checked before anything is made or started.
     if config.data:
         load_examples(config.data)
@@ -61,7 +60,7 @@ def train(config: TrainConfig) -> Path:
         _check_model(config.model.path)
     load_environment(config.rollout.environment)
     _claim(directory, config)
-    model_path = config.model.path or str(_warm_start(config))
+    model_path = config.model.path or str(warm_start(config))
     data_path = config.data or str(_task_file(config))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launch = LaunchConfig(
@@ -127,8 +126,15 @@ def _differences(old: object, new: object, prefix: str = "") -> set[str]:
     return set() if old == new else {prefix.rstrip(".")}
 
 
-def _warm_start(config: TrainConfig) -> Path:
+def _enable_host() -> None:
+    """Megatron-Core and Transformers are imported here too, to look at the model or to make one."""
+    if not torch.cuda.is_available():
+        host.enable()
+
+
+def warm_start(config: TrainConfig) -> Path:
     """The policy of the examples: tiny, made here, warm-started on the arithmetic task, cached."""
+    _enable_host()
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
     lesson = config.model.warm_start

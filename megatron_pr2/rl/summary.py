@@ -73,14 +73,18 @@ def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     entries: list[dict[str, Any]] = []
     for step in mini_steps:
         drift = step["drift"]
-        entry = {k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent")}
+        entry = {k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent", "hold_back")}
         entry |= {name: _mean(drift[name]) for name in MEANS}
         entry["changed"] = [_mean(drift[name]) for name in CHANGED]
         entry["per_layer"] = {name: drift[name] for name in PER_LAYER}
         entries.append(entry)
     later = [e for e in entries if e["mini_step"] >= 2]
     out: dict[str, Any] = {name: _mean([e[name] for e in later]) for name in ("agreement", "frozen_agreement", "lift")}
+    # The first mini-step too, in which nothing has drifted yet and a prediction can only be wrong.
+    out["lift_all"] = _mean([e["lift"] for e in entries])
     out["mini_steps"] = entries
+    if "hold_back" in mini_steps[-1]:
+        out["hold_back"] = mini_steps[-1]["hold_back"]
     return out
 
 

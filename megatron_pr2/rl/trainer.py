@@ -118,12 +118,13 @@ class Trainer:
         self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
-        with self._timed("old_logprobs"):
-            report = self._actor.pr2.begin_rollout([sample.replay_sequence() for sample in samples])
-            self._actor.old_logprobs(samples)
-        mini_steps = []
         kappa = self._config.algorithm.mini_steps
         size = len(samples) // kappa
+        with self._timed("old_logprobs"):
+            sequences = [sample.replay_sequence(i // size + 1) for i, sample in enumerate(samples)]
+            report = self._actor.pr2.begin_rollout(sequences)
+            self._actor.old_logprobs(samples)
+        mini_steps = []
         with self._timed("update"):
             for mini_step in range(1, kappa + 1):
                 self._phase(f"mini-step {mini_step} of {kappa}")

@@ -1,0 +1,183 @@
+"""How the policy's optimizer is moving parameters: Adam's update from Megatron-Core's optimizers, sharded or not.
+
+    update = -lr (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta),   m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
+
+(Adam, arXiv 1412.6980, Algorithm 1, with decoupled weight decay, arXiv 1711.05101; with the L2 form the decay is part of m.) Read
+from the state that the last step left: nothing is added to the optimizer and nothing is changed in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from megatron_pr2.errors import AttachError
+
+
+@torch.no_grad()
+def adam_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The update that Adam would make again, [len(parameters), *shape] fp32; zeros before its first step.
+
+    Collective over the data-parallel group of a distributed optimizer, whose ranks hold slices of the moments; of any other
+    optimizer every rank holds its parameters' moments whole.
+
+    Args:
+        optimizer: Megatron-Core's (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, ChainedOptimizer of
+            these) or a torch.optim.Adam or AdamW.
+        parameters: of the model, all of one shape.
+        shape, device: of the parameters, for a rank that has none.
+
+    Raises:
+        AttachError: a parameter is in none of the optimizers, or its optimizer is not Adam.
+    """
+    holders = find_holders(optimizer, parameters)
+    flat = torch.zeros(len(parameters), math.prod(shape), dtype=torch.float32, device=device)
+    # Elements whose update is known, per parameter: the shards of all ranks make a whole, or some would silently stay zero.
+    known = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+    groups: dict[int, dist.ProcessGroup] = {}
+    for row, (parameter, holder) in enumerate(zip(parameters, holders, strict=True)):
+        if isinstance(holder, DistributedOptimizer):
+            groups[id(holder.data_parallel_group)] = holder.data_parallel_group
+        piece = _piece(holder, parameter)
+        if piece is None:
+            continue
+        update = _update(piece, holder)
+        flat[row, piece.span] = update.to(device).view(-1)
+        known[row] = update.numel()
+    for group in groups.values():
+        if group.size() > 1:
+            joined = torch.cat([flat.view(-1), known])
+            dist.all_reduce(joined, group=group)
+            flat, known = joined[: flat.numel()].view_as(flat), joined[flat.numel() :]
+    # As tensors: before the first step all are zero, and nobody waits for the device to learn which.
+    return torch.where((known == flat.shape[1]).unsqueeze(1), flat, 0.0).view(len(parameters), *shape)
+
+
+def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """Which of the optimizers that a chain is made of trains each parameter.
+
+    Raises:
+        AttachError: none of them does.
+    """
+    parts = list(_parts(optimizer))
+    holders = []
+    for row, parameter in enumerate(parameters):
+        holder = next((part for part in parts if _holds(part, parameter)), None)
+        if holder is None:
+            kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "none"
+            raise AttachError(
+                f"the gate of MoE layer {row} of this rank is in none of the optimizers ({kinds}) given to follow(); "
+                "predictor='momentum' needs the optimizer that trains it, and routers that are not frozen"
+            )
+        holders.append(holder)
+    return holders
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What an optimizer on this rank keeps of a parameter.
+
+    Attributes:
+        state: its moments.
+        settings: of its parameter group.
+        span: the elements of the flattened parameter that they are of.
+        weight: these elements.
+    """
+
+    state: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    span: slice
+    weight: Tensor
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizers that a chain is made of."""
+    if hasattr(optimizer, "chained_optimizers"):
+        for each in optimizer.chained_optimizers:
+            yield from _parts(each)
+    else:
+        yield optimizer
+
+
+def _holds(part: Any, parameter: nn.Parameter) -> bool:
+    """Whether an optimizer trains a parameter, also where this rank holds no piece of it."""
+    if isinstance(part, DistributedOptimizer):
+        return any(each is parameter for buffer in getattr(part, "buffers", ()) for each in buffer.params)
+    trained = _trained(parameter)
+    return any(each is trained for group in part.param_groups for each in group["params"])
+
+
+def _trained(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer steps: a low-precision parameter's fp32 copy, or the parameter itself."""
+    main = getattr(parameter, "main_param", None)
+    return parameter if main is None else main
+
+
+def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
+    """What is known here of a parameter; None where this rank holds nothing of it, or nothing yet."""
+    if isinstance(part, DistributedOptimizer):
+        if parameter not in part.model_param_group_index_map:
+            return None
+        group, order = part.model_param_group_index_map[parameter]
+        settings = part.optimizer.param_groups[group]
+        if not part.optimizer.state.get(settings["params"][order]):
+            return None
+        span = part._get_model_param_range_map(parameter)["param"]
+        # Decodes what a precision-aware optimizer keeps in fewer bits.
+        state = part._get_main_param_and_optimizer_states(parameter)
+        # Not its "param": what that is depends on how the optimizer stores it, as remainders for one.
+        weight = parameter.detach().view(-1)[span.start : span.end]
+        return _Piece(state, settings, slice(span.start, span.end), weight)
+    inner = getattr(part, "optimizer", part)
+    trained = _trained(parameter)
+    state = inner.state.get(trained)
+    if not state:
+        return None
+    settings = next(group for group in inner.param_groups if any(each is trained for each in group["params"]))
+    return _Piece(state, settings, slice(None), trained.detach())
+
+
+def _update(piece: _Piece, part: Any) -> Tensor:
+    """The next update of a piece if the gradient went on as its mean.
+
+    Raises:
+        AttachError: the optimizer keeps other moments than Adam's, or does not say how many updates it made.
+    """
+    state, settings = piece.state, piece.settings
+    if not {"exp_avg", "exp_avg_sq"} <= set(state) or "betas" not in settings:
+        raise AttachError(
+            f"the gates' optimizer keeps {sorted(state)}: predictor='momentum' reads Adam's exp_avg and exp_avg_sq; train the "
+            "routers with Adam, or use predictor='learned'"
+        )
+    inner = getattr(part, "optimizer", part)
+    step = _steps(state, settings, inner)
+    if step is None:
+        raise AttachError(
+            f"{type(inner).__name__} does not say how many updates it made, which Adam's bias correction needs; "
+            "predictor='momentum' cannot read it: use predictor='learned'"
+        )
+    beta1, beta2 = settings["betas"]
+    # Torch's Adam counts on the host unless it is capturable: a scalar that a kernel takes along, and nobody waits for a copy.
+    count = torch.as_tensor(step, dtype=torch.float64)
+    mean = state["exp_avg"].float() / (1.0 - beta1**count).float()
+    spread = (state["exp_avg_sq"].float() / (1.0 - beta2**count).float()).sqrt()
+    update = mean / (spread + settings["eps"])
+    # Adam's L2 form has the decay within its moments: torch says so in the group, fused optimizers in an attribute.
+    decoupled = settings.get("decoupled_weight_decay", getattr(inner, "adam_w_mode", True))
+    if settings.get("weight_decay") and decoupled:
+        update = update + settings["weight_decay"] * piece.weight.float().view_as(update)
+    return -settings["lr"] * update
+
+
+def _steps(state: Mapping[str, Any], settings: Mapping[str, Any], inner: Any) -> Any:
+    """Updates so far: torch's Adam counts per parameter, Transformer Engine's per group, within an offloading one in its parts."""
+    counts = [state.get("step"), settings.get("step")]
+    counts += [group.get("step") for group in getattr(getattr(inner, "gpu_optimizer", None), "param_groups", ())]
+    return next((count for count in counts if count is not None), None)
