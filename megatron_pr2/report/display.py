@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pr2.report import formats
-from megatron_pr2.report.records import Record, number
+from megatron_pr2.report.records import Record, layer_values, mean, number
 
 NOTICE = (
     "agreement: share of the replayed experts that the current router would choose too; "
     "lift = agreement predicted - frozen, in percentage points: above 0 prediction helps; "
+    "beta: mean share of the prediction that is used, 0 is R3; "
     "gap: mean |engine - actor| of the log-probs; missing: tokens that the live router had to decide."
 )
 RECENT_ROWS = 6
@@ -40,7 +41,10 @@ COLUMNS = (
     ("tokens\n/s", "tok/s"),
     ("log-prob\ngap", "gap"),
     ("missing\nroutes", "missing"),
+    ("mean\nbeta", "beta"),
 )
+# Shown only where a run has it: runs that do not hold back need the room.
+OPTIONAL = ("beta",)
 
 
 class LiveDisplay:
@@ -122,7 +126,8 @@ class LiveDisplay:
         if self._live is not None:
             self._live.refresh()
             return
-        words = " | ".join(f"{word} {value}" for (_, word), value in zip(COLUMNS[1:], values[1:], strict=True))
+        pairs = [(word, value) for (_, word), value in zip(COLUMNS[1:], values[1:], strict=True)]
+        words = " | ".join(f"{word} {value}" for word, value in pairs if word not in OPTIONAL or value != formats.ABSENT)
         self._line(f"step {values[0]} ({self._done}/{self.total_steps}) | {words} | {self._durations[-1]:.1f} s | {self._eta()}")
 
     def _line(self, text: str) -> None:
@@ -157,10 +162,15 @@ class LiveDisplay:
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-        for heading, _ in COLUMNS:
-            table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+        shown = [
+            i
+            for i, (_, word) in enumerate(COLUMNS)
+            if word not in OPTIONAL or any(row[i].plain != formats.ABSENT for row in self._rows)
+        ]
+        for i in shown:
+            table.add_column(COLUMNS[i][0], justify="right", vertical="bottom", no_wrap=True)
         for row in self._rows:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in shown))
         return table
 
     def _reward_line(self) -> Text:
@@ -185,6 +195,7 @@ def cells(record: Record) -> tuple[str, ...]:
         whole(tokens_per_second),
         formats.scientific(number(record, "logprob_gap", "mean")),
         whole(number(record, "routes", "missing")),
+        formats.fixed(float(mean(layer_values(record, "hold_back", "beta") or [math.nan])), 2),
     )
 
 

@@ -132,6 +132,47 @@ def log_scale(axes: Axes, form: Callable[[float], str], base: int = 10) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
+def heat_map(
+    values: Array, span: tuple[float, float], colours: str, low: float, high: float, form: Callable[[float], str]
+) -> tuple[Figure, Axes]:
+    """[L, X] values as colours, a row per MoE layer, with a colour bar.
+
+    Args:
+        span: what the left and the right end of the x axis are; its label is left to the caller.
+        colours: a colour map, from `low` to `high`.
+        form: of the colour bar's numbers.
+    """
+    figure = new_figure(min(5.0, 2.0 + 0.05 * values.shape[0]))
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        interpolation="none",  # the SVG embeds one pixel per value and the browser scales it
+        origin="lower",
+        cmap=colours,
+        vmin=low,
+        vmax=high,
+        extent=(*span, 0.5, values.shape[0] + 0.5),
+    )
+    axes.grid(visible=False)
+    label_y(axes, "MoE layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    figure.subplots_adjust(right=1 - 1.0 / WIDTH)
+    box = axes.get_position()
+    bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.1 / WIDTH, box.y0, 0.12 / WIDTH, box.height)))
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    return figure, axes
+
+
+def layer_axis(axes: Axes, layers: int) -> None:
+    """Labels the x axis as MoE layers, from 1 to `layers`."""
+    axes.set_xlabel("MoE layer")
+    axes.set_xlim(0.5, layers + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
 def smoothing_window(points: int) -> int:
     """Window of the running means: a fifteenth of the run, at least 1."""
     return max(1, points // 15)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import numpy as np
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report import formats, plots, route_plots, theme
+from megatron_pr2.report import formats, hold_back_plots, plots, route_plots, theme
 from megatron_pr2.report.figures import Plot
 from megatron_pr2.report.metrics_log import FILE_NAME, first_and_last_fifth, read_records, replace_atomically
+from megatron_pr2.report.page import Card, count, render_page
 from megatron_pr2.report.records import Record, RunData, mean, number
-from megatron_pr2.report.summary import judge, what_ran
+from megatron_pr2.report.summary import Verdict, held_back, judge, predicted, standard_error, what_ran
 
 NO_REPLAY = "Nothing was replayed in this run (live routes), so there are no routes to compare."
 NO_MINI_STEPS = "No mini-step of this run reports routes."
@@ -26,9 +26,10 @@ SECTIONS: tuple[tuple[str, str, str, tuple[Callable[[RunData], Plot | None], ...
     (
         "routes",
         "Routes",
-        "Lift, KL and coverage gap are means over the mini-steps from the second on, where the policy is newer than its routes.",
+        "KL and coverage gap are means over the mini-steps from the second on, where the policy is newer than its routes.",
         (
             route_plots.lift,
+            hold_back_plots.expected,
             route_plots.mismatch,
             route_plots.agreement,
             route_plots.changed,
@@ -40,8 +41,14 @@ SECTIONS: tuple[tuple[str, str, str, tuple[Callable[[RunData], Plot | None], ...
     (
         "layers",
         "Layers",
-        "Layer 1 is the first MoE layer of the model; means over the mini-steps from the second on.",
-        (route_plots.layer_profile, route_plots.layer_agreement, route_plots.layer_lift),
+        "Layer 1 is the first MoE layer of the model; means over the mini-steps from the second on where nothing else is said.",
+        (
+            hold_back_plots.layer_interval,
+            hold_back_plots.beta,
+            route_plots.layer_profile,
+            route_plots.layer_agreement,
+            route_plots.layer_lift,
+        ),
     ),
     ("policy", "Policy update", "", (plots.importance_ratio, plots.clip_fraction, plots.gradient_norm)),
     ("engine", "Engine and actor", "", (plots.logprob_gap, plots.missing_routes)),
@@ -61,15 +68,6 @@ MINI_STEP_TABLE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("clip fraction", "clip_fraction", formats.percent),
     ("policy KL", "approx_kl", formats.scientific),
 )
-
-
-@dataclass(frozen=True)
-class Card:
-    """A number of the headline: what it is, the number, and what it is to be compared with."""
-
-    label: str
-    value: str
-    note: str
 
 
 def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
@@ -117,30 +115,23 @@ def render(name: str, records: Sequence[Record], config: str | None) -> str:
             for anchor, title, introduction, draws in SECTIONS
         ]
     presets = what_ran(records)
+    verdict = judge(records)
     live = all(preset == "grpo" for preset, _ in presets)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         name=name,
         presets=presets,
-        verdict=judge(records),
-        cards=cards(records, data),
+        verdict=verdict,
+        cards=cards(records, data, verdict),
         sections=sections,
         absent={"routes": NO_REPLAY if live else NO_MINI_STEPS, "layers": NO_REPLAY if live else NO_MINI_STEPS},
         bin_size=data.bin_size,
         table=mini_step_table(data) if data.kappa else None,
         config=config,
-        light=theme.css_variables(dark=False),
-        dark=theme.css_variables(dark=True),
     )
 
 
-def cards(records: Sequence[Record], data: RunData) -> list[Card]:
+def cards(records: Sequence[Record], data: RunData, verdict: Verdict) -> list[Card]:
     """The numbers of the headline."""
     fifths = first_and_last_fifth(records)
     each = f"first and last {count(fifths['rollouts'], 'rollout')}" if len(records) > 1 else "only rollout"
@@ -152,12 +143,8 @@ def cards(records: Sequence[Record], data: RunData) -> list[Card]:
     ]
     agreement, frozen = _mean(records, "agreement"), _mean(records, "frozen_agreement")
     if math.isfinite(agreement):
-        verdict = judge(records)
-        spread = f"± {100 * verdict.error:.3f} standard error" if math.isfinite(verdict.error) else "one rollout, no error bar"
-        out += [
-            Card("Agreement", formats.percent(agreement), f"frozen routes {formats.percent(frozen)}"),
-            Card("Lift", formats.points(verdict.lift, 3), spread),
-        ]
+        out.append(Card("Agreement", formats.percent(agreement), f"frozen routes {formats.percent(frozen)}"))
+        out += lift_cards(records, verdict)
     missing, tokens = data.total("routes", "missing"), data.total("routes", "tokens")
     replayed = f"{formats.percent(missing / tokens, 3)} of {formats.count(tokens)} tokens" if tokens > 0 else "nothing was replayed"
     worst = max((number(r, "logprob_gap", "max") for r in records), key=lambda v: v if math.isfinite(v) else -math.inf)
@@ -169,6 +156,21 @@ def cards(records: Sequence[Record], data: RunData) -> list[Card]:
     return out
 
 
+def lift_cards(records: Sequence[Record], verdict: Verdict) -> list[Card]:
+    """What prediction was worth, over all mini-steps and where routes are stale; and how much of it was used."""
+    later = np.array([v for r in records if math.isfinite(v := number(r, "lift"))])
+    name = "Lift over R3" if predicted(records) else "Lift"
+    out = [Card(name, formats.points(verdict.lift, 3), f"{_spread(verdict.error)}; all mini-steps")]
+    if later.size:
+        value, error = float(later.mean()), standard_error(later)
+        out.append(Card("Lift on stale routes", formats.points(value, 3), f"{_spread(error)}; mini-steps from the second on"))
+    held = held_back(records)
+    if held is not None:
+        layers = count(held.layers, "layer")
+        out.append(Card("Beta, last rollout", f"{held.beta:.2f}", f"0 is R3; {held.zero} of {layers} held back entirely"))
+    return out
+
+
 def mini_step_table(data: RunData) -> dict[str, Any]:
     """Means over the run, one row per mini-step; columns without any number are left out."""
     columns = [(heading, data.mini_step_means(key), form) for heading, key, form in MINI_STEP_TABLE]
@@ -177,9 +179,8 @@ def mini_step_table(data: RunData) -> dict[str, Any]:
     return {"headings": ["mini-step", *(heading for heading, _, _ in columns)], "rows": rows}
 
 
-def count(number_of: float, noun: str) -> str:
-    """ "1 rollout", "12 rollouts"."""
-    return f"{formats.count(number_of)} {noun}{'' if round(number_of) == 1 else 's'}"
+def _spread(error: float) -> str:
+    return f"± {100 * error:.3f} standard error" if math.isfinite(error) else "one rollout, no error bar"
 
 
 def _pace(records: Sequence[Record]) -> str:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report.records import Record, mean, mini_steps_of, number
+from megatron_pr2.report.records import Record, layer_values, mean, mini_steps_of, number
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ TAGS: dict[str, tuple[str, ...]] = {
     "routes/agreement": ("agreement",),
     "routes/frozen_agreement": ("frozen_agreement",),
     "routes/lift": ("lift",),
+    "routes/lift_all": ("lift_all",),
 }
 # Groups whose every number is mirrored under its own name; tag prefix -> key of the record.
 GROUPS = {"routes": "routes", "logprob_gap": "logprob_gap", "predictor": "predictor", "seconds": "seconds", "bytes": "bytes"}
@@ -158,9 +159,20 @@ def scalars(record: Record) -> dict[str, float]:
         group = record.get(key)
         if isinstance(group, Mapping):
             out |= {f"{prefix}/{name}": number(group, name) for name in group}
+    out |= _hold_back_scalars(record)
     for position, entry in enumerate(mini_steps_of(record), start=1):
         out |= {f"mini_step/{name}/{position}": number(entry, name) for name in entry if name != "mini_step"}
     return {tag: value for tag, value in out.items() if math.isfinite(value)}
+
+
+def _hold_back_scalars(record: Record) -> dict[str, float]:
+    """Means over layers, the share of layers that are held back entirely, and beta by layer, from 1."""
+    lists = {name: layer_values(record, "hold_back", name) for name in ("beta", "lift", "lift_error")}
+    out = {f"hold_back/{name}": float(mean(values)) for name, values in lists.items() if values}
+    known = [beta for beta in lists["beta"] if math.isfinite(beta)]
+    if known:
+        out["hold_back/held_layers"] = sum(beta == 0 for beta in known) / len(known)
+    return out | {f"hold_back/beta_by_layer/{layer}": beta for layer, beta in enumerate(lists["beta"], start=1)}
 
 
 def replace_atomically(path: Path, content: bytes) -> None:

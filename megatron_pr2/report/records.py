@@ -33,6 +33,21 @@ def mini_steps_of(record: Record) -> list[Record]:
     return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, Sequence) else []
 
 
+def lift_all(record: Record) -> float:
+    """Mean lift over all mini-steps, the first included; from the mini-steps, or the lift of the later ones, in older records."""
+    over_all = mean([number(entry, "lift") for entry in mini_steps_of(record)] or [math.nan])
+    candidates = (number(record, "lift_all"), float(over_all), number(record, "lift"))
+    return next((value for value in candidates if math.isfinite(value)), math.nan)
+
+
+def layer_values(record: Record, *keys: str) -> list[float]:
+    """The list at `record[keys[0]][keys[1]]...`, a number per MoE layer; empty if there is none."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return [_as_float(v) for v in value] if isinstance(value, list) else []
+
+
 def mean(values: Array | Sequence[float], axis: int | None = None) -> Any:
     """Mean of the values that exist, NaN where none does."""
     return _quietly(np.nanmean, np.asarray(values, dtype=np.float64), axis)
@@ -89,17 +104,24 @@ class RunData:
         ]
         return np.stack(shares, axis=1)
 
+    def lift_all(self) -> Array:
+        """[P] lift over all mini-steps, the first included."""
+        return self._bin(np.array([lift_all(r) for r in self.records], dtype=np.float64), np.nanmean)
+
     def layers(self, key: str) -> Array:
         """[layers, P] a per-layer value, mean over the mini-steps from the second on; [0, P] if there is none."""
-        per_record = [[_layer_list(entry, key) for entry in mini_steps_of(r)[1:]] for r in self.records]
+        return self._bin(self.layer_series(key, skip=1), np.nanmean)
+
+    def layer_series(self, key: str, skip: int = 0) -> Array:
+        """[layers, rollouts] a per-layer value, mean over the mini-steps after the first `skip`; every rollout by itself."""
+        per_record = [[layer_values(entry, "per_layer", key) for entry in mini_steps_of(r)[skip:]] for r in self.records]
         num_layers = max((len(values) for entries in per_record for values in entries), default=0)
-        out = np.full((num_layers, self.rollouts), np.nan)
-        for column, entries in enumerate(per_record):
-            rows = np.full((max(1, len(entries)), num_layers), np.nan)
-            for row, values in enumerate(entries):
-                rows[row, : len(values)] = values
-            out[:, column] = mean(rows, axis=0)
-        return self._bin(out, np.nanmean) if num_layers else np.empty((0, self.steps.size))
+        return np.stack([mean(_padded(entries, num_layers), axis=0) for entries in per_record], axis=1)
+
+    def layer_columns(self, *keys: str) -> Array:
+        """[layers, P] a list of the record itself; [0, P] if there is none."""
+        lists = [layer_values(r, *keys) for r in self.records]
+        return self._bin(_padded(lists, max(map(len, lists), default=0)).T, np.nanmean)
 
     def keys_of(self, group: str) -> list[str]:
         """Names under `group` that carry a non-zero number in some record, in order of appearance."""
@@ -123,7 +145,7 @@ class RunData:
             return values
         padding = -values.shape[-1] % self.bin_size
         padded = np.concatenate([values, np.full((*values.shape[:-1], padding), np.nan)], axis=-1)
-        return _quietly(reduce, padded.reshape(*values.shape[:-1], -1, self.bin_size), -1)
+        return _quietly(reduce, padded.reshape(*values.shape[:-1], padded.shape[-1] // self.bin_size, self.bin_size), -1)
 
 
 def running_mean(values: Array, window: int) -> Array:
@@ -149,10 +171,12 @@ def _item(values: Any, index: int) -> float:
     return _as_float(values[index]) if isinstance(values, list) and index < len(values) else math.nan
 
 
-def _layer_list(entry: Record, key: str) -> list[float]:
-    per_layer = entry.get("per_layer")
-    values = per_layer.get(key) if isinstance(per_layer, Mapping) else None
-    return [_as_float(v) for v in values] if isinstance(values, list) else []
+def _padded(lists: Sequence[list[float]], length: int) -> Array:
+    """[at least 1, length], NaN where a list is shorter."""
+    out = np.full((max(1, len(lists)), length), np.nan)
+    for row, values in enumerate(lists):
+        out[row, : len(values)] = values
+    return out
 
 
 def _quietly(reduce: Callable[..., Any], values: Array, axis: int | None) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from megatron_pr2.report import formats
 from megatron_pr2.report.figures import (
@@ -14,7 +14,9 @@ from megatron_pr2.report.figures import (
     chosen,
     finish,
     from_zero,
+    heat_map,
     label_y,
+    layer_axis,
     legend,
     line,
     log_if_wide,
@@ -37,8 +39,8 @@ PAPER_COVERAGE_GAP = 0.0015  # upper end of the per-layer values that the draft 
 
 def lift(data: RunData) -> Plot | None:
     """Lift of prediction over frozen routes."""
-    values = data.column("lift")
-    if not exists(values):
+    values, later = data.lift_all(), data.column("lift")
+    if not exists(later):
         return None
     figure, axes = time_axes(data)
     window = smoothing_window(values.size)
@@ -48,13 +50,18 @@ def lift(data: RunData) -> Plot | None:
         axes.fill_between(
             data.steps, 0, smooth, where=(smooth >= 0) == above, interpolate=True, color=LIGHT[colour], alpha=0.3, linewidth=0
         )
-    line(axes, data, 100 * values, "grey", "per rollout", linewidth=1, alpha=0.6 if window > 1 else 1.0)
     if window > 1:
-        line(axes, data, smooth, "ink", f"running mean ({window * data.bin_size} rollouts)", linewidth=1.8)
-        legend(axes)
+        line(axes, data, 100 * values, "grey", linewidth=1, alpha=0.5)
+    line(axes, data, smooth, "ink", "all mini-steps", linewidth=1.8)
+    line(axes, data, 100 * running_mean(later, window), "blue", "from the second on", linewidth=1.2)
+    legend(axes)
     label_y(axes, "lift (percentage points)")
-    caption = "Agreement of the replayed routes minus that of frozen ones: above zero prediction helps, below zero it hurts."
-    return finish(figure, "lift", "Lift of prediction", caption)
+    smoothed = f" Running means of {window * data.bin_size} rollouts." if window > 1 else ""
+    caption = (
+        "Agreement of the replayed routes minus that of frozen ones, which are R3's: above zero the run is better off than R3, "
+        f"below zero worse. In the first mini-step, part of the dark line only, a prediction can only be wrong.{smoothed}"
+    )
+    return finish(figure, "lift", "Lift: better or worse off than R3", caption)
 
 
 def agreement(data: RunData) -> Plot | None:
@@ -102,6 +109,13 @@ def changed(data: RunData) -> Plot | None:
     rows: dict[str, tuple[float, ...]] = {
         f"mini-step {i + 1}": tuple(means[i]) for i in chosen(data.kappa) if exists(means[i])
     } | PAPER_CHANGED
+    figure = changed_bars(rows)
+    caption = "How many of a token's replayed experts the current router would not choose: shorter bars are better."
+    return finish(figure, "changed", "Changed experts per token and layer", caption)
+
+
+def changed_bars(rows: Mapping[str, Sequence[float]]) -> Figure:
+    """One bar per row: shares of (token, layer) pairs with 0, 1, 2, 3 or more changed experts; the first is said in words."""
     figure = new_figure(1.2 + 0.3 * len(rows))
     axes = figure.add_subplot()
     figure.subplots_adjust(left=1.6 / WIDTH)
@@ -121,8 +135,7 @@ def changed(data: RunData) -> Plot | None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("share of (token, layer) pairs")
     legend(axes)
-    caption = "How many of a token's replayed experts the current router would not choose: shorter bars are better."
-    return finish(figure, "changed", "Changed experts per token and layer", caption)
+    return figure
 
 
 def divergence(data: RunData) -> Plot | None:
@@ -168,7 +181,7 @@ def layer_agreement(data: RunData) -> Plot | None:
     if not exists(values):
         return None
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    figure = _heat_map(data, values, "viridis", low, high if high > low else low + 1e-6, formats.percent)
+    figure = run_heat_map(data, values, "viridis", low, high if high > low else low + 1e-6, formats.percent)
     caption = "Every row is an MoE layer: a dark row is a layer whose routing moves fast."
     return finish(figure, "layer-agreement", "Agreement per layer", caption)
 
@@ -180,7 +193,7 @@ def layer_lift(data: RunData) -> Plot | None:
         return None
     # The 99th percentile: one noisy rollout must not wash out all others.
     limit = max(1e-4, float(np.nanpercentile(np.abs(values), 99)))
-    figure = _heat_map(data, values, "RdBu", -limit, limit, formats.points)
+    figure = run_heat_map(data, values, "RdBu", -limit, limit, formats.points)
     caption = "Blue layers profit from prediction, red layers suffer from it, white ones do not care."
     return finish(figure, "layer-lift", "Lift per layer", caption)
 
@@ -197,8 +210,7 @@ def layer_profile(data: RunData) -> Plot | None:
     layer = np.arange(rows.size) + 1
     axes.plot(layer, 1 - frozen_rows, color=LIGHT["grey"], marker="o", markersize=3.5, label="frozen")
     axes.plot(layer, 1 - rows, color=LIGHT["blue"], marker="o", markersize=3.5, label="replayed")
-    axes.set_xlabel("MoE layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    layer_axis(axes, rows.size)
     from_zero(axes, 1 - rows, 1 - frozen_rows)
     percent_axis(axes.yaxis)
     label_y(axes, "1 − agreement")
@@ -207,29 +219,10 @@ def layer_profile(data: RunData) -> Plot | None:
     return finish(figure, "layer-profile", "Mismatch per layer", caption)
 
 
-def _heat_map(data: RunData, values: Array, colours: str, low: float, high: float, form: Callable[[float], str]) -> Figure:
-    figure = new_figure(min(5.0, 2.0 + 0.05 * values.shape[0]))
-    axes = figure.add_subplot()
+def run_heat_map(data: RunData, values: Array, colours: str, low: float, high: float, form: Callable[[float], str]) -> Figure:
+    """Layers over rollout steps, [L, P] values as colours."""
     first, last = float(data.steps[0]), float(data.steps[-1])
     half = (last - first) / max(1, data.steps.size - 1) / 2 if last > first else 0.5
-    image = axes.imshow(
-        values,
-        aspect="auto",
-        interpolation="none",  # the SVG embeds one pixel per value and the browser scales it
-        origin="lower",
-        cmap=colours,
-        vmin=low,
-        vmax=high,
-        extent=(first - half, last + half, 0.5, values.shape[0] + 0.5),
-    )
-    axes.grid(visible=False)
-    label_y(axes, "MoE layer")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    figure, axes = heat_map(values, (first - half, last + half), colours, low, high, form)
     step_axis(axes, data)
-    figure.subplots_adjust(right=1 - 1.0 / WIDTH)
-    box = axes.get_position()
-    bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.1 / WIDTH, box.y0, 0.12 / WIDTH, box.height)))
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     return figure

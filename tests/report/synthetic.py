@@ -7,16 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pr2.routes import RouteTable
+
 LAYERS = 6
 
 
 def record(
-    step: int, total: int = 60, preset: str = "pr2", kappa: int = 4, layers: int = LAYERS, gain: float = 0.3, seed: int = 0
+    step: int,
+    total: int = 60,
+    preset: str = "pr2",
+    kappa: int = 4,
+    layers: int = LAYERS,
+    gain: float = 0.3,
+    seed: int = 0,
+    hold_back: bool = False,
 ) -> dict[str, Any]:
     """A record of the metrics schema.
 
     Args:
         gain: share of the frozen mismatches that prediction removes at the end of the run; negative adds mismatches.
+        hold_back: the record says how much of the prediction was used: more from rollout to rollout, least in the last layer,
+            nothing at all if gain is not above 0.
     """
     rng = np.random.default_rng([seed, step])
     done = step / max(1, total - 1)
@@ -74,7 +85,7 @@ def record(
 
     success = 0.15 + 0.7 / (1 + math.exp(-8 * (done - 0.45)))
     tokens = 4000 + int(rng.integers(-200, 200))
-    return {
+    out = {
         "step": step,
         "seed": seed,
         "preset": preset,
@@ -123,8 +134,50 @@ def record(
         },
         "mini_steps": mini_steps,
     }
+    if replay:
+        out["lift_all"] = float(np.mean([entry["lift"] for entry in mini_steps]))
+    if hold_back and learned:
+        out["hold_back"] = held(np.linspace(1.2, -0.2, layers) * min(1.0, 3 * done) * (gain > 0), step, gain, rng)
+    return out
+
+
+def held(beta: np.ndarray, step: int, gain: float, rng: np.random.Generator) -> dict[str, Any]:
+    """What a record says of holding back; nothing is known of a gain in the first rollouts."""
+    beta = np.round(beta.clip(0, 1) * 8) / 8
+    expected = beta * 0.01 * gain + (beta > 0) * rng.normal(0, 2e-4, beta.size)
+    unknown = [None] * beta.size
+    return {
+        "beta": beta.tolist(),
+        "lift": unknown if step < 3 else expected.tolist(),
+        "lift_error": unknown if step < 3 else ((beta > 0) * 4e-4).tolist(),
+    }
 
 
 def run(total: int = 60, **options: Any) -> list[dict[str, Any]]:
     """The records of a run."""
     return [record(step, total, **options) for step in range(total)]
+
+
+def route_tables(
+    seed: int, sequences: int = 12, layers: int = 8, experts: int = 32, topk: int = 4, drift: float = 0.0
+) -> dict[int, RouteTable]:
+    """Routes of some sequences, with uneven load and sticky neighbours.
+
+    Args:
+        drift: noise on the router's logits, more in early layers and late positions; without it the
+            same seed has the same sequences.
+    """
+    rng = np.random.default_rng(seed)
+    noise = np.random.default_rng([seed, 1])
+    popularity = rng.normal(0, 0.7, (layers, experts))
+    out = {}
+    for sid in range(sequences):
+        tokens = int(rng.integers(40, 200))
+        fresh = rng.normal(0, 1, (tokens, layers, experts))
+        logits = popularity + fresh + 0.8 * np.concatenate([fresh[:1], fresh[:-1]])
+        place = np.linspace(0.5, 1.5, tokens)[:, None, None] * np.linspace(1.5, 0.5, layers)[:, None]
+        logits += drift * place * noise.normal(0, 1, logits.shape)
+        ids = (-logits).argsort(-1)[..., :topk]
+        ids[-1] = experts  # the last token was never an input
+        out[sid] = RouteTable.from_ids(ids, experts)
+    return out

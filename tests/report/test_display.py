@@ -58,6 +58,26 @@ def test_plain_line_holds_the_numbers():
     assert line.endswith(" left")
 
 
+def test_beta_is_shown_where_a_run_holds_back():
+    console = plain_console()
+    with LiveDisplay(3, "t", console=console) as display:
+        display.update(record(0) | {"hold_back": {"beta": [0.0, 0.25, None, 1.0]}})
+        display.update(record(1))
+    first, second = console.file.getvalue().splitlines()[2:4]
+    assert "| missing 0 | beta 0.42 | " in first
+    assert "beta" not in second
+    for beta in ({}, {"hold_back": {"beta": [0.5]}}):
+        console = terminal(80)
+        with LiveDisplay(2000, "pr2", console=console) as display:
+            display.update(
+                record(1234) | {"response_length": 12345.6, "tokens_per_second": 123456.0, "policy_loss": -0.1234} | beta
+            )
+        text = console.file.getvalue()
+        table = text[text.rindex("2000") :]
+        assert ("beta" in table) == ("0.50" in table) == bool(beta)
+        assert "…" not in text
+
+
 def test_absent_values_read_as_dashes():
     console = plain_console()
     with LiveDisplay(2, "grpo", console=console) as display:

@@ -15,6 +15,7 @@ from megatron_pr2.report.html import write_report
 from tests.report.synthetic import run
 
 CONFIG = "pr2:\n  routes: engine\n  note: '<script>alert(1)</script> & \"quotes\"'\n"
+HOLD_BACK_PLOTS = {"beta", "expected-lift"}
 ROUTE_PLOTS = {"lift", "mismatch", "agreement", "changed", "kl", "coverage", "layer-profile", "layer-agreement", "layer-lift"}
 COMMON_PLOTS = {"reward", "length", "ratio", "clip", "gradient", "gap", "seconds", "bytes"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -89,7 +90,7 @@ def test_headline(pr2_page):
 
 
 def test_every_plot_is_there_with_a_caption(pr2_page):
-    assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | {"predictor", "missing"}
+    assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | {"predictor", "layer-interval", "missing"}
     assert set(pr2_page.captions) == pr2_page.plots
     for caption in pr2_page.captions.values():
         assert caption.endswith(".")
@@ -141,11 +142,42 @@ def test_config_and_names_are_escaped(tmp_path):
 def test_every_preset(tmp_path, preset, total):
     page = report(tmp_path / preset, run(total, preset=preset, kappa=2, layers=3), config=None)
     expected = COMMON_PLOTS | (ROUTE_PLOTS | {"missing"} if preset != "grpo" else set())
-    assert page.plots == expected | ({"predictor"} if preset == "pr2" else set())
+    assert page.plots == expected | ({"predictor", "layer-interval"} if preset == "pr2" else set())
     assert ("Nothing was replayed in this run" in page.text) == (preset == "grpo")
     assert ("Nothing was predicted" in page.text) == (preset != "pr2")
     assert "The run directory has no config.yaml." in page.text
     assert not re.search(r"\bnan\b", page.source, re.I)
+
+
+def test_hold_back(tmp_path):
+    page = report(tmp_path / "held", run(20, hold_back=True))
+    assert page.plots >= HOLD_BACK_PLOTS | {"layer-interval", "lift"}
+    last = run(20, hold_back=True)[-1]["hold_back"]["beta"]
+    mean, held = sum(last) / len(last), last.count(0.0)
+    assert f"Beta, last rollout {mean:.2f} 0 is R3; {held} of 6 layers held back entirely" in page.text
+    assert "At the end 1 of 6 layers were held back entirely" in page.text
+    assert not re.search(r"\bnan\b", page.source, re.I)
+
+
+def test_held_back_entirely(tmp_path):
+    page = report(tmp_path / "held", run(20, hold_back=True, gain=0.0))
+    assert "Prediction was held back: these are R3's routes" in page.text
+    assert "Beta, last rollout 0.00 0 is R3; 6 of 6 layers held back entirely" in page.text
+
+
+def test_lift_cards_tell_all_mini_steps_from_the_stale_ones(tmp_path):
+    records = [r | {"lift_all": 0.001, "lift": 0.004} for r in run(8)]
+    text = report(tmp_path / "run", records).text
+    assert "Lift over R3 +0.100 pp ± 0.000 standard error; all mini-steps" in text
+    assert "Lift on stale routes +0.400 pp ± 0.000 standard error; mini-steps from the second on" in text
+
+
+def test_older_records_say_the_same_without_the_new_keys(tmp_path):
+    new, old = run(20), run(20)
+    for record in old:
+        del record["lift_all"]
+    pages = [report(tmp_path / name / "run", records).source for name, records in (("new", new), ("old", old))]
+    assert pages[0] == pages[1]
 
 
 def test_turns_are_plotted_where_a_response_has_several(tmp_path):

@@ -189,6 +189,19 @@ def test_live_routes_have_no_route_scalars():
     assert not {"routes/agreement", "routes/lift", "mini_step/agreement/2"} & set(scalars(run(1, preset="grpo")[0]))
 
 
+def test_hold_back_scalars():
+    record = {"lift_all": 0.25, "hold_back": {"beta": [0.0, 1.0, None], "lift": [0.0, 0.5, None], "lift_error": [None] * 3}}
+    assert scalars(record) == {
+        "routes/lift_all": 0.25,
+        "hold_back/beta": 0.5,
+        "hold_back/lift": 0.25,
+        "hold_back/held_layers": 0.5,
+        "hold_back/beta_by_layer/1": 0.0,
+        "hold_back/beta_by_layer/2": 1.0,
+    }
+    assert not [tag for tag in scalars({"hold_back": {"beta": []}}) if tag.startswith("hold_back")]
+
+
 def test_first_and_last_fifth():
     records = [{"step": i, "reward": float(i)} for i in range(10)]
     assert first_and_last_fifth(records) == {"first": 0.5, "last": 8.5, "change": 8.0, "rollouts": 2.0}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_pr2.report import formats
-from megatron_pr2.report.summary import PRESET_TEXT, judge, standard_error, what_ran
+from megatron_pr2.report.records import RunData
+from megatron_pr2.report.summary import PRESET_TEXT, engine_rounding, held_back, judge, layer_lift, standard_error, what_ran
 from tests.report.synthetic import run
 
 
@@ -42,13 +43,17 @@ def test_verdict(lifts, kind):
 
 def test_verdict_numbers():
     verdict = judge(records_with([0.004 + n for n in NOISE]))
-    assert verdict.headline == "Prediction helped"
+    assert verdict.headline == "Prediction helped: better routes than R3's"
     assert verdict.lift == pytest.approx(0.004)
     assert verdict.removed == pytest.approx(0.2)
     assert "removed 20.0 % of the route mismatches" in verdict.detail
-    assert "lift +0.400 pp" in verdict.detail
+    assert "lift +0.400 pp, 95 % interval +0.377 pp to +0.423 pp, over all mini-steps of 20 rollouts" in verdict.detail
     verdict = judge(records_with([-0.002] * 9))
-    assert verdict.headline == "Prediction hurt"
+    verdict = judge(records_with([0.0002, -0.0002] * 10))
+    assert "that is at most 0.5 % of R3's route mismatches, more or less" in verdict.detail
+    verdict = judge(records_with([-0.002] * 9))
+    assert verdict.headline == "Prediction hurt: worse routes than R3's"
+    assert "Turn pr2.hold_back on" in verdict.detail
     assert "10.0 % more route mismatches" in verdict.detail
 
 
@@ -58,6 +63,72 @@ def test_harm_where_frozen_routes_were_perfect():
     assert math.isnan(verdict.removed)
     assert "frozen routes would have had none" in verdict.detail
     assert judge(records_with([0.0] * 9, frozen=1.0)).kind == "same"
+
+
+def test_the_verdict_is_about_all_mini_steps():
+    records = records_with([0.004] * 20)
+    for record in records:
+        record["mini_steps"] = [{"lift": v, "frozen_agreement": f} for v, f in ((-0.02, 1.0), (0.004, 0.98), (0.004, 0.98))]
+    verdict = judge(records)
+    assert (verdict.kind, verdict.lift) == ("hurt", pytest.approx(-0.004))
+    assert verdict.removed == pytest.approx(-0.004 / (0.04 / 3))
+    for record in records:
+        record["lift_all"] = 0.004
+    assert (judge(records).kind, judge(records).lift) == ("helped", pytest.approx(0.004))
+
+
+def with_beta(records, *betas):
+    return [r | {"hold_back": {"beta": beta}} for r, beta in zip(records, betas, strict=True)]
+
+
+def test_held_back_entirely_is_r3():
+    records = records_with([0.0] * 9)
+    verdict = judge(with_beta(records, *[[0.0, 0.0]] * 9))
+    assert verdict.kind == "held"
+    assert verdict.headline == "Prediction was held back: these are R3's routes"
+    assert "Beta was 0 in all 2 MoE layers of every rollout" in verdict.detail
+    assert "Its lift" not in verdict.detail
+    # Whatever rounding makes of the lift: nothing was predicted.
+    verdict = judge(with_beta(records_with([-0.03] * 9), *[[0.0, None]] * 9))
+    assert verdict.kind == "held"
+    assert "Its lift, -3.000 pp, only shows how the engine's routes differ" in verdict.detail
+    assert "so far" in judge(with_beta(records, *[[0.0]] * 9)[:2]).detail
+
+
+def test_held_back_in_part_is_judged_and_told():
+    records = records_with([0.004 + n for n in NOISE])
+    verdict = judge(with_beta(records, *[[0.0, 0.0, 0.0]] * 19, [0.0, 0.5, 1.0]))
+    assert verdict.kind == "helped"
+    assert "At the end 1 of 3 layers were held back entirely (mean beta 0.50)." in verdict.detail
+    verdict = judge(with_beta(records, [1.0, 1.0], *[[0.0, 0.0]] * 19))
+    assert "At the end 2 of 2 layers were held back entirely" in verdict.detail
+    assert held_back(records) is None
+    assert held_back(with_beta(records[:1], [])) is None
+    hurt = judge(with_beta(records_with([-0.004] * 9), *[[1.0]] * 9))
+    assert "hold_back on" not in hurt.detail
+    assert "no layer was held back entirely" in hurt.detail
+
+
+def test_an_engines_rounding_is_not_blamed_on_prediction():
+    records = [r | {"handshake": {"route_agreement": 0.97}} for r in records_with([-0.02 + n for n in NOISE])]
+    verdict = judge(records)
+    assert (verdict.kind, engine_rounding(records)) == ("same", pytest.approx(0.03))
+    assert "under the same weights 3.00 % of its experts were not the actor's" in verdict.detail
+    assert judge([r | {"handshake": {"route_agreement": 1.0}} for r in records]).kind == "hurt"
+    assert judge([r | {"lift": -0.05} for r in records]).kind == "hurt"
+
+
+def test_layer_lift_has_an_error_of_each_layers_own():
+    lifts = [[0.01, 0.002 * (-1) ** i, None] for i in range(16)]
+    records = [{"step": i, "mini_steps": [{"per_layer": {"lift": v}}] * 2} for i, v in enumerate(lifts)]
+    means, errors = layer_lift(RunData(records, limit=4))
+    np.testing.assert_allclose(means, [0.01, 0, math.nan], atol=1e-12)
+    assert errors[0] == 0
+    assert errors[1] == pytest.approx(np.std([0.002, -0.002] * 8, ddof=1) / 4)
+    assert math.isnan(errors[2])
+    first_counts = [{"step": 0, "mini_steps": [{"per_layer": {"lift": [v]}} for v in (-0.03, 0.01, 0.02)]}]
+    assert layer_lift(RunData(first_counts))[0] == pytest.approx([0.0])
+    assert all(values.size == 0 for values in layer_lift(RunData([{"step": 0}])))
 
 
 def test_no_predictor_is_never_credited():
@@ -71,6 +142,8 @@ def test_synthetic_runs():
     assert judge(run(60, gain=0.3)).kind == "helped"
     assert judge(run(60, gain=-0.3)).kind == "hurt"
     assert judge(run(60, gain=0.0)).kind == "same"
+    assert judge(run(60, gain=0.3, hold_back=True)).kind == "helped"
+    assert judge(run(60, gain=0.0, hold_back=True)).kind == "held"
     assert judge(run(60, kappa=1)).kind == "absent"  # no mini-step in which the policy is newer
 
 
