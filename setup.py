@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.8",
         "jinja2",
         "httpx",
+        "scipy",
         "pybase64",
     ],
     extras_require={

@@ -1,0 +1,245 @@
+"""Runs to compare, sorted by what differs between them: settings (same task, same budget), methods within one, seeds within these.
+
+What `preset` and `pr2.*` say is the method; every other setting that decides results is the setting; `seed` makes replicates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_pr2.config import PRESETS, PR2Config
+from megatron_pr2.errors import DataError
+from megatron_pr2.report.metrics_log import FILE_NAME, read_records
+from megatron_pr2.report.records import Record, RunData, mini_steps_of, number
+
+BASELINE = "r3"
+
+# Where a run is kept, how far it goes and on how many processes: not what it computes.
+_INCIDENTAL = ("run", "seed", "steps", "checkpoint_every", "model.cache", "parallel.", "preset", "pr2.")
+_INCIDENTAL_ENGINE = tuple(f"rollout.{name}" for name in ("restarts", "handshake", "urls", "engines", "router"))
+# What has no effect where the predictor's name lacks the word, or without hold-back.
+_OF_PREDICTOR = {"learned": ("target", "alpha", "betas", "eps"), "momentum": ("momentum", "horizon")}
+_OF_HOLD_BACK = ("held_out_share", "hold_back_decay", "hold_back_confidence")
+_MINI_STEPS, _LR = "algorithm.mini_steps", "optimizer.lr"
+_GROUP = "group"
+_CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        config: dotted setting -> value, what config.yaml says.
+        method: settings of `preset` and PR2Config, defaults included.
+        given: the method's name, where the caller gave one.
+    """
+
+    path: Path
+    seed: int
+    config: Mapping[str, Any]
+    method: Mapping[str, Any]
+    records: Sequence[Record]
+    given: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+@dataclass
+class Setting:
+    """Runs that differ in method and seed only.
+
+    Attributes:
+        label: "off-4, lr 1e-4" and what else differs from other settings.
+        slug: the label for file names and anchors.
+        methods: name -> seed -> run, in the order in which methods were given.
+        baseline: the method that the others are compared with.
+        rollouts: what every run here has; numbers are of these first rollouts only.
+        lengths: (shortest, longest) run.
+        data: (method, seed) -> every one of those rollouts.
+        curves: the same, thinned for plots.
+        read: (method, seed, measure) -> numbers that were asked for before.
+    """
+
+    label: str
+    slug: str
+    mini_steps: int
+    lr: float
+    methods: dict[str, dict[int, Run]]
+    baseline: str
+    rollouts: int = 0
+    lengths: tuple[int, int] = (0, 0)
+    data: dict[tuple[str, int], RunData] = field(default_factory=dict)
+    curves: dict[tuple[str, int], RunData] = field(default_factory=dict)
+    read: dict[tuple[str, int, str], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = [len(run.records) for _, _, run in self.runs()]
+        self.rollouts, self.lengths = min(lengths), (min(lengths), max(lengths))
+        for name, seed, run in self.runs():
+            records = run.records[: self.rollouts]
+            self.data[name, seed] = RunData(records, limit=len(records))
+            self.curves[name, seed] = RunData(records, limit=_CURVE_POINTS)
+
+    def runs(self) -> Iterator[tuple[str, int, Run]]:
+        """(method, seed, run) of all."""
+        for name, replicates in self.methods.items():
+            for seed, run in replicates.items():
+                yield name, seed, run
+
+    @property
+    def kappa(self) -> int:
+        return max(data.kappa for data in self.data.values())
+
+
+def load(paths: Iterable[str | Path], groups: Mapping[Path, tuple[str, str]] | None = None) -> list[Setting]:
+    """Reads the runs and sorts them.
+
+    Args:
+        paths: run directories; the same one twice counts once.
+        groups: (name of the method, word for the setting) of some or all of them. Runs of different words are different settings,
+            "" is none. By default names are derived from the settings that differ.
+
+    Raises:
+        DataError: no run, or one of them holds no records or a configuration that cannot be read.
+    """
+    names = {path.resolve(): name for path, name in (groups or {}).items()}
+    runs = [_read(path, *names.get(path, (None, ""))) for path in dict.fromkeys(Path(path).resolve() for path in paths)]
+    if not runs:
+        raise DataError("no run to compare; expected at least one run directory")
+    methods = _method_names(runs)
+    settings: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for index, run in enumerate(runs):
+        settings.setdefault(_setting_key(run.config), []).append(index)
+    differing = {key for key, count in Counter(pair for pairs in settings for pair in pairs).items() if count < len(settings)}
+    order = list(dict.fromkeys(methods))
+    out = []
+    for pairs, members in settings.items():
+        ordered = sorted(members, key=lambda i: (order.index(methods[i]), runs[i].seed))
+        chosen = _replicates([(methods[i], runs[i]) for i in ordered])
+        config = runs[members[0]].config
+        mini_steps, lr = int(config[_MINI_STEPS]), float(config[_LR])
+        others = [
+            value if key == _GROUP else f"{key.rsplit('.', 1)[-1]} {value}"
+            for key, value in pairs
+            if (key, value) in differing and key not in (_MINI_STEPS, _LR)
+        ]
+        label = ", ".join([f"off-{mini_steps}", f"lr {short(lr)}", *others])
+        slug = re.sub(r"[^\w.]+", "-", label)
+        out.append(Setting(label, slug, mini_steps, lr, chosen, _baseline(chosen)))
+    out.sort(key=lambda s: (s.mini_steps, s.lr, s.label))
+    for number_of, setting in enumerate(out, start=1):  # slugs are anchors and file names: never twice the same
+        setting.slug += f"-{number_of}" if sum(other.slug == setting.slug for other in out) > 1 else ""
+    return out
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names; empty mappings say nothing."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def short(value: Any) -> str:
+    """A setting's value as one would type it: 1e-4, true, post."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        text = f"{value:g}" if 1e-2 <= abs(value) < 1e6 or value == 0 else f"{value:.6e}"
+        mantissa, _, exponent = text.partition("e")
+        return text if not exponent else f"{float(mantissa):g}e{int(exponent)}"
+    return str(value)
+
+
+def _read(path: Path, given: str | None, group: str) -> Run:
+    records = read_records(path)
+    if not records:
+        raise DataError(f"{path / FILE_NAME} holds no records yet; a comparison needs one finished rollout step of every run")
+    first = records[0]
+    config: dict[str, Any] = {
+        "preset": str(first.get("preset", "unknown")),
+        "seed": int(first.get("seed") or 0),
+        _MINI_STEPS: len(mini_steps_of(first)),
+        _LR: number(first, "lr"),
+    }
+    file = path / "config.yaml"
+    if file.exists():
+        try:
+            loaded = OmegaConf.load(file)
+        except Exception as error:  # YAML, encoding and OmegaConf errors have no common base
+            raise DataError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
+        if not isinstance(loaded, DictConfig):
+            raise DataError(f"{file}: expected a mapping of settings")
+        config |= flatten(OmegaConf.to_container(loaded))  # type: ignore[arg-type]
+    config |= {_GROUP: group} if group else {}
+    return Run(path, int(config["seed"]), config, _method(config), records, given)
+
+
+def _method(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run's routes, defaults included, without what has no effect."""
+    preset = str(config["preset"])
+    overrides = {key.removeprefix("pr2."): value for key, value in config.items() if key.startswith("pr2.")}
+    settings = {**asdict(PR2Config()), **PRESETS.get(preset, {}), **overrides}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if key != "seed"}
+    for part, keys in _OF_PREDICTOR.items():
+        if part not in settings["predictor"]:
+            settings = {key: value for key, value in settings.items() if key not in keys}
+    if settings["predictor"] == "none":
+        settings.pop("hold_back", None)
+    if not settings.get("hold_back"):
+        settings = {key: value for key, value in settings.items() if key not in _OF_HOLD_BACK}
+    return {"preset": preset, **settings}
+
+
+def _setting_key(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    incidental = _INCIDENTAL + _INCIDENTAL_ENGINE
+    return tuple((key, short(value)) for key, value in sorted(config.items()) if not key.startswith(incidental))
+
+
+def _method_names(runs: Sequence[Run]) -> list[str]:
+    """The name given to a run, or its preset and the settings by which runs of that preset differ."""
+    out = []
+    for run in runs:
+        preset = run.method["preset"]
+        kin = [other.method for other in runs if other.given is None and other.method["preset"] == preset]
+        keys = [key for key in run.method if len({short(method[key]) for method in kin if key in method}) > 1]
+        out.append(run.given or " ".join([str(preset), *(_words(key, run.method[key]) for key in keys)]))
+    return out
+
+
+def _words(key: str, value: Any) -> str:
+    """A setting in a name; what names a way of predicting needs no key."""
+    return str(value) if key in ("predictor", "target") else f"{key}={short(value)}"
+
+
+def _replicates(runs: Sequence[tuple[str, Run]]) -> dict[str, dict[int, Run]]:
+    """Runs by method and seed. The same seed twice is no replicate: such runs stand side by side under their directories' names."""
+    twice = {name for (name, _), count in Counter((name, run.seed) for name, run in runs).items() if count > 1}
+    out: dict[str, dict[int, Run]] = {}
+    for name, run in runs:
+        unique = f"{name} [{run.name}]" if name in twice else name
+        if run.seed in out.get(unique, {}):
+            unique = f"{name} [{run.path}]"
+        out.setdefault(unique, {})[run.seed] = run
+    return out
+
+
+def _baseline(methods: Mapping[str, Mapping[int, Run]]) -> str:
+    """Replay without prediction, or else whatever comes first."""
+    for name, replicates in methods.items():
+        if all(run.method["preset"] == BASELINE for run in replicates.values()):
+            return name
+    return next(iter(methods))
