@@ -186,7 +186,6 @@ def main(
     Does it run at all:    python tools/bench_router.py --shrink 32 --tokens 64 --layer-tokens 64 --sequence 32 --repeats 2
     On a GPU:              python tools/bench_router.py --device cuda
     """
-    logging.getLogger("megatron_pr2").setLevel(logging.ERROR)
     place = chosen_device(device)
     on_cpu = place == "cpu"
     wanted = [GATES[name].shrunk(shrink) for name in listed(gates, tuple(GATES), "--gates")]
@@ -244,4 +243,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # Warnings of a handle that is attached dozens of times would bury the table.
+    logging.getLogger("megatron_pr2").setLevel(logging.ERROR)
     typer.run(main)
