@@ -62,6 +62,7 @@ def run_case(path: Path, case: Case) -> Result:
     pr2 = attach(
         chunks,
         PR2Config(
+            hold_back=False,  # W_p is random: it has to act to be compared
             routes=case.routes,
             route_delivery=case.delivery,
             sample_fraction=0.5,
