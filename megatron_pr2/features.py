@@ -19,6 +19,8 @@ from megatron_pr2.layout import IntArray
 
 # Copies to host memory that may be under way beside the features themselves; then write() waits for the device, once for all.
 STAGING_BYTES = 256 << 20
+# Of h_old; p_old is fp32.
+H_DTYPE = torch.bfloat16
 
 
 @dataclass(eq=False)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pr2.metrics import membership
+
 # Coarse: agreement changes little between neighbours, and every step costs a top-k over the held-out tokens.
 GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 # Fewer rollout batches than this give no usable standard error.
@@ -70,7 +72,7 @@ class HoldBack:
             candidate_ids: [(J - 1) * S, K], selected from candidates().
         """
         tokens, topk = current_SK.shape
-        wanted_SE = torch.zeros(tokens, num_experts, device=current_SK.device).scatter_(1, current_SK.long(), 1.0)
+        wanted_SE = membership(current_SK, num_experts)
         chosen_JSK = torch.cat([frozen_SK, candidate_ids]).view(len(GRID), tokens, topk).long()
         hits = wanted_SE.expand(len(GRID), -1, -1).gather(2, chosen_JSK)
         self._kept_LJ[layer, :-1] += hits.sum((1, 2), dtype=torch.float64)

@@ -55,8 +55,6 @@ class LearnedPredictor(RoutePredictor):
     other tokens; it never touches DDP, the policy's optimizer, its clipping or its checkpoint.
     """
 
-    learns = True
-
     def __init__(
         self,
         num_layers: int,

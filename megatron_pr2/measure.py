@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_pr2.agreement import AgreementCheck
 from megatron_pr2.config import PR2Config
 from megatron_pr2.feature_plan import FeaturePlan
-from megatron_pr2.features import FeatureStore, Located
+from megatron_pr2.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.hold_back import HoldBack
 from megatron_pr2.layout import IntArray
 from megatron_pr2.metrics import DriftMetrics, drift_columns
@@ -77,7 +77,7 @@ class Measurement:
             model_config.num_moe_experts,
             model_config.hidden_size,
             device=device if config.feature_device == "device" else torch.device("cpu"),
-            h_dtype=torch.bfloat16,
+            h_dtype=H_DTYPE,
         )
         # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
@@ -130,13 +130,9 @@ class Measurement:
     def end(self) -> None:
         """After the last mini-step: lets go of everything that belongs to the rollout batch, and decides what its outcome says."""
         self._forget()
-        self.close_batch()
-        self.plan.begin(TokenIndex({}), np.zeros(0, dtype=bool))
-
-    def close_batch(self) -> None:
-        """The mini-steps that were read since the last call are those of one rollout batch."""
         if self.hold_back is not None:
             self.hold_back.close_batch()
+        self.plan.begin(TokenIndex({}), np.zeros(0, dtype=bool))
 
     def prediction(self, site: RouterSite) -> Tensor | None:
         """What is added to a router's gate: beta W_p, [E, H] fp32; None where nothing is predicted."""

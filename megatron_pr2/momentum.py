@@ -24,8 +24,6 @@ from megatron_pr2.predictor import RoutePredictor
 class MomentumPredictor(RoutePredictor):
     """W_p extrapolates what the policy's optimizer is doing to the gates; set anew after every update of the policy."""
 
-    follows = True
-
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, coefficient: float, device: torch.device) -> None:
         """Args: `coefficient` is c; `device` is where the routers' weights live."""
         self._coefficient = coefficient
@@ -65,9 +63,6 @@ class LearnedMomentumPredictor(RoutePredictor):
     While a rollout batch is trained on, the learned part sees what the extrapolation missed that its routes were predicted with,
     not the newest one.
     """
-
-    learns = True
-    follows = True
 
     def __init__(self, learned: LearnedPredictor, momentum: MomentumPredictor) -> None:
         self.learned, self.momentum = learned, momentum

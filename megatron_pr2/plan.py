@@ -19,7 +19,7 @@ import torch
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.features import STAGING_BYTES, FeatureStore
+from megatron_pr2.features import H_DTYPE, STAGING_BYTES, FeatureStore
 from megatron_pr2.parallel import Coordinates, ParallelLayout
 from megatron_pr2.plan_models import ModelSpec
 from megatron_pr2.plan_tokens import IntArray, ReplicaTokens, Workload, replica_tokens
@@ -54,8 +54,6 @@ MOVED: dict[str, str] = {
     "gates_pushed": "gates pushed to the engine (as without prediction)",
 }
 
-# As kept by measure.Measurement.
-FEATURE_DTYPE = torch.bfloat16
 # Gates as an engine takes them.
 GATE_BYTES = torch.bfloat16.itemsize
 # Arrays over the tokens of a replica, on each of its ranks: RouteStore.valid, FeaturePlan's sample and Measurement.held_out (bool),
@@ -108,7 +106,7 @@ class Plan:
         self._layers_D = np.array([len(layout.moe_columns(pp)) for pp in range(layout.pipeline)], dtype=np.int64)
         # [(first data-parallel index, replicas)]: the first replica pushes weights, the first ones may train a sequence more.
         self._kinds = _kinds(work.batch, layout.data)
-        store = FeatureStore(0, model.experts, model.hidden, device=torch.device("cpu"), h_dtype=FEATURE_DTYPE)
+        store = FeatureStore(0, model.experts, model.hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
         self._feature_D = np.array([store.bytes_of(int(layers)) for layers in self._layers_D], dtype=np.int64)
         # The stage with most layers decides for all of them.
         self._room = config.feature_bytes // store.bytes_of(int(self._layers_D.max()))

@@ -60,14 +60,10 @@ class RoutePredictor(ABC):
     rollout batch is trained on; `pushed` is the W_p that its routes were predicted with.
 
     Attributes:
-        learns: whether it wants the gradients that training passes gather (accumulate, step).
-        follows: whether it wants to know how the policy's optimizer moves the gates (follow).
         pushed_LEH: W_p as it was at the last freeze(); None where nobody asks for it.
         horizon: updates between a rollout and the training on it, on average, in the last whole rollout batch.
     """
 
-    learns: bool = False
-    follows: bool = False
     pushed_LEH: Tensor | None = None
     horizon: float = 0.0
 

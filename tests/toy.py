@@ -151,7 +151,8 @@ def drift(chunk: nn.Module, size: float = 0.05, seed: int = 7) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for router in routers(chunk):
-            router.weight += size * torch.randn(router.weight.shape, generator=generator)
+            # Drawn on the CPU, so that every device and dtype drifts alike.
+            router.weight += (size * torch.randn(router.weight.shape, generator=generator)).to(router.weight)
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ def run(session: ReplaySession, chunk: nn.Module, data: Sequence[Batch], *, back
 
 def loss(output: Tensor) -> Tensor:
     """Any scalar whose gradient differs from row to row."""
-    return (output * torch.linspace(-1.0, 1.0, output.numel()).view_as(output)).sum() / output.shape[-1]
+    weights = torch.linspace(-1.0, 1.0, output.numel(), device=output.device)
+    return (output.float() * weights.view_as(output)).sum() / output.shape[-1]
 
 
 def old_logprobs(pr2: PR2, chunk: nn.Module, data: Sequence[Batch]) -> list[Tensor]:

@@ -51,7 +51,7 @@ def forward_backward(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Probabilities, routing map, gradients of the gate and of its input."""
     router.weight.grad = hidden.grad = None
     probs_TE, map_TE = router(hidden)
-    toys.loss(probs_TE).backward()
+    toy.loss(probs_TE).backward()
     return probs_TE.detach(), map_TE, router.weight.grad, hidden.grad
 
 

@@ -64,8 +64,8 @@ def prepared(
     micro_batches = [batch.micro_batch for batch in data]
     trains = name not in ("record", "log-probs")
     if trains:
-        toys.old_logprobs(pr2, model, data)
-        toys.drift(model)
+        toy.old_logprobs(pr2, model, data)
+        toy.drift(model)
 
     def one_pass(before: Callable[[], None] = nothing, after: Callable[[], None] = nothing) -> None:
         if trains:
@@ -75,7 +75,7 @@ def prepared(
             context = pr2.old_logprobs(micro_batches)
         with context as session:
             before()
-            toys.run(session, model, data, backward=trains)
+            toy.run(session, model, data, backward=trains)
             after()
 
     return pr2, one_pass, optimizer

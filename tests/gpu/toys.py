@@ -5,7 +5,6 @@ Suffixes: T rows, L layers, E experts, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -18,7 +17,6 @@ from torch import Tensor
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.learned import LearnedPredictor
-from megatron_pr2.replay import ReplaySession
 from tests import toy
 from tests.loop import digest
 
@@ -50,46 +48,6 @@ def batches(
 ) -> list[toy.Batch]:
     """toy.batches on a device."""
     return [toy.Batch(b.micro_batch, b.inputs_SBH.to(device, dtype)) for b in toy.batches(lengths, size, hidden)]
-
-
-def drift(chunk: torch.nn.Module, size: float = 0.05, seed: int = 7) -> None:
-    """Moves the routers, as an update of the policy does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for router in toy.routers(chunk):
-            router.weight += (size * torch.randn(router.weight.shape, generator=generator)).to(router.weight)
-
-
-def loss(output: Tensor) -> Tensor:
-    """Any scalar whose gradient differs from row to row."""
-    weights = torch.linspace(-1.0, 1.0, output.numel(), device=output.device)
-    return (output.float() * weights.view_as(output)).sum() / output.shape[-1]
-
-
-def run(session: ReplaySession, chunk: torch.nn.Module, data: Sequence[toy.Batch], *, backward: bool = True) -> list[Tensor]:
-    """Runs all micro-batches of a pass, one after the other; returns the outputs."""
-    outputs = []
-    for batch in data:
-        with torch.set_grad_enabled(backward):
-            session.begin(chunk, batch.micro_batch)
-            output = chunk(batch.inputs_SBH.clone().requires_grad_(backward))
-            session.end(chunk, batch.micro_batch, output)
-        if backward:
-            loss(output).backward()
-        outputs.append(output.detach())
-    return outputs
-
-
-def old_logprobs(pr2: PR2, chunk: torch.nn.Module, data: Sequence[toy.Batch]) -> list[Tensor]:
-    """The whole old-log-prob pass."""
-    with pr2.old_logprobs([b.micro_batch for b in data]) as session:
-        return run(session, chunk, data, backward=False)
-
-
-def update(pr2: PR2, chunk: torch.nn.Module, data: Sequence[toy.Batch], mini_step: int) -> list[Tensor]:
-    """Forward and backward of a whole mini-step."""
-    with pr2.actor_update([b.micro_batch for b in data], mini_step) as session:
-        return run(session, chunk, data)
 
 
 # ---- I1, I2: the policy of one rollout batch, bit by bit -------------------------------------------------------------
@@ -137,11 +95,11 @@ def train(
         trace.forward.append(digest([outputs, [(call.probs_TE, call.map_TE) for call in calls]]))
 
     with toy.observed(model) as calls:
-        keep_forward(old_logprobs(pr2, model, data), calls)
+        keep_forward(toy.old_logprobs(pr2, model, data), calls)
     for mini_step in range(1, mini_steps + 1):
         optimizer.zero_grad()
         with toy.observed(model) as calls:
-            keep_forward(update(pr2, model, data, mini_step), calls)
+            keep_forward(toy.update(pr2, model, data, mini_step), calls)
         trace.gradients.append(digest([p.grad for p in model.parameters()]))
         optimizer.step()
         report = pr2.step(0.02)
@@ -196,10 +154,10 @@ def mini_step(
     first = batches(lengths, 2, device, dtype, hidden)
     second = batches(dict(reversed(lengths.items())), 1, device, dtype, hidden)
     with toy.observed(model) as calls:
-        old_logprobs(pr2, model, first)
+        toy.old_logprobs(pr2, model, first)
     old = by_token(calls, first, model)
-    drift(model)
+    toy.drift(model)
     with toy.observed(model) as calls:
-        update(pr2, model, second, 2)
+        toy.update(pr2, model, second, 2)
     new = by_token(calls, second, model)
     return pr2, pr2.predictor, old, new, tables
