@@ -1,14 +1,16 @@
 """attach(): the one way in, and PR2, the handle that a trainer holds.
 
+    from megatron_pr2.attach import MicroBatch, PR2Config, ReplaySequence, attach
+
     pr2 = attach(model_chunks, PR2Config.preset("pr2"))
     pr2.begin_rollout(sequences)                             # routes that came with the rollout
-    with pr2.old_logprobs(micro_batches) as session:         # old-log-prob pass: replay (or record), keep features
-        forward_only(session.forward_step(forward_step))
+    with pr2.old_logprobs(all_micro_batches):                # old-log-prob pass: replay (or record), keep features
+        forward_backward(..., forward_only=True)
     for mini_step, micro_batches in enumerate(mini_batches, start=1):
-        with pr2.actor_update(micro_batches, mini_step=mini_step) as session:
-            forward_backward(session.forward_step(forward_step))
+        with pr2.actor_update(micro_batches, mini_step=mini_step):
+            forward_backward(...)
         optimizer.step()
-        report = pr2.step(lr=policy_lr)
+        pr2.step(lr=policy_lr)
     pr2.end_rollout()
     engine.update_weights(pr2.engine_weights(names_and_tensors))
 """
@@ -16,10 +18,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,34 +31,29 @@ from torch import Tensor
 
 from megatron_pr2.agreement import require_alignment
 from megatron_pr2.config import PR2Config
-from megatron_pr2.errors import AttachError, ReplayError, RouteError
+from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
 from megatron_pr2.forecast import Forecast
 from megatron_pr2.gates import merge_gates
 from megatron_pr2.groups import communication_device, every_layer, everyone, gathered, token_group, whole_model
+from megatron_pr2.intake import take_in
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.predictor import RoutePredictor, merge_gate
-from megatron_pr2.replay import MicroBatch, Observer, Predict, ReplaySession
+from megatron_pr2.replay import Observer, Predict, ReplaySession
 from megatron_pr2.replica import find_replica
 from megatron_pr2.route_store import RouteStore
 from megatron_pr2.routes import RouteTable
-from megatron_pr2.sequences import (
-    ReplaySequence,
-    RolloutReport,
-    agree_on_rollout,
-    check_sequences,
-    checked_table,
-    count_missing,
-    sampled_tokens,
-    too_many_missing,
-)
+from megatron_pr2.scalars import Scalars
+from megatron_pr2.seam import check_release, check_unpatched
+from megatron_pr2.sequences import ReplaySequence, RolloutReport, sampled_tokens
 from megatron_pr2.sites import check_config, unwrapped, upgrade_routers
 from megatron_pr2.strategies import make_predictor
 from megatron_pr2.tokens import TokenIndex
 
-logger = logging.getLogger(__name__)
+__all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "attach"]  # what a pipeline needs, in one place
 
 class PR2:
     """Predictive routing replay on one model; made by :func:`attach`.
@@ -77,6 +74,8 @@ class PR2:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
         self.config = config
+        check_release()
+        check_unpatched()
         self._chunks = list(chunks)
         self.model_config = unwrapped(chunks[0]).config
         check_config(self.model_config)
@@ -103,6 +102,7 @@ class PR2:
         )
         self._device = device
         self.engine_agreement: float | None = None
+        self._scalars = Scalars()
         self.tokens = TokenIndex({})
         self.sequences: tuple[ReplaySequence, ...] = ()
         self._attached = True
@@ -141,45 +141,23 @@ class PR2:
                 the ranks of a replica were told of different sequences.
         """
         self._require_attached()
-        from_engine = self.config.routes == "engine"
-        tables: dict[int, RouteTable] = {}
-        failure: str | None = None
-        try:
-            check_sequences(sequences)
-            if from_engine and self.routes.is_owner:
-                shape = len(self.moe_layers), self.model_config.moe_router_topk, self.model_config.num_moe_experts
-                tables = {s.id: checked_table(s, *shape) for s in sequences}
-        except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-            failure = str(error) if isinstance(error, RouteError) else f"{type(error).__name__}: {error}"
-            sequences = ()
-        tokens = TokenIndex({s.id: s.length for s in sequences})
-        valid = np.zeros(tokens.total, dtype=bool)
-        for sid, table in tables.items() if failure is None else ():
-            valid[tokens.span(sid)] = table.valid
-        failure, valid = agree_on_rollout(self.replica.ranks, failure, tokens, valid, is_owner=self.routes.is_owner)
-        by_sequence = count_missing(valid, tokens) if from_engine else {}
-        missing, total = sum(by_sequence.values()), sum(max(0, s.length - 1) for s in sequences)
-        all_missing, all_tokens, failures = self._sum_over_ranks([missing, total, failure is not None])
-        if failure is not None:
-            raise RouteError(failure)
-        if failures:
-            raise RouteError(f"{failures} other rank(s) refused the routes of their sequences; their errors say why")
-        if all_missing > self.config.max_missing_share * all_tokens:
-            # Each rank of a stage counted the sequences of the whole replica.
-            counts = all_missing // self.replica.stage.size, all_tokens // self.replica.stage.size
-            message = too_many_missing(*counts, self.config.max_missing_share, by_sequence, tokens)
-            if self.config.strict:
-                raise RouteError(message)
-            logger.warning(message)
-        self.tokens = tokens
-        self.sequences = tuple(replace(sequence, routes=None) for sequence in sequences)
-        self.routes.begin(tokens, tables, valid)
-        sampled = sampled_tokens(
-            sequences, tokens, valid if from_engine else None, self.config.seed, self.config.sample_fraction
+        batch = take_in(
+            sequences,
+            self.config,
+            self.model_config,
+            len(self.moe_layers),
+            self.replica,
+            is_owner=self.routes.is_owner,
+            sum_over_ranks=self._sum_over_ranks,
         )
+        self.tokens = tokens = batch.tokens
+        self.sequences = tuple(replace(sequence, routes=None) for sequence in sequences)
+        self.routes.begin(tokens, batch.tables, batch.valid if batch.valid is not None else np.zeros(tokens.total, dtype=bool))
+        sampled = sampled_tokens(sequences, tokens, batch.valid, self.config.seed, self.config.sample_fraction)
         self.forecast.end_batch()
         self.measurement.begin(self.sequences, tokens, sampled, self.forecast.known_horizon(self.sequences))
-        return RolloutReport(total, missing, self.routes.table_bytes)
+        self._scalars.rollout(report := batch.report(self.routes.table_bytes))
+        return report
 
     def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Starts moving the routes of micro-batches to the ranks that will replay them; the pass that runs them finds them there.
@@ -291,7 +269,12 @@ class PR2:
         report = {"drift": {name: per_layer[name] for name in drift}, "predictor": update, "features_absent": absent}
         if held:
             report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
+        self._scalars.step(report, self.engine_agreement)
         return report
+
+    def metrics(self) -> dict[str, float]:
+        """The last step in a few numbers for any logger, `pr2/lift` and others (megatron_pr2.scalars); not collective."""
+        return dict(self._scalars.values)
 
     def end_rollout(self) -> None:
         """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective.
@@ -303,6 +286,21 @@ class PR2:
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
         self.measurement.end()
         self.forecast.end_batch()
+
+    @contextmanager
+    def replay(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
+        """A further pass over the rollout's tokens under other weights (a proximal policy, say), with the same routes.
+
+        Nothing is learned from it and nothing kept: features are of the weights that the routes were predicted from. Routes that
+        the actor records must have been recorded before. Collective as `actor_update` is.
+
+        Raises:
+            ReplayError: a micro-batch was not run exactly once.
+        """
+        self._require_attached()
+        self._agree_on_pass(micro_batches)
+        with self._session(micro_batches, "replay" if self.config.replays else "live", None, None) as session:
+            yield session
 
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
@@ -349,6 +347,34 @@ class PR2:
                 site.router.weight.data = data
 
     # ---- life --------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path, *, rollout: bool = False) -> None:
+        """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.
+
+        A pipeline that would rather have it in its own `dist_checkpointing` call: megatron_pr2.checkpoint.sharded_state_dict.
+
+        Args:
+            rollout: also keeps the rollout batch at work, for a checkpoint between two mini-steps.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write.
+        """
+        from megatron_pr2 import checkpoint  # it imports this module
+
+        checkpoint.save(self, directory, rollout=rollout)
+
+    def load(self, directory: str | Path, *, sequences: Sequence[int] | None = None) -> None:
+        """Restores what :meth:`save` wrote; collective over all ranks.
+
+        Args:
+            sequences: takes up the rollout batch as well: the ids of what this rank's replica trains on.
+
+        Raises:
+            CheckpointError: on every rank, if any rank cannot read it, or it is of a model of another size.
+        """
+        from megatron_pr2 import checkpoint
+
+        checkpoint.load(self, directory, sequences=sequences)
 
     def detach(self) -> None:
         """Gives the routers back as they were; the handle cannot be used afterwards."""

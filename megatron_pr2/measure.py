@@ -21,8 +21,8 @@ from megatron_pr2.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.hold_back import HoldBack
 from megatron_pr2.layout import IntArray
 from megatron_pr2.metrics import DriftMetrics, drift_columns
+from megatron_pr2.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.predictor import RoutePredictor, shift_logits
-from megatron_pr2.replay import BoundMicroBatch, MicroBatch
 from megatron_pr2.replica import Replica
 from megatron_pr2.router import select_experts
 from megatron_pr2.sequences import ReplaySequence, held_out_tokens, horizons

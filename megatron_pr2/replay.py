@@ -2,11 +2,11 @@
 
 Shape suffixes: T rows of a router's input on this rank, L local MoE layers, K top-k, E experts.
 
-Scope: one pass over some micro-batches. Lifecycle: `with session:` binds the routers; before a chunk runs a micro-batch forward,
-`begin` sets that chunk's forward cursor; when the gradient arrives at the chunk's output, a hook sets its backward cursor, which
-activation recomputation (code that runs inside autograd's backward) uses. 1F1B, interleaved and recomputed schedules need nothing
-else. On exit the routers are released whatever happened, and, if nothing was raised, every (micro-batch, layer) must have been
-seen exactly once forward and at most once in recomputation.
+Scope: one pass over some micro-batches. Lifecycle: `with session:` binds the routers; when a chunk runs a micro-batch forward, its
+forward cursor is set (megatron_pr2.cursor says how); when the gradient arrives at the chunk's output, a hook sets its backward
+cursor, which activation recomputation (code that runs inside autograd's backward) uses. 1F1B, interleaved and recomputed schedules
+need nothing else. On exit the routers are released whatever happened, and, if nothing was raised, every (micro-batch, layer) must
+have been seen exactly once forward and at most once in recomputation.
 Missing rows: the live router's own top-k decides for that row; padding and the last token of a sequence have no route.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,48 +22,16 @@ import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
+from megatron_pr2.cursor import Cursors
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
+from megatron_pr2.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.router import PredictiveTopKRouter, TopK, select_experts
 from megatron_pr2.routes import RouteTable, file_rows
 from megatron_pr2.scatter import RouteSlice
-from megatron_pr2.sites import RouterSite, unwrapped
+from megatron_pr2.sites import RouterSite
 
 MODES = ("live", "record", "replay")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch, described alike on every rank that works on it.
-
-    Attributes:
-        key: identifies it within a pass.
-        grid: which token every row of the whole micro-batch holds, before context and sequence parallelism cut it.
-    """
-
-    key: Hashable
-    grid: TokenGrid
-
-
-@dataclass
-class BoundMicroBatch:
-    """A micro-batch with what this rank's routers need of it.
-
-    Attributes:
-        local: which token every row of the routers' input holds on this rank.
-        slice: its routes, perhaps still on their way; None when nothing is replayed.
-        routes_TLK: compact ids of the local layers on the device, from the time that the micro-batch runs.
-        missing: rows [M] that the live router decides, or None if there is none.
-        recorded: ids [T, K] per local layer, filled while recording.
-    """
-
-    micro_batch: MicroBatch
-    local: TokenGrid
-    slice: RouteSlice | None = None
-    routes_TLK: Tensor | None = None
-    missing: Tensor | None = None
-    recorded: dict[int, Tensor] = field(default_factory=dict)
-
 
 Observer = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], None]
 Predict = Callable[[RouterSite, BoundMicroBatch, Tensor, Tensor], Tensor]
@@ -80,7 +47,7 @@ class _SiteControl:
 
     def observe(self, router: PredictiveTopKRouter, hidden: Tensor, logits: Tensor) -> None:
         """Shows the gate to the session's observer, once per micro-batch: not again when it is recomputed."""
-        bound, recomputing = self._session.current(self._site)
+        bound, recomputing = self._session.cursors.current(self._site)
         if recomputing:
             return
         with torch.no_grad():
@@ -92,7 +59,7 @@ class _SiteControl:
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
     ) -> tuple[Tensor, Tensor]:
-        bound, recomputing = self._session.current(self._site)
+        bound, recomputing = self._session.cursors.current(self._site)
         self._session.count(self._site, bound, recomputing)
         rows = bound.local.num_rows
         if scores.shape[0] != rows:
@@ -155,15 +122,11 @@ class ReplaySession:
             raise ReplayError(f"replay mode {mode!r}: expected one of {', '.join(MODES)}")
         self.mode, self.observer = mode, observer
         self._sites, self._predict = list(sites), predict
-        self._chunk_of = {id(unwrapped(chunk)): index for index, chunk in enumerate(chunks)}
+        self.cursors = Cursors(chunks)
         self._micro_batches = list(micro_batches)
         self._localize, self._routes = localize, routes
         self._bound: dict[Hashable, BoundMicroBatch] = {}
-        self._forward: dict[int, BoundMicroBatch] = {}
-        self._backward: dict[int, BoundMicroBatch] = {}
-        self._started: Counter[int] = Counter()
         self._seen: Counter[tuple[Hashable, int, bool]] = Counter()
-        self._closed = False
         self.missing_rows = 0
         self.replayed_rows = 0
         many = bool(self._sites) and self._sites[0].router.num_experts > 256
@@ -173,10 +136,13 @@ class ReplaySession:
             raise ReplayError("two micro-batches of one pass have the same key; keys must differ")
 
     def __enter__(self) -> ReplaySession:
+        if any(site.router.router_replay is not None for site in self._sites):
+            raise ReplayError("another pass is open on this model; passes follow each other, one cannot be opened inside another")
         for site in self._sites:
             site.router.set_control(_SiteControl(self, site))
         try:
             self._bind()
+            self.cursors.open(self._bound)
         except BaseException:
             self._release()
             raise
@@ -188,88 +154,28 @@ class ReplaySession:
             self._check_complete()
 
     def begin(self, chunk: torch.nn.Module, micro_batch: MicroBatch) -> None:
-        """Sets the forward cursor: the next forward of `chunk` (wrapped or not) is this micro-batch.
+        """Announces that the next forward of `chunk` (wrapped or not) is this micro-batch; without it, order decides.
 
         Raises:
             ReplayError: the chunk or the micro-batch is not part of this session.
         """
-        bound = self._bound.get(micro_batch.key)
-        if bound is None:
-            raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
-        if bound.slice is not None and bound.routes_TLK is None:
-            bound.routes_TLK = bound.slice.ids_TLK()
-        self._forward[self._index(chunk)] = bound
+        self.cursors.begin(chunk, micro_batch)
 
-    def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Tensor) -> None:
-        """Hooks the chunk's output, so that recomputation in its backward finds this micro-batch again."""
-        index, bound = self._index(chunk), self._bound[micro_batch.key]
-        self._forward.pop(index, None)
-        recomputes = unwrapped(chunk).config.recompute_granularity is not None
-
-        def reached_by_gradient(_: Tensor) -> None:
-            if self._closed and recomputes:
-                raise ReplayError(
-                    f"micro-batch {micro_batch.key!r}: its backward recomputes activations after the replay session has ended, "
-                    "where routes are live; run forward and backward inside one session"
-                )
-            self._backward[index] = bound
-
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(reached_by_gradient)
+    def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Any) -> None:
+        """After a forward that `begin` announced: recomputation in the backward of its output finds this micro-batch again."""
+        self.cursors.end(chunk, micro_batch, output)
 
     def forward_step(
         self, function: Callable[..., Any], locate: Callable[[Any], MicroBatch] = lambda item: item["micro_batch"]
     ) -> Callable[..., Any]:
-        """Wraps a Megatron forward step function `(data_iterator, model) -> (output, loss_func)`.
+        """Wraps a Megatron forward step `(data_iterator, model) -> (output, loss_func)`: micro-batches are known by identity.
 
         Args:
             function: the pipeline's own forward step; it takes its batch by `next(data_iterator)`. Where Megatron gives it None
                 (tensor-parallel ranks that are sent their batch, inner pipeline stages), micro-batches run in the pass's order.
             locate: finds the MicroBatch in what the iterator yields.
         """
-
-        def wrapped(data_iterator: Iterator[Any], model: torch.nn.Module, *args: Any) -> Any:
-            current: list[MicroBatch] = []
-            if data_iterator is None:
-                # Megatron's tensor-parallel ranks and inner stages get their batch otherwise; a chunk sees all in order.
-                index = self._index(model)
-                if self._started[index] >= len(self._micro_batches):
-                    raise ReplayError(f"the schedule runs more than the {len(self._micro_batches)} micro-batches of this pass")
-                current = [self._micro_batches[self._started[index]]]
-                self._started[index] += 1
-                self.begin(model, current[0])
-                output, loss_func = function(None, model, *args)
-                self.end(model, current[0], output)
-                return output, loss_func
-
-            def bind() -> Iterator[Any]:
-                for item in data_iterator:
-                    current[:] = [locate(item)]
-                    self.begin(model, current[0])
-                    yield item
-
-            output, loss_func = function(bind(), model, *args)
-            if not current:
-                raise ReplayError("the forward step took nothing from its data iterator; call begin() and end() yourself")
-            self.end(model, current[0], output)
-            return output, loss_func
-
-        return wrapped
-
-    def current(self, site: RouterSite) -> tuple[BoundMicroBatch, bool]:
-        """The micro-batch that this router is working on, and whether it is being recomputed.
-
-        Raises:
-            ReplayError: no micro-batch was announced for the router's chunk.
-        """
-        recomputing = torch._C._current_graph_task_id() != -1
-        bound = (self._backward if recomputing else self._forward).get(site.chunk)
-        if bound is None:
-            raise ReplayError(
-                f"layer {site.layer}: the model runs {'a recomputation' if recomputing else 'forward'} inside a replay session "
-                "without a bound micro-batch; wrap the forward step with session.forward_step() or call session.begin()"
-            )
-        return bound, recomputing
+        return self.cursors.forward_step(function, locate)
 
     def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor | None:
         """Expert ids [T, K] chosen by prediction while recording, or None for the live choice."""
@@ -328,21 +234,13 @@ class ReplaySession:
             if len(missing):
                 bound.missing = torch.from_numpy(missing).to(self._sites[0].router.weight.device, non_blocking=True)
 
-    def _index(self, chunk: torch.nn.Module) -> int:
-        index = self._chunk_of.get(id(unwrapped(chunk)))
-        if index is None:
-            raise ReplayError(f"{type(chunk).__name__}: not one of the model chunks that PR2 was attached to")
-        return index
-
     def _release(self) -> None:
-        self._closed = True
+        self.cursors.close()
         for site in self._sites:
             site.router.set_control(None)
         for bound in self._bound.values():
             # A trainer may keep the session; the routes belong to the rollout batch.
             bound.slice = bound.routes_TLK = None
-        self._forward.clear()
-        self._backward.clear()
 
     def _check_complete(self) -> None:
         for bound in self._bound.values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -500,3 +502,66 @@ def test_part_of_the_gates_is_not_blamed_on_their_names() -> None:
     pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
     with pytest.raises(AttachError, match=r"merged the gates of layers \[0\].*say own_stage=True"):
         list(pr2.engine_weights(hf_weights("mlp", range(1))))
+
+
+# ---- other releases, other replays -----------------------------------------------------------------------------------
+
+
+def somebody_elses_routing(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["replaced", "wrapped by functools.wraps"])
+@pytest.mark.parametrize("method", ["__init__", "routing", "gating", "forward"])
+def test_a_patched_router_is_refused(method: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    patch: Any = somebody_elses_routing
+    if wrapped:
+
+        @functools.wraps(getattr(TopKRouter, method))
+        def patch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return somebody_elses_routing(self, *args, **kwargs)
+
+    monkeypatch.setattr(TopKRouter, method, patch)
+    with pytest.raises(AttachError, match=rf"TopKRouter\.{method} was replaced by tests\.test_attach.*switch that one off"):
+        attach(chunk, PR2_CONFIG)
+    assert all(type(router) is TopKRouter for router in toy.routers(chunk))
+    monkeypatch.undo()
+    attach(chunk, PR2_CONFIG).detach()
+
+
+def test_a_release_without_the_seam_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(logits: torch.Tensor, topk: int, use_pre_softmax: bool = False, num_groups: Any = None) -> None: ...
+
+    monkeypatch.setattr("megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function", older)
+    with pytest.raises(AttachError, match=r"has no .*topk_routing_with_score_function\(router_replay=\).*use 0\.16"):
+        attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
+
+
+# ---- numbers for a logger --------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_the_means_of_the_report() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, hold_back=True))
+    assert pr2.metrics() == {}
+    data, tables = toy.batches(LENGTHS, 2), toy.random_tables(LENGTHS, chunk.config, [(0, 1)])
+    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+    tokens = sum(length - 1 for length in LENGTHS.values())
+    assert pr2.metrics() == {"pr2/missing_share": 1 / tokens}
+    toy.old_logprobs(pr2, chunk, data)
+    toy.drift(chunk)
+    toy.update(pr2, chunk, data, 2)
+    report, metrics = pr2.step(0.1), pr2.metrics()
+    for name in ("agreement", "lift", "kl_predicted", "changed_0"):
+        assert metrics[f"pr2/{name}"] == pytest.approx(sum(report["drift"][name]) / toy.LAYERS)
+    assert metrics["pr2/predictor/grad_norm"] == report["predictor"]["grad_norm"] > 0
+    assert metrics["pr2/hold_back/beta"] == 0.0
+    assert metrics["pr2/engine_agreement"] == pr2.engine_agreement
+    assert metrics["pr2/missing_share"] == 1 / tokens
+    # A step without a sampled token measures nothing, and says so by absence.
+    report, metrics = pr2.step(0.1), pr2.metrics()
+    assert math.isnan(report["drift"]["agreement"][0])
+    assert "pr2/agreement" not in metrics
+    metrics["pr2/agreement"] = 1.0  # the caller's own copy
+    assert "pr2/agreement" not in pr2.metrics()

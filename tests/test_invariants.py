@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.layout import padded
-from megatron_pr2.replay import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.tokens import sample_positions
 from tests import toy
 from tests.distributed import pool

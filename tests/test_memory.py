@@ -26,7 +26,7 @@ from megatron_pr2.attach import attach
 from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
 from megatron_pr2.layout import TokenGrid, packed, padded
-from megatron_pr2.replay import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.replica import Member, RankGroup
 from megatron_pr2.tokens import TokenIndex, spread_order
 from tests import toy

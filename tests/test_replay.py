@@ -20,7 +20,8 @@ from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.replay import MicroBatch, ReplaySession
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replay import ReplaySession
 from megatron_pr2.router import select_experts
 from megatron_pr2.routes import RouteTable
 from megatron_pr2.scatter import slice_tables
@@ -338,10 +339,8 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
     assert reports[0] == reports[1]
 
 
-def test_a_forward_without_a_micro_batch_is_refused() -> None:
+def test_a_forward_that_was_not_announced_is_refused_where_others_were() -> None:
     chunk, pr2, data, _ = prepared()
-    with pytest.raises(ReplayError, match="without a bound micro-batch"), pr2.actor_update([data[0].micro_batch], 1):
-        chunk(data[0].inputs_SBH)
     with (
         pytest.raises(ReplayError, match="without a bound micro-batch"),
         pr2.actor_update([b.micro_batch for b in data], 1) as session,
@@ -487,10 +486,106 @@ def test_ranks_without_a_data_iterator_run_in_order() -> None:
         wrapped = session.forward_step(forward_step)
         for _ in data:
             wrapped(None, chunk)
-        with pytest.raises(ReplayError, match=f"more than the {len(data)} micro-batches"):
-            wrapped(None, chunk)
+    assert_own_routes(calls, data, tables)
+
+
+def assert_own_routes(calls: list[toy.Call], data: list[toy.Batch], tables: dict[int, RouteTable]) -> None:
+    """Every forward took the routes of the micro-batch that it ran."""
+    assert {call.number for call in calls} == set(range(len(data)))
     for call in calls:
         for row, (sid, position) in enumerate(zip(*data[call.number].micro_batch.grid.rows(), strict=True)):
             if sid >= 0 and tables[int(sid)].valid[position]:
                 chosen = call.map_TE[row].nonzero().flatten().tolist()
                 assert chosen == sorted(tables[int(sid)].experts[position, call.layer].tolist())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_forwards_that_nobody_announces_run_in_order(recompute: bool) -> None:
+    """A pipeline's own schedule inside the session, with nothing wrapped: the same numbers as with everything announced."""
+    gradients = []
+    for announced in (True, False):
+        chunk, pr2, data, tables = prepared(recompute)
+        with toy.observed(chunk) as calls, pr2.actor_update([b.micro_batch for b in data], 1) as session:
+            outputs = []
+            for b in data:
+                if announced:
+                    session.begin(chunk, b.micro_batch)
+                outputs.append(chunk(b.inputs_SBH.clone().requires_grad_()))
+                if announced:
+                    session.end(chunk, b.micro_batch, outputs[-1])
+            for output in reversed(outputs):  # as late as a schedule may
+                toy.loss(output).backward()
+        assert_own_routes(calls[: len(data) * toy.LAYERS], data, tables)
+        gradients.append([p.grad.clone() for p in chunk.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("forwards", ["too many", "too few", "another model's"])
+def test_forwards_in_order_are_counted(forwards: str) -> None:
+    chunk, pr2, data, _ = prepared()
+    messages = {
+        "too many": f"chunk 0 runs more than the {len(data)} micro-batches of this pass",
+        "too few": "routed 0 times forward",
+        "another model's": "routed 0 times forward",
+    }
+    run = {"too many": [*data, data[0]], "too few": data[:-1], "another model's": data}[forwards]
+    model = toy.ToyChunk(toy.toy_config()) if forwards == "another model's" else chunk
+    with pytest.raises(ReplayError, match=messages[forwards]), pr2.actor_update([b.micro_batch for b in data], 1):
+        for b in run:
+            model(b.inputs_SBH)
+    assert released(chunk)
+    # Nothing is left on the model: a forward outside is the router's own.
+    assert not chunk._forward_hooks
+    assert not chunk._forward_pre_hooks
+    chunk(data[0].inputs_SBH)
+
+
+@pytest.mark.parametrize("wrap", [lambda out: {"logits": out}, lambda out: (None, [out])], ids=["mapping", "nested tuple"])
+def test_outputs_other_than_a_tensor_reach_their_recomputation(wrap: Callable[[Tensor], Any]) -> None:
+    class Wrapping(toy.ToyChunk):
+        def forward(self, h_SBH: Tensor) -> Any:
+            return wrap(super().forward(h_SBH))
+
+    lengths = {0: 9, 1: 5}
+    settings = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    chunk, data = Wrapping(toy.toy_config(**settings), recompute=True), toy.batches(lengths, 1)
+    pr2 = attach(chunk, toy.preset("r3"))
+    pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, chunk.config)))
+    with pr2.actor_update([b.micro_batch for b in data], 1):
+        outputs = [chunk(b.inputs_SBH.clone().requires_grad_()) for b in data]
+        for output in outputs:
+            tensor = output["logits"] if isinstance(output, dict) else output[1][0]
+            toy.loss(tensor).backward()
+
+
+def test_a_pass_inside_another_is_refused() -> None:
+    """It would release the routers, and what the outer one recomputes later would be routed live without a word."""
+    chunk, pr2, data, _ = prepared()
+    micro_batches = [b.micro_batch for b in data]
+    with pytest.raises(ReplayError, match="another pass is open"), pr2.actor_update(micro_batches, 1), pr2.replay(micro_batches):
+        pass
+    assert released(chunk)
+
+
+def test_replaying_under_other_weights_keeps_and_learns_nothing() -> None:
+    """A proximal policy's log-probs: the routes of the rollout, and no trace of the pass."""
+    reports = []
+    for proximal in (False, True):
+        chunk = toy.ToyChunk(toy.toy_config())
+        pr2, data, tables = attach(chunk, toy.preset("pr2")), toy.batches(LENGTHS, 2), toy.random_tables(LENGTHS, chunk.config)
+        pr2.begin_rollout(toy.sequences(LENGTHS, tables))
+        toy.old_logprobs(pr2, chunk, data)
+        if proximal:
+            kept = {name: value.clone() for name, value in chunk.state_dict().items()}
+            toy.drift(chunk, seed=3)
+            with toy.observed(chunk) as calls, pr2.replay([b.micro_batch for b in data]), torch.no_grad():
+                for b in data:
+                    chunk(b.inputs_SBH)
+            assert_own_routes(calls, data, tables)
+            chunk.load_state_dict(kept)
+        toy.drift(chunk)
+        toy.update(pr2, chunk, data, 2)
+        reports.append((pr2.step(0.1), pr2.predictor.weight_LEH.clone()))
+    assert reports[0][0]["predictor"]["tokens"] > 0
+    assert reports[0][0] == reports[1][0]
+    assert torch.equal(reports[0][1], reports[1][1])

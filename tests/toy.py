@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from megatron_pr2 import layout
 from megatron_pr2.attach import PR2, ReplaySequence
 from megatron_pr2.config import PR2Config
-from megatron_pr2.replay import MicroBatch, ReplaySession
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replay import ReplaySession
 from megatron_pr2.routes import RouteTable
 from tests.ids import random_ids
 

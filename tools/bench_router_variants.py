@@ -20,7 +20,8 @@ from megatron_pr2 import config as pr2_config
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.layout import padded
-from megatron_pr2.replay import MicroBatch, ReplaySession
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replay import ReplaySession
 from megatron_pr2.routes import RouteTable
 from megatron_pr2.sequences import ReplaySequence
 

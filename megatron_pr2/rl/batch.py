@@ -16,7 +16,7 @@ import torch
 
 from megatron_pr2 import layout
 from megatron_pr2.attach import ReplaySequence
-from megatron_pr2.replay import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.rollout.base import RolloutResponse
 
 

@@ -19,7 +19,7 @@ from megatron.core import parallel_state as mpu
 from megatron_pr2 import layout
 from megatron_pr2.attach import PR2
 from megatron_pr2.errors import ConfigError, EnvironmentFailed
-from megatron_pr2.replay import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.rollout.base import (
     Probe,
     Progress,

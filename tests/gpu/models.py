@@ -28,7 +28,8 @@ from torch import Tensor
 from megatron_pr2 import host, layout
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.replay import MicroBatch, ReplaySession
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replay import ReplaySession
 from megatron_pr2.routes import RouteTable
 from tests import toy
 from tests.loop import digest

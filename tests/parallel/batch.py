@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_pr2 import layout
 from megatron_pr2.attach import ReplaySequence
 from megatron_pr2.host.attention import zigzag_positions
-from megatron_pr2.replay import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.routes import RouteTable
 from tests.ids import random_ids
 

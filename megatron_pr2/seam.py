@@ -1,0 +1,51 @@
+"""What PR2 needs of Megatron-Core's router, looked for when it attaches: by what is there, not by a version number.
+
+Checked against megatron-core 0.16.0 and 0.16.1 (docs/megatron_lm.md says what other releases have). A release whose router routes
+otherwise, or a router that something in the process has patched, would replay nothing without a word; both are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from megatron.core.package_info import __version__ as megatron_version
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_pr2.errors import AttachError
+
+SELECTION = (
+    "topk", "use_pre_softmax", "num_groups", "group_topk", "score_function", "expert_bias", "router_replay",
+)  # fmt: skip
+ROUTER_METHODS = ("__init__", "forward", "gating", "routing")
+
+
+def check_release() -> None:
+    """Megatron-Core's selection asks `router_replay` for its experts, and its router has the methods that PR2 extends.
+
+    Raises:
+        AttachError: it has not; naming what is absent.
+    """
+    have = inspect.signature(moe_utils.topk_routing_with_score_function).parameters
+    absent = [f"topk_routing_with_score_function({name}=)" for name in SELECTION if name not in have]
+    absent += [f"TopKRouter.{name}" for name in ROUTER_METHODS if not hasattr(TopKRouter, name)]
+    if absent:
+        raise AttachError(
+            f"megatron-core {megatron_version} has no {', '.join(absent)}, through which routes are replayed; use 0.16"
+        )
+
+
+def check_unpatched() -> None:
+    """Nobody has replaced methods of TopKRouter in this process.
+
+    Raises:
+        AttachError: naming the method and the module that replaced it.
+    """
+    for name in ROUTER_METHODS:
+        # Of its globals, not its __module__, which functools.wraps copies from what it wraps.
+        home = getattr(getattr(TopKRouter, name), "__globals__", {}).get("__name__", "megatron.")
+        if not home.startswith(("megatron.", "torch.")):
+            raise AttachError(
+                f"TopKRouter.{name} was replaced by {home}: two replays would fight over one router; switch that one off before "
+                "the model is built (verl: actor.megatron.router_replay.mode=disabled, on the reference as well)"
+            )
