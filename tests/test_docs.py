@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +29,7 @@ CONFIG = (ROOT / "docs/config.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 DOCUMENTS = (
     "README.md", "CHANGELOG.md", "docs/design.md", "docs/config.md", "docs/parallelism.md", "docs/platforms.md", "docs/sglang.md",
-    "docs/gpu.md", "docs/plan.md", "docs/results.md", "examples/calculator/README.md",
+    "docs/gpu.md", "docs/plan.md", "docs/results.md", "docs/attach.md", "examples/calculator/README.md",
 )  # fmt: skip
 
 
@@ -243,7 +246,7 @@ class RecordingEngine:
         return engine.generate(requests, sampling, return_routes=return_routes)
 
 
-def run_snippet(snippet: str, checkpoint: Path) -> dict[str, Any]:
+def run_snippet(snippet: str, checkpoint: Path, directory: Path) -> dict[str, Any]:
     """Runs the snippet for one rollout batch on a real model; what is `yours` in it is supplied here."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -275,10 +278,10 @@ def run_snippet(snippet: str, checkpoint: Path) -> dict[str, Any]:
 
         return logits, loss
 
-    def run_schedule(step: Any, items: list[dict[str, Any]], *, forward_only: bool) -> None:
+    def run_schedule(items: list[dict[str, Any]], *, forward_only: bool) -> None:
         optimizer.zero_grad()
         get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=forward_step,
             data_iterator=iter(items),
             model=chunks,
             num_microbatches=len(items),
@@ -289,6 +292,7 @@ def run_snippet(snippet: str, checkpoint: Path) -> dict[str, Any]:
 
     optimizer = torch.optim.SGD(chunks[0].parameters(), lr=0.1)
     names: dict[str, Any] = {}
+    logged: list[dict[str, float]] = []
     engine = RecordingEngine(chunks[0], names)
     names |= {
         "model_chunks": chunks,
@@ -299,19 +303,25 @@ def run_snippet(snippet: str, checkpoint: Path) -> dict[str, Any]:
         "sampling": SamplingParams(max_new_tokens=6),
         "make_mini_batches": make_mini_batches,
         "run_schedule": run_schedule,
-        "forward_step": forward_step,
         "optimizer": optimizer,
         "lr": 1e-3,
+        "log": logged.append,
+        "directory": directory,
     }
     exec(snippet, names)
     pr2 = names["pr2"]
+    learned = pr2.predictor.weight_LEH.clone()
+    pr2.predictor.weight_LEH.zero_()
+    pr2.load(directory)
+    saved = torch.equal(pr2.predictor.weight_LEH, learned)
     engine.update_weights(pr2.engine_weights(export_weights(bridge, chunks)), 2)
     held_back, pr2.measurement.hold_back = pr2.measurement.hold_back.beta, None
     engine.update_weights(pr2.engine_weights(export_weights(bridge, chunks)), 3)
     own = {name: tensor for name, tensor in export_weights(bridge, chunks) if name.endswith("gate.weight")}
     predicted = {f"model.layers.{site.layer}.mlp.gate.weight": pr2.predictor.weight_LEH[site.local] for site in pr2.sites}
     return {
-        "report": names["report"],
+        "metrics": logged[0],
+        "saved": saved,
         "gates": len(engine.gates[0]),
         "held back": held_back,
         "as they are": all(torch.equal(engine.gates[1][name], own[name]) for name in own),
@@ -320,16 +330,30 @@ def run_snippet(snippet: str, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def test_the_attach_snippet_runs_and_learns(tiny_checkpoint: Path) -> None:
+def test_the_ten_lines_run_and_learn(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (snippet,) = blocks(README, "python")
-    (result,) = pool(1).run(run_snippet, snippet, tiny_checkpoint)
+    assert re.findall(r"\((\d+)\)", snippet) == [str(number) for number in range(1, 11)]
+    (result,) = pool(1).run(run_snippet, snippet, tiny_checkpoint, tmp_path / "pr2")
     assert result["gates"] == 2
     assert result["moved"] > 0.0
     # One rollout batch is too few to believe a prediction; believed, it is merged.
     assert result["held back"] == [0.0, 0.0]
     assert result["as they are"]
     assert result["merged"]
-    report = result["report"]
-    assert report["predictor"]["tokens"] > 0
-    assert report["features_absent"] == 0
-    assert all(0.0 < agreement <= 1.0 for agreement in report["drift"]["agreement"])
+    assert result["saved"]
+    metrics = result["metrics"]
+    assert metrics["pr2/predictor/tokens"] > 0
+    assert metrics["pr2/features_absent"] == 0
+    assert metrics["pr2/missing_share"] == 0
+    assert metrics["pr2/lift"] == 0
+    assert 0.0 < metrics["pr2/agreement"] <= 1.0
+
+
+def test_the_minimal_example_is_short_and_runs() -> None:
+    example = ROOT / "examples/attach_minimal.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(example)], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = re.findall(r"^rollout batch \d: \{'agreement': 0\.\d+, 'lift': 0\.0, 'hold_back/beta': 0\.0\}$", done.stdout, re.MULTILINE)
+    assert len(lines) == 3, done.stdout
