@@ -51,6 +51,7 @@ from megatron_pr2.seam import check_release, check_unpatched
 from megatron_pr2.sequences import ReplaySequence, RolloutReport, sampled_tokens
 from megatron_pr2.sites import check_config, unwrapped, upgrade_routers
 from megatron_pr2.strategies import make_predictor
+from megatron_pr2.token_check import TokenCheck
 from megatron_pr2.tokens import TokenIndex
 
 __all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "attach"]  # what a pipeline needs, in one place
@@ -70,6 +71,7 @@ class PR2:
         sequences, tokens: the rollout batch at work (without its routes), and its tokens as one axis.
         measurement: what its passes leave behind: features, drift, the predictor's gradient.
         forecast: over how many updates a prediction reaches, and the policy's optimizer.
+        token_check: whether the model runs the tokens whose routes are replayed.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
@@ -103,6 +105,7 @@ class PR2:
         self._device = device
         self.engine_agreement: float | None = None
         self._scalars = Scalars()
+        self.token_check = TokenCheck(self.replica.ranks, device)
         self.tokens = TokenIndex({})
         self.sequences: tuple[ReplaySequence, ...] = ()
         self._attached = True
@@ -151,7 +154,8 @@ class PR2:
             sum_over_ranks=self._sum_over_ranks,
         )
         self.tokens = tokens = batch.tokens
-        self.sequences = tuple(replace(sequence, routes=None) for sequence in sequences)
+        self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in sequences)
+        self.token_check.begin(tokens, sequences)
         self.routes.begin(tokens, batch.tables, batch.valid if batch.valid is not None else np.zeros(tokens.total, dtype=bool))
         sampled = sampled_tokens(sequences, tokens, batch.valid, self.config.seed, self.config.sample_fraction)
         self.forecast.end_batch()
@@ -186,7 +190,7 @@ class PR2:
         self._agree_on_pass(micro_batches)
         self.measurement.open_log_prob_pass(micro_batches)
         try:
-            with self._session(micro_batches, mode, self.measurement.keep_features, predict) as session:
+            with self._pass("old_logprobs", micro_batches, mode, self.measurement.keep_features, predict) as session:
                 yield session
             if mode == "replay":
                 self.engine_agreement = self.measurement.agreement.read(everyone(self.token_group))
@@ -223,7 +227,7 @@ class PR2:
         brought = False
         try:
             brought = self.measurement.open_training_pass(micro_batches, learning=self.config.learns and mini_step >= 2)
-            with self._session(micro_batches, mode, self.measurement.compare, None) as session:
+            with self._pass(f"mini-step {mini_step}", micro_batches, mode, self.measurement.compare) as session:
                 yield session
         except BaseException:
             self.measurement.discard()
@@ -283,6 +287,7 @@ class PR2:
         begin_rollout() on.
         """
         self.tokens, self.sequences = TokenIndex({}), ()
+        self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
         self.measurement.end()
         self.forecast.end_batch()
@@ -299,13 +304,14 @@ class PR2:
         """
         self._require_attached()
         self._agree_on_pass(micro_batches)
-        with self._session(micro_batches, "replay" if self.config.replays else "live", None, None) as session:
+        with self._pass("replay", micro_batches, "replay" if self.config.replays else "live") as session:
             yield session
 
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
-        with self._session(micro_batches, "record", None, None) as session:
+        self._require_attached()
+        with ReplaySession(self.sites, self._chunks, micro_batches, mode="record", localize=self.replica.ranks.rows) as session:
             yield session
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
@@ -411,11 +417,17 @@ class PR2:
                 "passes the same whole micro-batches in the same order"
             )
 
-    def _session(
-        self, micro_batches: Sequence[MicroBatch], mode: str, observer: Observer | None, predict: Predict | None
-    ) -> ReplaySession:
-        self._require_attached()
-        return ReplaySession(
+    @contextmanager
+    def _pass(
+        self,
+        name: str,
+        micro_batches: Sequence[MicroBatch],
+        mode: str,
+        observer: Observer | None = None,
+        predict: Predict | None = None,
+    ) -> Iterator[ReplaySession]:
+        """A session over micro-batches of the rollout batch at work, whose tokens are compared with what the model runs."""
+        session = ReplaySession(
             self.sites,
             self._chunks,
             micro_batches,
@@ -424,7 +436,12 @@ class PR2:
             routes=self.routes.slices,
             observer=observer,
             predict=predict,
+            look=self.token_check.look,
         )
+        self.token_check.open()
+        with session:
+            yield session
+        self.token_check.require(name)
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:

@@ -23,11 +23,17 @@ from megatron_pr2.errors import ReplayError
 from megatron_pr2.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.sites import RouterSite, unwrapped
 
+Look = Callable[[MicroBatch, tuple[Any, ...], Mapping[str, Any]], None]
+
 
 class Cursors:
     """The micro-batches at work, by model chunk."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], look: Look | None = None) -> None:
+        """Args:
+        look: sees each micro-batch with the positional and keyword arguments that a chunk is called with for it.
+        """
+        self._look = look
         self._chunks = [unwrapped(chunk) for chunk in chunks]
         self._chunk_of = {id(chunk): index for index, chunk in enumerate(self._chunks)}
         self._pass: dict[Hashable, BoundMicroBatch] = {}
@@ -43,7 +49,7 @@ class Cursors:
         """Starts the pass: from here on, forwards of the chunks are micro-batches of it."""
         self._pass, self._order = dict(micro_batches), list(micro_batches.values())
         for index, chunk in enumerate(self._chunks):
-            self._hooks.append(chunk.register_forward_pre_hook(self._before(index)))
+            self._hooks.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True))
             self._hooks.append(chunk.register_forward_hook(self._after(index)))
 
     def close(self) -> None:
@@ -111,16 +117,19 @@ class Cursors:
         return bound, recomputing
 
     def _before(self, index: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if index in self._forward or index in self._named:
-                return  # announced; or of a pass that announces, where what was not announced is refused by current()
-            number = self._in_order[index]
-            if number >= len(self._order):
-                raise ReplayError(
-                    f"model chunk {index} runs more than the {len(self._order)} micro-batches of this pass; pass all of them when "
-                    "it is opened, and run other forwards outside of it"
-                )
-            self._run(index, self._order[number])
+        def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index not in self._forward:
+                if index in self._named:
+                    return  # where others were announced, what was not is refused by current()
+                number = self._in_order[index]
+                if number >= len(self._order):
+                    raise ReplayError(
+                        f"model chunk {index} runs more than the {len(self._order)} micro-batches of this pass; pass all of them "
+                        "when it is opened, and run other forwards outside of it"
+                    )
+                self._run(index, self._order[number])
+            if self._look is not None:
+                self._look(self._forward[index].micro_batch, args, kwargs)
 
         return hook
 

@@ -22,7 +22,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
-from megatron_pr2.cursor import Cursors
+from megatron_pr2.cursor import Cursors, Look
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
 from megatron_pr2.micro_batch import BoundMicroBatch, MicroBatch
@@ -108,6 +108,7 @@ class ReplaySession:
         routes: Routes | None = None,
         observer: Observer | None = None,
         predict: Predict | None = None,
+        look: Look | None = None,
     ) -> None:
         """Args:
         sites, chunks: this rank's routers and the model chunks that they live in.
@@ -116,13 +117,14 @@ class ReplaySession:
         localize: gives this rank's rows of a whole micro-batch.
         routes: gives this rank's routes of whole micro-batches and which rows have one, for "replay".
         observer: sees (site, micro-batch, h [T, H], p [T, E]) once per forward.
+        look: sees what a chunk is called with, per micro-batch.
         predict: while recording, logits by which the routes are chosen instead of the live ones.
         """
         if mode not in MODES:
             raise ReplayError(f"replay mode {mode!r}: expected one of {', '.join(MODES)}")
         self.mode, self.observer = mode, observer
         self._sites, self._predict = list(sites), predict
-        self.cursors = Cursors(chunks)
+        self.cursors = Cursors(chunks, look)
         self._micro_batches = list(micro_batches)
         self._localize, self._routes = localize, routes
         self._bound: dict[Hashable, BoundMicroBatch] = {}

@@ -33,6 +33,8 @@ class ReplaySequence:
             that the policy did not sample, e.g. an environment's.
         mini_step: the mini-step, from 1, that will train on it, where that is known. Routes that the actor records are then
             predicted for that many updates instead of the average; an engine has one gate for all sequences.
+        token_ids: [length], prompt and response, to be compared with what the model runs (megatron_pr2.token_check); None: the ids
+            of the first pass are what later ones are compared with.
     """
 
     id: int
@@ -42,6 +44,7 @@ class ReplaySequence:
     routes: RouteTable | None = None
     loss_mask: npt.NDArray[np.bool_] | None = None
     mini_step: int | None = None
+    token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
             )
         if sequence.mini_step is not None and sequence.mini_step < 1:
             raise RouteError(f"sequence {sequence.id}: mini_step={sequence.mini_step}; mini-steps count from 1")
+        if sequence.token_ids is not None and len(sequence.token_ids) != sequence.length:
+            raise RouteError(
+                f"sequence {sequence.id}: {len(sequence.token_ids)} token_ids for a length of {sequence.length}; give those of "
+                "prompt and response"
+            )
         if sequence.loss_mask is not None and sequence.loss_mask.shape != (sequence.loss_stop - sequence.loss_start,):
             raise RouteError(
                 f"sequence {sequence.id}: loss_mask has shape {list(sequence.loss_mask.shape)}, expected one entry for each of the "

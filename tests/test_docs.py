@@ -355,5 +355,6 @@ def test_the_minimal_example_is_short_and_runs() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(example)], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = re.findall(r"^rollout batch \d: \{'agreement': 0\.\d+, 'lift': 0\.0, 'hold_back/beta': 0\.0\}$", done.stdout, re.MULTILINE)
+    pattern = r"^rollout batch \d: \{'agreement': 0\.\d+, 'lift': 0\.0, 'hold_back/beta': 0\.0\}$"
+    lines = re.findall(pattern, done.stdout, re.MULTILINE)
     assert len(lines) == 3, done.stdout

@@ -51,7 +51,13 @@ class Sample:
         """What PR2 has to know of it; `mini_step` is the one that will train on it, from 1."""
         response = self.response
         return ReplaySequence(
-            self.id, self.length, *self.loss_span, routes=response.routes, loss_mask=response.loss_mask, mini_step=mini_step
+            self.id,
+            self.length,
+            *self.loss_span,
+            routes=response.routes,
+            loss_mask=response.loss_mask,
+            mini_step=mini_step,
+            token_ids=response.token_ids,
         )
 
 

@@ -1,0 +1,179 @@
+# ruff: noqa: PT012 (what fails is a whole pass inside of a session)
+"""Whether the model runs the tokens whose routes are replayed: seen from the ids, under every cut of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from megatron_pr2.attach import PR2, attach
+from megatron_pr2.errors import ReplayError, RouteError
+from megatron_pr2.layout import TokenGrid, context_parallel
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replica import Member, RankGroup
+from megatron_pr2.sequences import ReplaySequence
+from megatron_pr2.token_check import TokenCheck
+from megatron_pr2.tokens import TokenIndex
+from tests import toy
+
+pytestmark = pytest.mark.usefixtures("host_platform")
+
+LENGTHS = {0: 7, 1: 7, 2: 5, 3: 5}
+CPU = torch.device("cpu")
+
+
+def token_id(sequence: int, position: int) -> int:
+    return 1000 * sequence + position + 1
+
+
+def ids_of(grid: TokenGrid) -> Tensor:
+    """The model's input [B, S] for a grid: every token has an id of its own, padding 0."""
+    ids = np.where(grid.sequence >= 0, 1000 * grid.sequence + grid.position + 1, 0)
+    return torch.from_numpy(ids).t().contiguous()
+
+
+def check(cp_size: int, cp_rank: int, lengths: dict[int, int], known: Sequence[int]) -> TokenCheck:
+    ranks = RankGroup(None, (Member(cp_rank, 0, (0,), True),), 0, cp_size, 1)
+    found = TokenCheck(ranks, CPU)
+    sequences = [
+        ReplaySequence(s, n, 0, n - 1, token_ids=[token_id(s, p) for p in range(n)] if s in known else None)
+        for s, n in lengths.items()
+    ]
+    found.begin(TokenIndex(lengths), sequences)
+    return found
+
+
+@given(st.data())
+def test_every_wrong_token_is_counted_and_no_other(data: st.DataObject) -> None:
+    lengths = dict(enumerate(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))))
+    cp_size = data.draw(st.sampled_from([1, 2, 3]))
+    cp_rank = data.draw(st.integers(0, cp_size - 1))
+    known = data.draw(st.lists(st.sampled_from(sorted(lengths)), unique=True))
+    up = 2 * cp_size
+
+    def described(packed: bool, slack: int) -> MicroBatch:
+        slots = [-(-n // up) * up + slack * up for n in lengths.values()]
+        ids, counts = list(lengths), list(lengths.values())
+        return MicroBatch.packed(ids, counts, slots) if packed else MicroBatch.padded(ids, counts, max(slots))
+
+    tokens = check(cp_size, cp_rank, lengths, known)
+    first, second = described(data.draw(st.booleans()), 0), described(data.draw(st.booleans()), data.draw(st.integers(0, 1)))
+    seen = set()
+    rows = context_parallel(first.grid, cp_size, cp_rank)
+    tokens.look(first, (ids_of(rows),), {})
+    seen |= {(int(s), int(p)) for s, p in zip(*(axis[rows.real()[0]] for axis in rows.rows()), strict=True)}
+    tokens.require("the first pass")
+    # The second pass is cut otherwise, so that this rank may hold tokens that it has not seen.
+    rows = context_parallel(second.grid, cp_size, cp_rank)
+    inputs = ids_of(rows)
+    wrong = 0
+    for row, sequence, position in zip(*rows.real(), strict=True):
+        if data.draw(st.integers(0, 9)) == 0:
+            inputs[row % rows.sequence.shape[1], row // rows.sequence.shape[1]] += 7
+            wrong += int(sequence) in known or (int(sequence), int(position)) in seen
+    padding = ids_of(rows) == 0
+    inputs[padding] = data.draw(st.integers(0, 5))  # padding is nobody's business
+    tokens.look(second, (), {"input_ids": inputs})
+    if not wrong:
+        tokens.require("the second pass")
+        return
+    with pytest.raises(ReplayError, match=rf"the second pass: {wrong} of the tokens.*do not apply this update"):
+        tokens.require("the second pass")
+    tokens.open()
+    tokens.require("nothing is left of it")
+
+
+class TokenChunk(nn.Module):
+    """A toy that is called as a GPTModel is: token ids in, [S, B, H] out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = toy.ToyChunk(toy.toy_config())
+        self.config, self.decoder, self.inner = inner.config, inner.decoder, [inner]
+        self.table = torch.randn(4000, toy.HIDDEN, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: Tensor, position_ids: Any = None, attention_mask: Any = None) -> Tensor:
+        return self.inner[0](self.table[input_ids.t()].contiguous())
+
+
+def prepared(given: bool) -> tuple[TokenChunk, PR2, list[MicroBatch]]:
+    chunk = TokenChunk()
+    pr2 = attach(chunk, toy.preset("r3"))
+    tables = toy.random_tables(LENGTHS, chunk.config)
+    pr2.begin_rollout(
+        [
+            ReplaySequence(i, n, 2, n - 1, tables[i], token_ids=np.array([token_id(i, p) for p in range(n)]) if given else None)
+            for i, n in LENGTHS.items()
+        ]
+    )
+    return chunk, pr2, [MicroBatch.padded([i, i + 1], [LENGTHS[i]] * 2, 8) for i in (0, 2)]
+
+
+def run(chunk: TokenChunk, micro_batches: Sequence[MicroBatch]) -> None:
+    for micro_batch in micro_batches:
+        chunk(ids_of(micro_batch.grid)).sum().backward()
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_micro_batch_in_the_place_of_another_is_refused(announced: bool) -> None:
+    """Equal shapes, the right number of forwards: only the tokens tell."""
+    chunk, pr2, micro_batches = prepared(False)
+    with pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches)
+    with pr2.actor_update(micro_batches, 1):
+        run(chunk, micro_batches)
+    with pytest.raises(ReplayError, match="mini-step 2: 24 of the tokens"), pr2.actor_update(micro_batches, 2) as session:
+        for told, ran in zip(micro_batches, reversed(micro_batches), strict=True):
+            if announced:
+                session.begin(chunk, told)
+            output = chunk(ids_of(ran.grid))
+            if announced:
+                session.end(chunk, told, output)
+    with pytest.raises(ReplayError, match="replay: 24 of the tokens"), pr2.replay(micro_batches):
+        run(chunk, micro_batches[::-1])
+    # A pass that is not of the rollout batch has other tokens under the same numbers.
+    with pr2.record(micro_batches):
+        run(chunk, micro_batches[::-1])
+    with pr2.actor_update(micro_batches, 2):
+        run(chunk, micro_batches)
+
+
+def test_ids_that_came_with_the_rollout_check_the_first_pass() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    grids = [TokenGrid(np.roll(mb.grid.sequence, 1, 0), np.roll(mb.grid.position, 1, 0)) for mb in micro_batches]
+    shifted = [MicroBatch(index, grid) for index, grid in enumerate(grids)]
+    with pytest.raises(ReplayError, match=r"old_logprobs: 24 of the tokens"), pr2.old_logprobs(shifted):
+        run(chunk, micro_batches)
+    with pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches)
+
+
+def test_a_pass_that_failed_leaves_nothing_behind() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    with pytest.raises(ZeroDivisionError), pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches[::-1])
+        raise ZeroDivisionError
+    with pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches)
+
+
+def test_a_new_rollout_batch_has_its_own_tokens() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    tables = toy.random_tables(LENGTHS, chunk.config)
+    pr2.begin_rollout([ReplaySequence(i, n, 2, n - 1, tables[i]) for i, n in LENGTHS.items()])
+    with pr2.old_logprobs(micro_batches):
+        for micro_batch in micro_batches:
+            chunk(ids_of(micro_batch.grid) + 1)
+
+
+def test_ids_of_another_length_are_refused() -> None:
+    _, pr2, _ = prepared(False)
+    with pytest.raises(RouteError, match="sequence 4: 3 token_ids for a length of 5"):
+        pr2.begin_rollout([ReplaySequence(4, 5, 2, 4, token_ids=[1, 2, 3])])
