@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig, load_config
+from megatron_pr2.rl.launch import _claim
 
 
 def test_defaults_are_valid_and_a_file_and_the_command_line_override_them(tmp_path: Path) -> None:
@@ -161,3 +164,32 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     if not os.access(file, os.R_OK):  # root may read everything
         with pytest.raises(ConfigError, match="cannot be read"):
             load_config(file)
+
+
+# ---- the directory of an unfinished run ------------------------------------------------------------------------------
+
+
+def unfinished(directory: Path, settings: dict[str, Any]) -> Path:
+    """What an unfinished run leaves of its settings."""
+    directory.mkdir()
+    OmegaConf.save(OmegaConf.create(settings), directory / "config.yaml")
+    (directory / "metrics.jsonl").write_text("", encoding="utf-8")
+    return directory
+
+
+def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
+    """It does not know the settings that came later; their defaults are what it ran with."""
+    config = TrainConfig()
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    del settings["rollout"]["oversample"], settings["algorithm"]["clip_high"]
+    _claim(unfinished(tmp_path / "run", settings), config)
+    changed = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, clip_high=0.9))
+    with pytest.raises(ConfigError, match=r"other settings \(algorithm\.clip_high\)"):
+        _claim(unfinished(tmp_path / "changed", settings), changed)
+
+
+def test_a_run_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig()
+    settings = OmegaConf.to_container(OmegaConf.structured(config)) | {"from_the_future": 1}
+    with pytest.raises(ConfigError, match=r"other settings \(from_the_future\)"):
+        _claim(unfinished(tmp_path / "run", settings), config)

@@ -104,7 +104,9 @@ def _claim(directory: Path, config: TrainConfig) -> None:
         directory.rename(directory.with_name(f"{directory.name}.{number}"))
         logger.warning("%s holds a finished run: moved it to %s.%d", directory, directory, number)
     if file.exists() and (directory / FILE_NAME).exists():
-        old = OmegaConf.load(file)
+        # A setting that a later release brought stands at its default, which leaves everything as it was.
+        defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(type(config))))
+        old = OmegaConf.merge(defaults, OmegaConf.load(file))
         for key in _MAY_CHANGE:
             OmegaConf.update(old, key, OmegaConf.select(new, key))
         if OmegaConf.to_container(old) != OmegaConf.to_container(new):
