@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
@@ -40,6 +40,8 @@ class PredictiveTopKRouter(TopKRouter):
     """
 
     config: TransformerConfig
+    # How Megatron says that a module is not sharded; Megatron-Bridge asks it of classes that it does not know by name.
+    tensor_model_parallel = False
     _control: RouteControl | None = None
     attached: bool = False  # whether a PR2 handle owns this router
 
@@ -55,19 +57,19 @@ class PredictiveTopKRouter(TopKRouter):
             self._control.observe(self, input, logits)
         return logits
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Megatron-Core's routing; the unfused path while a session is bound.
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Megatron-Core's routing; the unfused path while a session is bound. What else it is given differs between releases.
 
         Transformer Engine's fused router returns before it looks at the replay object, which would turn replay off silently.
         """
         if self._control is None or not self.config.moe_router_fusion:
-            return super().routing(logits, padding_mask=padding_mask)
+            return super().routing(logits, *args, **kwargs)
         fused: TransformerConfig = self.config
         unfused = copy.copy(fused)
         unfused.moe_router_fusion = False
         self.config = unfused
         try:
-            return super().routing(logits, padding_mask=padding_mask)
+            return super().routing(logits, *args, **kwargs)
         finally:
             self.config = fused
 

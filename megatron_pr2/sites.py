@@ -69,8 +69,8 @@ def check_router(name: str, router: Router) -> None:
             f"{name}: router class {type(router).__name__} is not Megatron-Core's TopKRouter; derive it from "
             "megatron_pr2.router.PredictiveTopKRouter or use TopKRouter"
         )
-    if router.routing_type == "sinkhorn":
-        raise AttachError(f"{name}: moe_router_load_balancing_type='sinkhorn' bypasses replay; use 'none' for RL")
+    if router.routing_type in ("sinkhorn", "quantile_balancing"):
+        raise AttachError(f"{name}: moe_router_load_balancing_type={router.routing_type!r} bypasses replay; use 'none' for RL")
     if router.router_replay is not None:
         raise AttachError(
             f"{name}: Megatron-Core's own router replay is on (moe_enable_routing_replay); set it to False, one replay at a time"
@@ -116,8 +116,13 @@ def check_config(config: TransformerConfig) -> None:
             "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; "
             "replay cannot follow it: set it to False"
         )
-    if config.moe_router_force_load_balancing:
-        raise AttachError("moe_router_force_load_balancing=True replaces router logits by noise (for benchmarks); set it to False")
+    # Settings of later releases are asked for by name: what 0.16 does not have must not be overlooked there.
+    for name in ("moe_router_force_load_balancing", "moe_router_force_biased"):
+        if (value := getattr(config, name, None)) not in (None, False):
+            raise AttachError(f"{name}={value} replaces router logits by noise (for benchmarks); switch it off")
+    for name in ("moe_n_hash_layers", "moe_num_hash_layers"):
+        if value := getattr(config, name, None):
+            raise AttachError(f"{name}={value}: hash layers choose experts by token id, and have no route to predict or replay; set it to 0")
     if getattr(config, "hybrid_context_parallel", False):
         raise AttachError(
             "hybrid_context_parallel=True changes the context-parallel size from sequence to sequence, and with it which rank "

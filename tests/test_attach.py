@@ -97,6 +97,24 @@ def test_settings_that_replay_cannot_follow(setting: str, value: Any, message: s
     assert type(toy.routers(chunk)[0]) is TopKRouter
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("moe_router_force_biased", 0.5, "moe_router_force_biased=0.5 replaces router logits by noise"),
+        ("moe_n_hash_layers", 3, "moe_n_hash_layers=3: hash layers choose experts by token id"),
+        ("moe_num_hash_layers", 3, "moe_num_hash_layers=3: hash layers choose experts by token id"),
+    ],
+)
+def test_settings_that_later_releases_have_are_refused(setting: str, value: Any, message: str) -> None:
+    config = toy.toy_config()
+    setattr(config, setting, value)
+    chunk = toy.ToyChunk(config)
+    with pytest.raises(AttachError, match=message):
+        attach(chunk, PR2_CONFIG)
+    setattr(config, setting, type(value)())  # off, and nothing was changed
+    attach(chunk, PR2_CONFIG)
+
+
 def test_graphs_without_the_routers_are_fine() -> None:
     chunk = toy.ToyChunk(toy.toy_config())
     chunk.config.cuda_graph_impl, chunk.config.cuda_graph_scope = "transformer_engine", ["attn"]
