@@ -1,0 +1,192 @@
+"""Megatron-LM: PR2's command-line flags and layer spec (docs/megatron_lm.md).
+
+    initialize_megatron(extra_args_provider=add_pr2_args)    # --pr2-preset pr2 --pr2-alpha 2 ...
+    spec = pr2_layer_spec(args, config, vp_stage=vp_stage)   # in the model builder, in place of get_gpt_decoder_block_spec()
+    pr2 = attach(model, pr2_config_from_args(args))
+
+The flags are made from the fields of PR2Config, so that neither a field nor its description can be forgotten here. A flag that is
+absent keeps the preset's value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from dataclasses import fields
+from typing import Any
+
+from megatron_pr2.config import DELIVERIES, PREDICTORS, PRESETS, ROUTES, TARGETS, PR2Config
+from megatron_pr2.errors import AttachError, ConfigError
+
+_CHOICES = {
+    "routes": ROUTES,
+    "route_delivery": DELIVERIES,
+    "predictor": PREDICTORS,
+    "target": TARGETS,
+    "feature_device": ("device", "cpu"),
+}
+
+# Where PR2Config's own description leans on its neighbours, which a reader of --help does not see.
+_HELP = {
+    "routes": 'Which experts are replayed: "live" replays nothing, "actor" those of the old-log-prob pass, "engine" those that the '
+    "rollout engine returned.",
+    "target": 'What the predictor learns: "post", the distribution of the updated router, or "delta", the change of its logits.',
+    "alpha": "Learning rate of the predictor, relative to the policy's current one (--lr and its schedule).",
+    "betas": "Decay rates of the predictor's own Adam; the policy's is not touched.",
+    "eps": "Epsilon of the predictor's own Adam.",
+    "momentum": "With --pr2-predictor momentum: c of W_p = c * horizon * (the gate's last update).",
+    "held_out_share": "Share of the sampled tokens that nothing is learned from, on which --pr2-hold-back judges a prediction.",
+    "hold_back_decay": "Weight of a rollout batch in that judgement, relative to the next one's: --pr2-hold-back's memory.",
+    "hold_back_confidence": "Standard errors by which a gain must exceed zero before --pr2-hold-back lets a prediction pass.",
+    "strict": "Fail above --pr2-max-missing-share; otherwise warn and count.",
+}
+
+
+def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds one flag per setting, in Megatron-LM's style; give it to `pretrain` or `initialize_megatron` as `extra_args_provider`.
+
+    The values arrive in `args.pr2_preset`, `args.pr2_alpha`, ...; those of absent flags are None.
+    """
+    group = parser.add_argument_group(
+        title="predictive routing replay",
+        description="Experts of MoE layers replayed in training and predicted for the rollout (megatron_pr2, arXiv 2606.00395).",
+    )
+    methods = {"grpo": "live routes", "r2": "routing replay", "r3": "rollout routing replay", "pr2": "with predicted routes"}
+    group.add_argument(
+        "--pr2-preset",
+        choices=tuple(PRESETS),
+        default="pr2",
+        help="Method that the other --pr2- flags start from: " + ", ".join(f"{name} ({methods[name]})" for name in PRESETS)
+        + "; they differ in --pr2-routes and --pr2-predictor. Default: pr2.",
+    )  # fmt: skip
+    descriptions = setting_descriptions()
+    for field in fields(PR2Config):
+        default = "by --pr2-preset" if field.name in PRESETS["pr2"] else _shown(field.default)
+        text = f"{descriptions[field.name]} Default: {default}."
+        # argparse takes % as the start of a placeholder.
+        group.add_argument(flag(field.name), default=None, help=text.replace("%", "%%"), **_kind(field.name, field.default))
+    return parser
+
+
+def pr2_config_from_args(args: argparse.Namespace) -> PR2Config:
+    """The settings that the flags of :func:`add_pr2_args` ask for.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another; naming the flags. Or the flags were never added.
+    """
+    if not hasattr(args, "pr2_preset"):
+        raise ConfigError("args has no pr2_preset: pass extra_args_provider=add_pr2_args to pretrain() or initialize_megatron()")
+    given = {field.name: value for field in fields(PR2Config) if (value := getattr(args, f"pr2_{field.name}", None)) is not None}
+    try:
+        return PR2Config.preset(args.pr2_preset, **given)
+    except ConfigError as error:
+        raise ConfigError(_in_flags(str(error))) from None
+
+
+def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: int | None = None, pp_rank: int | None = None) -> Any:
+    """Block spec of this pipeline stage whose MoE layers have PredictiveTopKRouters, for a model builder of Megatron-LM.
+
+    The same as Megatron-LM's own builder asks for, get_gpt_decoder_block_spec(), with other routers.
+
+    Args:
+        args: Megatron-LM's; read are `transformer_impl`, `normalization`, `qk_l2_norm` and `spec`.
+        config: the model's TransformerConfig; None makes it from `args` as Megatron-LM does (needs megatron.training).
+        vp_stage, pp_rank: of the chunk that is being built.
+
+    Raises:
+        AttachError: the model has no experts, args.spec names a spec of its own, or a layer that cannot be replayed.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from megatron_pr2.integrations.spec import with_pr2_routers
+
+    if getattr(args, "spec", None) is not None:
+        raise AttachError(
+            f"--spec {' '.join(args.spec)}: the model gets that spec, not PR2's. Megatron-LM takes an object there, not a function "
+            "of the arguments: drop --spec, or put with_pr2_routers() around that object (megatron_pr2.integrations.spec)"
+        )
+    config = _config_from(args) if config is None else config
+    if not config.num_moe_experts:
+        raise AttachError("the model has no experts (--num-experts is not set): nothing to route; PR2 needs a MoE model")
+    # Not by --transformer-impl alone: builders that are given a config have set it there.
+    implementation = getattr(args, "transformer_impl", None) or getattr(config, "transformer_impl", "transformer_engine")
+    if implementation not in ("transformer_engine", "local"):
+        raise AttachError(
+            f"--transformer-impl {implementation}: its routers are for inference; use transformer_engine or local to train"
+        )
+    spec = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=implementation == "transformer_engine",
+        normalization=getattr(args, "normalization", None),
+        qk_l2_norm=getattr(args, "qk_l2_norm", False),
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    return with_pr2_routers(spec, require_moe=False)  # a stage may have dense layers only
+
+
+def flag(name: str) -> str:
+    """The flag of a field of PR2Config."""
+    return "--pr2-" + name.replace("_", "-")
+
+
+def setting_descriptions() -> dict[str, str]:
+    """What each field of PR2Config means, in a sentence or more that stands alone."""
+    section = textwrap.dedent((PR2Config.__doc__ or "").partition("Attributes:\n")[2])
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\w)", section.strip()):
+        names, _, text = entry.partition(":")
+        sentence = " ".join(text.split())
+        for name in names.split(","):
+            found[name.strip()] = sentence[:1].upper() + sentence[1:]
+    return {field.name: _HELP.get(field.name, found.get(field.name, "")) for field in fields(PR2Config)}
+
+
+def _config_from(args: argparse.Namespace) -> Any:
+    try:
+        from megatron.training.arguments import core_transformer_config_from_args
+    except ImportError as error:
+        raise AttachError(
+            "pr2_layer_spec(args) without a config needs Megatron-LM's megatron.training, which the megatron-core wheel does not "
+            f"have ({error}); pass the model's TransformerConfig as config"
+        ) from error
+    return core_transformer_config_from_args(args)
+
+
+def _kind(name: str, default: Any) -> dict[str, Any]:
+    """What argparse has to know of a field, by the type of its default."""
+    if isinstance(default, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    if isinstance(default, tuple):
+        return {"type": type(default[0]), "nargs": len(default), "metavar": tuple("VALUE" for _ in default)}
+    if name in _CHOICES:
+        return {"choices": _CHOICES[name]}
+    return {"type": type(default)}
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+_NAMES = "|".join(sorted((field.name for field in fields(PR2Config)), key=len, reverse=True))
+_SETTING = re.compile(rf"\b(?:pr2\.({_NAMES})\b|({_NAMES})(?==))(?:=('[^']*'|\([^)]*\)|\[[^]]*\]|[\w.+-]*[\w+-]))?")
+
+
+def _in_flags(message: str) -> str:
+    """A ConfigError's message with settings written as flags: `pr2.alpha=-1` is `--pr2-alpha -1` here."""
+
+    def written(match: re.Match[str]) -> str:
+        name, value = match[1] or match[2], match[3]
+        if value is None:
+            return flag(name)
+        if value.lower() in ("true", "false"):
+            return flag(name) if value.lower() == "true" else flag(name).replace("--", "--no-", 1)
+        return f"{flag(name)} {value.strip('()[]').replace(',', '') if value[0] in '([' else value.strip(chr(39))}"
+
+    return _SETTING.sub(written, message)
