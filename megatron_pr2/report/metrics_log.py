@@ -40,7 +40,7 @@ TAGS: dict[str, tuple[str, ...]] = {
     "routes/lift_all": ("lift_all",),
 }
 # Groups whose every number is mirrored under its own name; tag prefix -> key of the record.
-GROUPS = {"routes": "routes", "logprob_gap": "logprob_gap", "predictor": "predictor", "seconds": "seconds", "bytes": "bytes"}
+GROUPS = {name: name for name in ("routes", "logprob_gap", "predictor", "seconds", "bytes", "importance")}
 
 
 class MetricsLog:

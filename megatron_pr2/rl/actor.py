@@ -6,8 +6,10 @@ micro-batch is which, nothing more.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,16 @@ from torch import Tensor
 from megatron_pr2 import checkpoint as pr2_checkpoint
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.bridge import export_weights, load_model, save_hf
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.owned_export import owned_engine_weights
+from megatron_pr2.replay import ReplaySession
 from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import Shards
-from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
+from megatron_pr2.rl.corrections import decoupled_loss, diagnose
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
+from megatron_pr2.rl.old_logprobs import needs_snapshot_pass, rollout_logprobs, take_rollout_logprobs
+from megatron_pr2.rl.proximal import ProximalPolicy
 from megatron_pr2.rl.sharding import (
     load_model_shards,
     load_optimizer_shards,
@@ -38,6 +45,9 @@ from megatron_pr2.rl.sharding import (
     optimizer_template,
 )
 
+logger = logging.getLogger(__name__)
+# Opens a replay session over micro-batches: pr2.old_logprobs or pr2.replay.
+Pass = Callable[[Sequence[MicroBatch]], AbstractContextManager[ReplaySession]]
 LossFunction = Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
@@ -48,6 +58,7 @@ class Actor:
         chunks: the DDP-wrapped model.
         pr2: predictive routing replay on it.
         optimizer: Megatron's.
+        proximal: the moving average of the policy, where that is what old log-probs are of.
     """
 
     def __init__(self, config: TrainConfig, hf_path: str | Path, pad_id: int) -> None:
@@ -85,6 +96,11 @@ class Actor:
             self.chunks,
         )
         self.pr2.follow(self.optimizer)
+        algorithm = config.algorithm
+        self.proximal: ProximalPolicy | None = None
+        if algorithm.old_logprobs == "ewma":
+            where = torch.device("cpu") if algorithm.proximal_device == "cpu" else None
+            self.proximal = ProximalPolicy(self.chunks, algorithm.proximal_decay, device=where)
         model_config = self.chunks[0].config
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = self.optimizer.scale_loss
@@ -101,11 +117,25 @@ class Actor:
         return self.chunks[0]
 
     def old_logprobs(self, samples: Sequence[Sample]) -> None:
-        """Log-probs of all responses under theta_old with replayed routes; fills `sample.old_logprobs`."""
+        """Once per rollout batch: the pass under theta_old with replayed routes, where the settings need one.
+
+        Fills `sample.old_logprobs`, except with old_logprobs=ewma, where :meth:`update` does.
+
+        Raises:
+            RolloutError: old_logprobs=rollout, and the engine gave a sampled token no log-prob.
+        """
+        source = self._config.algorithm.old_logprobs
+        if needs_snapshot_pass(source, self.pr2.config):
+            self._take_logprobs(samples, self.pr2.old_logprobs)
+        if source == "rollout":
+            take_rollout_logprobs(samples)
+
+    def _take_logprobs(self, samples: Sequence[Sample], replay: Pass) -> None:
+        """A forward of all responses under the weights that the model has now; fills `sample.old_logprobs`."""
         items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
         for chunk in self.chunks:
             chunk.eval()
-        with self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session:
+        with replay([item["micro_batch"] for item in items]) as session:
             results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
@@ -118,17 +148,26 @@ class Actor:
         """One mini-step: policy update on replayed routes, then the predictor's (from mini-step 2 on).
 
         Returns:
-            mini_step, loss, clip_fraction, grad_norm, ratio_mean, ratio_std, ratio_min, ratio_max, approx_kl and PR2's report.
+            mini_step, loss, clip_fraction, grad_norm, ratio_mean, ratio_std, ratio_min, ratio_max, approx_kl and PR2's report;
+            with a correction also "importance" (megatron_pr2.rl.corrections.diagnose).
         """
-        items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
+        algorithm = self._config.algorithm
+        if self.proximal is not None:
+            # The same routes again, but no features: those are of the weights that the routes were predicted from.
+            with self.proximal.swapped_in():
+                self._take_logprobs(samples, self.pr2.replay)
+        items = micro_batches(samples, algorithm.micro_batch_size, self._pad_id)
+        if algorithm.importance != "none":
+            _add_rollout_logprobs(items)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        algorithm = self._config.algorithm
-        loss = partial(_policy_loss, algorithm.clip_low, algorithm.clip_high)
+        loss = partial(_policy_loss, algorithm)
         with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step) as session:
             results = self._run(session.forward_step(partial(self._forward_step, loss)), items, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
+        if self.proximal is not None:
+            self.proximal.update()
         report = self.pr2.step(self.lr)
         sums = torch.stack([r["sums"] for r in results]).sum(0).double()
         low = torch.stack([r["extremes"][0] for r in results]).min().double()
@@ -140,6 +179,14 @@ class Actor:
         value = dict(zip(LOSS_COLUMNS, sums.tolist(), strict=True))
         tokens = max(value["tokens"], 1.0)
         mean = value["ratio"] / tokens
+        if algorithm.importance != "none":
+            diagnostics = torch.stack([r["diagnostics"] for r in results]).sum(0)
+            dist.all_reduce(diagnostics, group=group)
+            report = {"importance": diagnose(diagnostics), **report}
+            if not value["tokens"]:
+                logger.warning(
+                    "mini-step %d: importance=mis dropped every token, so nothing was learned; widen its bounds", mini_step
+                )
         return {
             "mini_step": mini_step,
             "loss": value["loss"] / tokens,
@@ -168,11 +215,14 @@ class Actor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that training continues from, as shards that any parallel layout can read."""
         model = model_shards(self.chunks)
-        return {
+        state = {
             "model": model,
             "optimizer": optimizer_shards(self.optimizer, model),
             "pr2": pr2_checkpoint.sharded_state_dict(self.pr2),
         }
+        if self.proximal is not None:
+            state["proximal"] = self.proximal.sharded_state_dict(model)
+        return state
 
     def load_state_dict(self, saved: Shards) -> None:
         """Restores :meth:`state_dict`, in whatever layout it was written; collective.
@@ -183,10 +233,15 @@ class Actor:
         model = model_shards(self.chunks)
         optimizer = optimizer_template(self.optimizer, model)
         pr2 = pr2_checkpoint.sharded_state_dict(self.pr2, load_from=saved.directory)
-        loaded = saved.read({"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2})
+        template = {"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2}
+        if self.proximal is not None:
+            template["proximal"] = self.proximal.sharded_state_dict(model)
+        loaded = saved.read(template)
         load_model_shards(self.chunks, loaded["model"])
         load_optimizer_shards(self.optimizer, optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
         pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
+        if self.proximal is not None:
+            self.proximal.load_state_dict(loaded["proximal"])
 
     def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:
         rows, width = items[0]["tokens"].shape
@@ -219,10 +274,33 @@ def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor
     return logprobs_BS.sum(), tokens, {"logprobs": logprobs_BS.detach()}
 
 
-def _policy_loss(
-    clip_low: float, clip_high: float, item: dict[str, Any], logprobs_BS: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    loss, sums, extremes = policy_loss(
-        logprobs_BS, item["old_logprobs"], item["advantages"], item["mask"], clip_low=clip_low, clip_high=clip_high
+def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    old_BS, advantages_BS, mask_BS = item["old_logprobs"], item["advantages"], item["mask"]
+    clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+    if algorithm.importance == "none":
+        loss, sums, extremes = policy_loss(logprobs_BS, old_BS, advantages_BS, mask_BS, **clip)
+        return loss, mask_BS.sum().to(torch.int), {"sums": sums, "extremes": extremes}
+    loss, sums, extremes, diagnostics = decoupled_loss(
+        logprobs_BS,
+        old_BS,
+        item["rollout_logprobs"],
+        advantages_BS,
+        mask_BS,
+        **clip,
+        kind=algorithm.importance,
+        cap=algorithm.importance_cap,
+        floor=algorithm.importance_floor,
+        level=algorithm.importance_level,
     )
-    return loss, item["mask"].sum().to(torch.int), {"sums": sums, "extremes": extremes}
+    tokens = sums[LOSS_COLUMNS.index("tokens")].to(torch.int)
+    return loss, tokens, {"sums": sums, "extremes": extremes, "diagnostics": diagnostics}
+
+
+def _add_rollout_logprobs(items: Sequence[dict[str, Any]]) -> None:
+    """Adds `rollout_logprobs` [B, S] float32 to micro-batches, 0 where the engine sampled nothing."""
+    for item in items:
+        out_BS = torch.zeros_like(item["old_logprobs"])
+        for row, sample in enumerate(item["samples"]):
+            first, stop = sample.loss_span
+            out_BS[row, first:stop] = torch.from_numpy(rollout_logprobs(sample))
+        item["rollout_logprobs"] = out_BS

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl.old_logprobs import KINDS, LEVELS, check_source
 from megatron_pr2.rl.task import LESSONS
 
 
@@ -71,12 +72,21 @@ class OptimizerConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO. `mini_steps` is kappa of off-kappa: update batches per rollout batch."""
+    """GRPO. `mini_steps` is kappa of off-kappa: update batches per rollout batch. What the ratio is taken to (`old_logprobs`,
+    megatron_pr2.rl.old_logprobs) and how it is corrected for what the engine sampled from (`importance*`,
+    megatron_pr2.rl.corrections)."""
 
     mini_steps: int = 4
     micro_batch_size: int = 32
     clip_low: float = 0.2
     clip_high: float = 0.28
+    old_logprobs: str = "recompute"
+    importance: str = "none"
+    importance_level: str = "token"
+    importance_cap: float = 2.0
+    importance_floor: float = 0.5
+    proximal_decay: float = 0.9
+    proximal_device: str = "device"
 
 
 @dataclass
@@ -195,6 +205,20 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"algorithm.clip_low={algorithm.clip_low}: expected a number in [0, 1)")
     if not algorithm.clip_high >= 0.0:
         raise ConfigError(f"algorithm.clip_high={algorithm.clip_high}: expected a number >= 0")
+    for name, chosen, allowed in (
+        ("importance", algorithm.importance, KINDS),
+        ("importance_level", algorithm.importance_level, LEVELS),
+        ("proximal_device", algorithm.proximal_device, ("device", "cpu")),
+    ):
+        if chosen not in allowed:
+            raise ConfigError(f"algorithm.{name}={chosen!r}: expected one of {', '.join(allowed)}")
+    check_source(algorithm.old_logprobs, algorithm.importance, config.replay())
+    if not algorithm.importance_cap >= 1.0:
+        raise ConfigError(f"algorithm.importance_cap={algorithm.importance_cap}: expected a number >= 1, the weight of agreement")
+    if not 0.0 <= algorithm.importance_floor <= 1.0:
+        raise ConfigError(f"algorithm.importance_floor={algorithm.importance_floor}: expected a number in [0, 1]")
+    if not 0.0 <= algorithm.proximal_decay < 1.0:
+        raise ConfigError(f"algorithm.proximal_decay={algorithm.proximal_decay}: expected a number in [0, 1)")
     if not config.optimizer.lr >= 0.0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr}: expected a number >= 0")
     if config.model.warm_start not in LESSONS:

@@ -29,15 +29,23 @@ def group_advantages(rewards: npt.NDArray[np.float64], group_size: int, eps: flo
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped surrogate with an asymmetric range ("clip-higher", DAPO, arXiv 2503.14476, Eq. 10), summed over tokens.
 
     Args:
-        logprobs, old_logprobs: [B, S], natural logs under theta and theta_old.
+        logprobs, old_logprobs: [B, S], natural logs under theta and theta_old (or whichever policy the update is to stay close to).
         advantages: [B, S].
         mask: [B, S] float, 1 where a token bears loss.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        weights: [B, S] without gradient, multiplied to every token's loss outside of the clipping (megatron_pr2.rl.corrections).
 
     Returns:
         loss: scalar sum, to be divided by the mini-batch's token count over all ranks (token-level loss, same equation).
@@ -50,6 +58,8 @@ def policy_loss(
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
     per_token = torch.maximum(unclipped, clipped) * mask
+    if weights is not None:
+        per_token = per_token * weights.detach()
     with torch.no_grad():
         columns = [
             mask,

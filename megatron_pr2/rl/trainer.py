@@ -1,7 +1,8 @@
 """The loop: rollout, old log-probs, kappa mini-steps, and round again (docs/design.md has the picture).
 
-    push merged gates -> generate with routes -> rewards, advantages -> begin_rollout -> old log-probs (replay, keep features)
-      -> kappa x (replay, policy update, predictor update from the second on) -> log, checkpoint
+push merged gates -> generate with routes -> rewards, advantages -> begin_rollout -> old log-probs (replay, keep features;
+  megatron_pr2.rl.old_logprobs has the other sources)
+  -> kappa x (replay, policy update, predictor update from the second on) -> log, checkpoint
 """
 
 from __future__ import annotations
@@ -256,6 +257,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             **drift_summary(mini_steps),
             "logprob_gap": logprob_gap(samples, mpu.get_data_parallel_group()),
+            **_mean_importance(mini_steps),
             "routes": routes,
             "predictor": mini_steps[-1]["predictor"],
             "rollout": rollout_summary(samples, self._step, stats, mpu.get_data_parallel_group()),
@@ -264,9 +266,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        checkpoint.save(
-            self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()}
-        )
+        checkpoint.save(self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()})
 
     def _phase(self, name: str) -> None:
         if self._monitor is not None:
@@ -278,6 +278,12 @@ class Trainer:
         started = time.monotonic()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+def _mean_importance(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Diagnostics of the off-policy correction, where there is one: the mean over mini-steps."""
+    reports = [mini_step["importance"] for mini_step in mini_steps if "importance" in mini_step]
+    return {"importance": {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}} if reports else {}
 
 
 def _sum_reports(report: RolloutReport, pr2: PR2, group: dist.ProcessGroup) -> tuple[dict[str, Any], int, int]:
