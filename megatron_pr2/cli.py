@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_pr2.errors import ConfigError, PR2Error
+from megatron_pr2.cli_errors import errors
+from megatron_pr2.errors import ConfigError
+from megatron_pr2.plan_command import plan
 
 if TYPE_CHECKING:
     from megatron_pr2.rollout.doctor_findings import Diagnosis
@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Predictive Routing Replay: reinforcement learning of mixture-of-experts models with stable routing.",
 )
+
+
+app.command()(plan)
 
 
 @app.callback()
@@ -52,7 +55,7 @@ def train(
     from megatron_pr2.rl.launch import train as run_training
 
     try:
-        with _errors():
+        with errors():
             settings = load_config(config, [*(overrides or []), *([f"data={data}"] if data else [])])
             directory = run_training(settings)
     except KeyboardInterrupt as error:
@@ -85,7 +88,7 @@ def report(
 
     megatron-pr2 report --routes engine.safetensors --routes actor.safetensors
     """
-    with _errors():
+    with errors():
         page = _write_page(runs or [], routes or [], output)
         if routes:
             typer.echo(json.dumps({"routes": [str(file) for file in routes], "report": str(page)}))
@@ -119,7 +122,7 @@ def doctor(
     """
     from megatron_pr2.rollout.doctor import diagnose
 
-    with _errors():
+    with errors():
         key = _read_key(api_key_file)
     diagnoses = []
     for url in engine:
@@ -130,87 +133,6 @@ def doctor(
     typer.echo(json.dumps({"ok": healthy, "engines": [diagnosis.as_json() for diagnosis in diagnoses]}))
     if not healthy:
         raise typer.Exit(1)
-
-
-@app.command()
-def plan(
-    model: Annotated[
-        str, typer.Option(help="qwen3-30b-a3b, mixtral-8x7b, deepseek-v3, or a Hugging Face directory or config.json.")
-    ],
-    tp: Annotated[int, typer.Option(help="Tensor-parallel size; its sequence parallelism is on.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert-parallel size.")] = 1,
-    cp: Annotated[int, typer.Option(help="Context-parallel size.")] = 1,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel size; 1, or what --world leaves over.")] = None,
-    world: Annotated[int | None, typer.Option(help="Ranks in all, instead of --dp.")] = None,
-    etp: Annotated[int | None, typer.Option(help="Expert-tensor-parallel size; --tp by default.")] = None,
-    vpp: Annotated[int | None, typer.Option(help="Virtual chunks per pipeline stage.")] = None,
-    sequence_parallel: Annotated[bool | None, typer.Option(help="On where --tp is above 1, as MoE models need it.")] = None,
-    first_stage: Annotated[int | None, typer.Option(help="Decoder layers of the first pipeline stage.")] = None,
-    last_stage: Annotated[int | None, typer.Option(help="Decoder layers of the last pipeline stage.")] = None,
-    count_embedding: Annotated[bool, typer.Option("--count-embedding", help="The embedding takes a layer's place.")] = False,
-    count_loss: Annotated[bool, typer.Option("--count-loss", help="The loss takes a layer's place.")] = False,
-    pipeline_layout: Annotated[str | None, typer.Option(help="Megatron-Core's string instead of these, as 'Et*24|t*24L'.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a rollout batch (prompts x responses), over all replicas.")] = 256,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and response; all are planned equally long.")] = 8192,
-    prompt: Annotated[int, typer.Option(help="Of these, tokens of the prompt, which no features are kept of.")] = 1,
-    mini_steps: Annotated[int, typer.Option(help="Policy updates per rollout batch (kappa).")] = 4,
-    micro_batch: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 1,
-    log_prob_micro_batch: Annotated[
-        int | None, typer.Option(help="The same in the old-log-prob pass, if it is cut otherwise: routes and features then move.")
-    ] = None,
-    padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
-    predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum or learned+momentum.")] = "learned",
-    hold_back: Annotated[bool, typer.Option(help="Predictions are held back where they do not help.")] = True,
-    sample_fraction: Annotated[float, typer.Option(help="Share of the response tokens that features are kept of.")] = 0.125,
-    feature_bytes: Annotated[int, typer.Option(help="Byte budget of the features on a rank.")] = 4 << 30,
-    feature_device: Annotated[str, typer.Option(help="device (where they are computed) or cpu (host memory).")] = "device",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object only.")] = False,
-) -> None:
-    """How much memory replay and prediction take on each rank, and what they move, before any GPU is there.
-
-    Computed in seconds by the functions that training runs, for any number of ranks. A layout that cannot be trained is refused
-    with the same words. Columns: a typical rank, the one with most memory (the first rank of a replica keeps its route tables), and
-    the sum of all ranks. The last line printed is a JSON object with every number in bytes.
-
-    Example: megatron-pr2 plan --model qwen3-30b-a3b --tp 2 --ep 8 --dp 8 --batch 512 --seq 16384 --prompt 1024
-    """
-    with _errors():
-        from megatron_pr2.config import PR2Config
-        from megatron_pr2.plan import plan as make_plan
-        from megatron_pr2.plan_models import load_spec, make_layout
-        from megatron_pr2.plan_table import as_json as plan_as_json
-        from megatron_pr2.plan_table import print_plan
-        from megatron_pr2.plan_tokens import Workload
-
-        spec = load_spec(model)
-        layout = make_layout(
-            spec, tensor=tp, pipeline=pp, expert=ep, context=cp, data=dp, world=world, expert_tensor=etp, virtual_pipeline=vpp,
-            sequence_parallel=sequence_parallel, layers_in_first=first_stage, layers_in_last=last_stage,
-            account_for_embedding=count_embedding, account_for_loss=count_loss, pipeline_layout=pipeline_layout,
-        )  # fmt: skip
-        work = Workload(
-            batch=batch, seq=seq, prompt=prompt, mini_steps=mini_steps, micro_batch=micro_batch,
-            log_prob_micro_batch=log_prob_micro_batch, padded=padded,
-        )  # fmt: skip
-        config = PR2Config.from_dict({
-            "predictor": predictor, "hold_back": hold_back, "sample_fraction": sample_fraction, "feature_bytes": feature_bytes,
-            "feature_device": feature_device,
-        })  # fmt: skip
-        made = make_plan(spec, layout, work, config)
-    if not as_json:
-        print_plan(made)
-    typer.echo(json.dumps(plan_as_json(made)))
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can mend becomes one line and exit code 1."""
-    try:
-        yield
-    except PR2Error as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
 
 
 def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Path:

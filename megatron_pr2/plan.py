@@ -36,14 +36,15 @@ MEMORY: dict[str, tuple[str, str]] = {
     "features": ("features", "features (router inputs and logits under the old policy)"),
     "features_fetched": ("features", "features fetched for one mini-step"),
     "features_under_way": ("host", "features on their way to host memory, at most"),
-    "tables": ("host", "route tables (first rank of a replica)"),
+    "tables": ("host", "route tables"),
     "slices": ("device", "routes of this rank's tokens and layers"),
     "routes_under_way": ("device", "routes on their way, when a pass opens"),
+    "token_ids": ("device", "token ids of the replica, to compare with the model's input"),
     "index": ("host", "bookkeeping per token of the replica"),
 }
 MOVED: dict[str, str] = {
     "engine_routes": "routes from the engine, as SGLang sends them",
-    "compact_routes": "the same as compact tables, to the first rank of a replica",
+    "compact_routes": "the same as compact tables, to whoever holds them",
     "validity_received": "which tokens have a route, from its first rank",
     "routes_sent": "routes sent to the ranks of the replica",
     "routes_received": "routes received from its first rank",
@@ -81,14 +82,11 @@ def plan(model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Co
     """Computes the plan; ranks that are alike are computed once.
 
     Raises:
-        ConfigError: routes do not come from the engine, or are not scattered.
+        ConfigError: routes do not come from the engine.
         RouteError: more experts than route tables can name.
     """
-    if config.routes != "engine" or config.route_delivery != "scatter":
-        raise ConfigError(
-            f"pr2.routes={config.routes!r}, pr2.route_delivery={config.route_delivery!r}: a plan is made for routes from the "
-            "engine that are scattered ('engine', 'scatter')"
-        )
+    if config.routes != "engine":
+        raise ConfigError(f"pr2.routes={config.routes!r}: a plan is made for routes from the engine ('engine')")
     return Plan(model, layout, work, config)
 
 
@@ -208,6 +206,14 @@ class Plan:
         out[0, 0] = value
         return out
 
+    def _where_given(self, value: int) -> IntArray:
+        """[D, P], on the ranks that are given route tables."""
+        return self._everywhere(value) if self.config.route_delivery == "local" else self._at_owner(value)
+
+    def _scattered(self, value_DP: IntArray) -> IntArray:
+        """[D, P], zero where every rank has the tables and nothing is sent."""
+        return np.zeros_like(value_DP) if self.config.route_delivery == "local" else value_DP
+
     def _everywhere(self, value_D: IntArray | int) -> IntArray:
         """[D, P], the same on all ranks of a stage."""
         shape = self.layout.pipeline, self.layout.context * self.layout.tensor
@@ -227,15 +233,16 @@ class Plan:
         features = feature_D1 * tokens.sampled_P
         under_way = np.minimum(features, STAGING_BYTES) if self.config.feature_device == "cpu" else np.zeros_like(features)
         # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
-        on_the_way = np.where(self._is_other, 8 * tokens.opened_P, self._sent_by_owner(tokens.opened_P))
+        on_the_way = self._scattered(np.where(self._is_other, 8 * tokens.opened_P, self._sent_by_owner(tokens.opened_P)))
         return {
             **{name: self._everywhere(self._predictor_D(name)) for name in ("weight", "gradient", "adam", "momentum", "snapshot")},
             "features": features,
             "features_fetched": feature_D1 * tokens.held_P,
             "features_under_way": under_way,
-            "tables": self._at_owner(tokens.sequences * self._table.nbytes),
+            "tables": self._where_given(tokens.sequences * self._table.nbytes),
             "slices": self._route_bytes(tokens.rows_P),
             "routes_under_way": on_the_way,
+            "token_ids": self._everywhere(torch.int32.itemsize * (tokens.sequences * self.work.seq + 1)),
             "index": self._everywhere(INDEX_BYTES * tokens.sequences * self.work.seq),
         }
 
@@ -254,10 +261,10 @@ class Plan:
         validity = math.ceil(tokens.sequences * self.work.seq / 8)
         return {
             "engine_routes": self._at_owner(tokens.sequences * sglang_route_bytes(self.work.seq, self.model)),
-            "compact_routes": self._at_owner(tokens.sequences * self._table.encoded_size),
-            "validity_received": np.where(self._is_other, validity, 0),
-            "routes_sent": self._sent_by_owner(tokens.routed_P),
-            "routes_received": np.where(self._is_other, self._route_bytes(tokens.routed_P), 0),
+            "compact_routes": self._where_given(tokens.sequences * self._table.encoded_size),
+            "validity_received": self._scattered(np.where(self._is_other, validity, 0)),
+            "routes_sent": self._scattered(self._sent_by_owner(tokens.routed_P)),
+            "routes_received": self._scattered(np.where(self._is_other, self._route_bytes(tokens.routed_P), 0)),
             "features_sent": feature_D1 * tokens.sent_P,
             "features_received": feature_D1 * tokens.fetched_P,
             "gradient_reduced": self._everywhere(learning * ring_bytes(self._predictor_D("gradient"), learners)),

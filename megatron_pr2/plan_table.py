@@ -49,6 +49,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "hold_back": plan.config.hold_back,
             "sample_fraction": plan.config.sample_fraction,
             "feature_device": plan.config.feature_device,
+            "route_delivery": plan.config.route_delivery,
         },
         "sequences_per_replica": [last.sequences, first.sequences],
         "sequences_without_features": plan.dropped_sequences,
@@ -99,6 +100,22 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
                 style="yellow",
             )
         )
+
+
+def print_run(run: Mapping[str, Any], console: Console | None = None) -> None:
+    """What a configuration says beyond the plan: the rollout engines, and the actor's layout as flags of Megatron-LM.
+
+    Args:
+        run: `rollout` (plan_verl.RolloutLayout) and `megatron_lm`, a flag per entry.
+    """
+    console = console or Console()
+    rollout = run["rollout"]
+    gpus, data = rollout["gpus"], rollout["attention_data"]
+    engines = f"Rollouts by {count(rollout['engines'])} SGLang engines on {gpus} GPUs each"
+    console.print(Text(f"{engines}: attention TP {gpus // data} x DP {data}, experts EP {rollout['expert']}"))
+    # Not wrapped: to be copied.
+    console.print(Text("The actor's layout as flags of Megatron-LM:"))
+    console.print(Text("  " + " \\\n  ".join(run["megatron_lm"])), soft_wrap=True)
 
 
 def _table(plan: Plan, title: str, words: Mapping[str, str], part: str) -> Table:

@@ -172,7 +172,7 @@ def test_a_plan_is_a_table_and_then_json() -> None:
         "deepseek-v3: 58 MoE layers (and 3 dense, 1 multi-token-prediction head not counted), hidden 7168, top-8 of 256 experts",
         "16 ranks: TP 2 x PP 2 x CP 1 x DP 4, experts EP 4 x ETP 2; 4 ranks (a replica) train the same sequences",
         "predictor: W_p",
-        "route tables (first rank of a replica)",
+        "route tables",
         "predictor gradient, all-reduced (ring)",
     ):
         assert words in output, words
@@ -205,7 +205,7 @@ def test_every_option_of_a_plan_counts() -> None:
         ("--vpp", "2"), ("--first-stage", "20"), ("--last-stage", "20"), ("--pipeline-layout", "Et*20|t*28L"), ("--batch", "128"),
         ("--seq", "4096"), ("--prompt", "512"), ("--mini-steps", "2"), ("--micro-batch", "2"), ("--log-prob-micro-batch", "4"),
         ("--padded",), ("--predictor", "momentum"), ("--no-hold-back",), ("--sample-fraction", "0.02"),
-        ("--feature-bytes", "1000000000"), ("--feature-device", "cpu"),
+        ("--feature-bytes", "1000000000"), ("--feature-device", "cpu"), ("--route-delivery", "local"),
     )  # fmt: skip
     for change in changes:
         assert last_line("plan", *base, *change) != plain, change
@@ -236,6 +236,7 @@ def test_plans_that_are_refused() -> None:
     assert refused("plan", "--model", "mixtral-8x7b", "--seq", "0") == "seq=0: expected at least 1"
     assert refused("plan", "--model", "mixtral-8x7b", "--predictor", "lucky").startswith("pr2.predictor='lucky': expected one of")
     assert refused("plan", "--model", "mixtral-8x7b", "--sample-fraction", "2").startswith("pr2.sample_fraction=2.0")
+    assert refused("plan", "--model", "mixtral-8x7b", "--route-delivery", "post").startswith("pr2.route_delivery='post'")
 
 
 def test_the_documented_plan_is_true() -> None:

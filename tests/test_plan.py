@@ -105,6 +105,13 @@ CASES = {
         {"sample_fraction": 0.5},
         moe=(0, 1, 1, 1),
     ),
+    "tables on every rank": Case(
+        4,
+        {"tensor": 2, "context": 2},
+        Workload(batch=5, seq=26, prompt=3, mini_steps=2, micro_batch=2, log_prob_micro_batch=3),
+        {"sample_fraction": 0.5, "route_delivery": "local"},
+        moe=(0, 1, 1, 1),
+    ),
     "stages of a replica": Case(
         4, {"tensor": 2, "pipeline": 2}, Workload(batch=4, seq=18, mini_steps=2), {"sample_fraction": 0.5}, moe=(0, 1, 1, 1)
     ),
@@ -222,6 +229,7 @@ def measured_job(case: Case) -> dict[str, Any]:
         "tables": pr2.routes.table_bytes,
         "slices": sum(each.ids_TLK().nbytes for each in pr2.routes._slices.values()),
         "under_way": opened + row_numbers,
+        "token_ids": pr2.token_check._ids_N.nbytes,
         "index": sum(a.nbytes for a in arrays.values()),
         "encoded": sum(table.encoded_size for table in tables.values()),
         "received_bytes": pr2.routes.received_bytes,
@@ -252,6 +260,7 @@ def test_what_is_planned_is_what_is_held_and_moved(name: str) -> None:
         assert found["features_peak"] == memory["features"] + memory["features_fetched"]
         assert found["tables"] == memory["tables"]
         assert found["slices"] == memory["slices"]
+        assert found["token_ids"] == memory["token_ids"]
         assert found["index"] == memory["index"]
         assert found["encoded"] == moved["compact_routes"]
         assert found["received_bytes"] == found["routes_received"] == moved["routes_received"]
@@ -388,6 +397,7 @@ def plans(draw: Any) -> Plan:
         sample_fraction=draw(st.sampled_from([0.2, 1.0])),
         feature_device=draw(st.sampled_from(["device", "cpu"])),
         feature_bytes=draw(st.sampled_from([3000, 4 << 30])),
+        route_delivery=draw(st.sampled_from(["scatter", "local"])),
     )
     return plan(spec, layout, work, config)
 
@@ -405,7 +415,9 @@ def test_ranks_add_up_to_the_totals(made: Plan) -> None:
     total = made.total
     # The totals once more, from what does not depend on the layout.
     routes = work.batch * len(spec.moe_layers) * spec.topk * (1 if spec.experts <= 256 else 2) * work.seq
-    assert total.memory["tables"] == routes + work.batch * -(-work.seq // 8)
+    # Once, or on each rank of its replica.
+    holders = layout.world_size // layout.data if made.config.route_delivery == "local" else 1
+    assert total.memory["tables"] == holders * (routes + work.batch * -(-work.seq // 8))
     assert total.memory["slices"] >= routes
     assert total.moved["routes_received"] == total.moved["routes_sent"]
     assert total.moved["features_received"] == total.moved["features_sent"]
@@ -577,9 +589,9 @@ def test_workloads_that_make_no_sense(changes: dict[str, int], message: str) -> 
         Workload(**changes)
 
 
-def test_routes_that_are_not_scattered_are_not_planned() -> None:
+def test_routes_that_no_engine_returned_are_not_planned() -> None:
     spec = MODELS["mixtral-8x7b"]
-    for setting in ({"routes": "actor"}, {"route_delivery": "local"}):
+    for setting in ({"routes": "actor"}, {"routes": "live", "predictor": "none"}):
         with pytest.raises(ConfigError, match="a plan is made for routes from the engine"):
             plan(spec, make_layout(spec), Workload(), PR2Config.from_dict(setting))
 
