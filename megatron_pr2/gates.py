@@ -10,8 +10,9 @@ from torch import Tensor
 from megatron_pr2.errors import AttachError
 from megatron_pr2.predictor import merge_gate
 
-# Hugging Face names of MoE gates: Qwen2/3-MoE, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral (block_sparse_moe.gate), gpt-oss (mlp.router) and
-# Llama 4 (feed_forward.router). Layers of multi-token-prediction heads count from 0 again (Qwen3-Next: mtp.layers.0).
+# Hugging Face names of MoE gates: Qwen2/3-MoE, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral (block_sparse_moe.gate), gpt-oss
+# (mlp.router) and Llama 4 (feed_forward.router). Layers of multi-token-prediction heads count from 0 again (Qwen3-Next:
+# mtp.layers.0).
 GATE_NAME = re.compile(r"(?:^|(?<!mtp)\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.weight$")
 
 

@@ -122,7 +122,7 @@ def check_config(config: TransformerConfig) -> None:
             raise AttachError(f"{name}={value} replaces router logits by noise (for benchmarks); switch it off")
     for name in ("moe_n_hash_layers", "moe_num_hash_layers"):
         if value := getattr(config, name, None):
-            raise AttachError(f"{name}={value}: hash layers choose experts by token id, and have no route to predict or replay; set it to 0")
+            raise AttachError(f"{name}={value}: hash layers choose experts by token id, and have no route to replay; set it to 0")
     if getattr(config, "hybrid_context_parallel", False):
         raise AttachError(
             "hybrid_context_parallel=True changes the context-parallel size from sequence to sequence, and with it which rank "

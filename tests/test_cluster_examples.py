@@ -475,7 +475,7 @@ def test_launchers_refuse_before_anything_is_started(cluster: dict[str, str]) ->
 
 def test_the_runtime_environment_selects_our_engine() -> None:
     variables = yaml.safe_load((CLUSTERS / "ray_job.yaml").read_text(encoding="utf-8"))["env_vars"]
-    assert variables["VERL_ENGINE_VENDOR"] == "pr2"
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "megatron_pr2.integrations.verl"
     assert all(isinstance(value, str) for value in variables.values()), "Ray takes texts only"
     for name in NAMES:
         model = settings(name)["actor_rollout_ref"]["model"]

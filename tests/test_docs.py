@@ -29,7 +29,9 @@ CONFIG = (ROOT / "docs/config.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 DOCUMENTS = (
     "README.md", "CHANGELOG.md", "docs/design.md", "docs/config.md", "docs/parallelism.md", "docs/platforms.md", "docs/sglang.md",
-    "docs/gpu.md", "docs/plan.md", "docs/results.md", "docs/attach.md", "examples/calculator/README.md",
+    "docs/gpu.md", "docs/plan.md", "docs/results.md", "docs/attach.md",
+    "docs/megatron_lm.md", "docs/bridges.md", "docs/clusters.md", "docs/slime.md", "docs/nemo_rl.md", "docs/off_policy.md",
+    "docs/verl.md", "examples/calculator/README.md",
 )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def test_commands_are_accepted() -> None:
     for subcommand, *arguments in found:
         parsed = subcommands[subcommand].make_context(subcommand, list(arguments)).params
         if subcommand != "train":
-            given = {"report": ("runs", "routes"), "doctor": ("engine",), "plan": ("model",)}[subcommand]
+            given = {"report": ("runs", "routes"), "doctor": ("engine",), "plan": ("model", "config")}[subcommand]
             assert any(parsed[name] for name in given)
             continue
         if parsed["config"] is not None:

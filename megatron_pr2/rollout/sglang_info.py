@@ -28,19 +28,28 @@ def check_server_info(info: Mapping[str, Any], where: str) -> None:
     Raises:
         RolloutError: says which setting of the server is in the way.
     """
-    release = parse_release(info.get("version"), where)
-    if release[:3] < FIRST_RELEASE:
-        raise RolloutError(
-            f"{where} runs SGLang {info.get('version')}: releases before {release_text(FIRST_RELEASE)} are known to return "
-            f"wrong routes without an error; upgrade it (tested: {tested_text()})"
-        )
+    check_release(info.get("version"), where)
     if not info.get("enable_return_routed_experts"):
         raise RolloutError(f"{where} does not return routes; start it with --enable-return-routed-experts")
     refused = refusals(info)
     if refused:
         raise RolloutError(f"{where} cannot be used with {'; and with '.join(refused)}")
+
+
+def check_release(version: Any, where: str) -> None:
+    """Refuses releases of SGLang whose routes are known to be wrong; warns of the untested.
+
+    Raises:
+        RolloutError: the release is one of those.
+    """
+    release = parse_release(version, where)
+    if release[:3] < FIRST_RELEASE:
+        raise RolloutError(
+            f"{where} runs SGLang {version}: releases before {release_text(FIRST_RELEASE)} are known to return wrong routes "
+            f"without an error; upgrade it (tested: {tested_text()})"
+        )
     if release[:3] not in TESTED_RELEASES:
-        logger.warning("%s runs SGLang %s; tested with %s", where, info.get("version"), tested_text())
+        logger.warning("%s runs SGLang %s; tested with %s", where, version, tested_text())
 
 
 def tested_text() -> str:

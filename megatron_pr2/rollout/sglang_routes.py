@@ -103,6 +103,29 @@ def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str
     return table if shape.topk > 1 else RouteTable.from_ids(_as_ids(table), shape.num_experts)
 
 
+def decode_ids(encoded: Any, num_layers: int, topk: int, where: str) -> npt.NDArray[np.int32]:
+    """The ids as they were sent, [rows, num_layers, topk] and unchecked, for who checks them later.
+
+    Args:
+        encoded: base64, as bytes, a view of bytes or text.
+        num_layers: hidden layers of the model, dense ones included.
+
+    Raises:
+        RouteError: absent, not base64, or no whole number of rows.
+    """
+    view, row_bytes = _payload(encoded, where), 4 * num_layers * topk
+    try:
+        raw = bytearray(pybase64.b64decode(view, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise RouteError(f"{where}: routed_experts is not valid base64 ({error})") from error
+    if len(raw) % row_bytes:
+        raise RouteError(
+            f"{where}: routed_experts holds {len(raw)} bytes = {len(raw) / row_bytes:g} rows of {num_layers} layers x top-{topk}; "
+            "check that engine and actor run the same model"
+        )
+    return np.frombuffer(raw, dtype="<i4").reshape(-1, num_layers, topk)
+
+
 def _payload(encoded: Any, where: str) -> memoryview:
     if isinstance(encoded, str):
         try:

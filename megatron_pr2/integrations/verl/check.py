@@ -1,0 +1,98 @@
+"""What an engine cannot see of verl's configuration, checked before a run starts.
+
+    python -m megatron_pr2.integrations.verl.check --config-path examples/verl --config-name qwen3_30b_a3b [key=value ...]
+
+An engine is given the actor's settings and the model's. Whether the rollout returns routes, and whether old log-probs are computed,
+it would learn from its first batch only. This composes the configuration as verl's trainer does, and asks both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import ConfigError, PR2Error
+from megatron_pr2.integrations.verl.settings import WHERE, check_engine, read_settings
+
+PACKAGE = "megatron_pr2.integrations.verl"
+
+
+def check_config(config: Any) -> PR2Config:
+    """PR2's settings in verl's composed configuration.
+
+    Args:
+        config: OmegaConf, as verl's trainer gets it.
+
+    Raises:
+        ConfigError: an unknown setting, or what contradicts one, with what to set.
+        AttachError: the actor's settings contradict replay.
+    """
+    parts = config.actor_rollout_ref
+    if parts.actor.strategy != "megatron":
+        raise ConfigError(f"actor_rollout_ref.actor.strategy={parts.actor.strategy!r}: set model_engine=megatron")
+    settings = read_settings(parts.actor.megatron)
+    if settings is None:
+        raise ConfigError(f"no settings of PR2: add +{WHERE}.preset=pr2 (or grpo, r2, r3)")
+    libraries = parts.model.external_lib or ()
+    if PACKAGE not in ([libraries] if isinstance(libraries, str) else libraries):
+        raise ConfigError(f"actor_rollout_ref.model.external_lib={libraries}: set it to {PACKAGE}, or the engine is verl's own")
+    check_engine(parts.actor.megatron, parts.model, settings)
+    for role, engine in (("actor_rollout_ref.ref", parts.ref.get("megatron")), ("critic", config.critic.get("megatron"))):
+        if engine is not None and engine.router_replay.mode != "disabled":
+            mode = engine.router_replay.mode
+            raise ConfigError(f"{role}.megatron.router_replay.mode={mode!r} patches the router; set it to 'disabled'")
+    if settings.routes == "engine" and not parts.rollout.enable_rollout_routing_replay:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.enable_rollout_routing_replay=false: the rollout engine returns no routes; set it to true "
+            f"(router_replay.mode stays 'disabled'), or {WHERE}.preset to r2"
+        )
+    if config.algorithm.rollout_correction.get("bypass_mode", False) and (settings.routes == "actor" or settings.predicts):
+        raise ConfigError(
+            "algorithm.rollout_correction.bypass_mode=true skips the old-log-prob pass, in which routes are recorded and "
+            "predictions start; set it to false"
+        )
+    backend = parts.rollout.checkpoint_engine.backend
+    if settings.predicts and backend == "delta_sharded":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend!r} sends shards without the prediction; set it to "
+            "'naive' or 'nccl'"
+        )
+    return settings
+
+
+def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]) -> Any:
+    """The configuration as `python -m verl.trainer.main_ppo` composes it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir, initialize_config_module
+
+    where = (
+        initialize_config_module("verl.trainer.config", version_base=None)
+        if config_path is None
+        else initialize_config_dir(str(config_path.resolve()), version_base=None)
+    )
+    with where:
+        return hydra_compose(config_name, list(overrides))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Says what PR2 is going to do, or what is wrong; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.check", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config-path", type=Path, help="directory of a configuration of your own (default: verl's)")
+    parser.add_argument("--config-name", default="ppo_trainer")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for verl.trainer.main_ppo")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        settings = check_config(compose(options.config_path, options.config_name, options.overrides))
+    except PR2Error as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    sys.stdout.write(f"PR2 in verl: routes={settings.routes}, predictor={settings.predictor}, delivery={settings.route_delivery}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

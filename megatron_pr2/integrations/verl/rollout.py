@@ -1,0 +1,97 @@
+"""SGLang's routes in the form that verl 0.9.1 reads.
+
+verl expects what the release of SGLang that it pins (0.5.12) returned: a tensor. In 0.5.19, the first release whose routes can be
+believed (docs/sglang.md), an answer holds base64 of int32 [T - 1, hidden layers, K] instead, on which verl's server fails. verl
+finds its rollout replicas in a registry; there, "sglang" becomes verl's own replica with servers that decode the answer before
+verl's code sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import torch
+
+from megatron_pr2.errors import RouteError
+from megatron_pr2.rollout.sglang_routes import decode_ids
+
+logger = logging.getLogger(__name__)
+
+NAME = "sglang"
+
+
+class ReplicaLoader:
+    """What verl calls for the class of its SGLang replicas."""
+
+    def __init__(self, load: Callable[[], type]) -> None:
+        self._load = load
+
+    def __call__(self) -> type:
+        """The class with decoding servers; SGLang is imported here and not before."""
+        self._load()  # verl's own preparations for the import of SGLang
+        from megatron_pr2.integrations.verl.sglang_server import PR2SGLangReplica
+
+        return PR2SGLangReplica
+
+
+def register_rollout() -> None:
+    """Puts the loader into verl's registry of rollout replicas; calling it again changes nothing."""
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    load = RolloutReplicaRegistry._registry.get(NAME)
+    if load is not None and not isinstance(load, ReplicaLoader):
+        RolloutReplicaRegistry.register(NAME, ReplicaLoader(load))
+
+
+class RouteDecoder:
+    """SGLang's tokenizer manager, in whose answers routes are tensors; everything else of it is passed through."""
+
+    def __init__(self, manager: Any, num_layers: int, topk: int) -> None:
+        """Args:
+        manager: SGLang's TokenizerManager.
+        num_layers: hidden layers of the model, dense ones included.
+        topk: experts per token.
+        """
+        object.__setattr__(self, "_manager", manager)
+        object.__setattr__(self, "_shape", (num_layers, topk))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._manager, name, value)
+
+    async def generate_request(self, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """SGLang's answers, with `meta_info.routed_experts` as int32 [T - 1, hidden layers, K].
+
+        Raises:
+            RouteError: it is not base64 of whole rows.
+        """
+        async for answer in self._manager.generate_request(request, *args, **kwargs):
+            meta = answer.get("meta_info") if isinstance(answer, dict) else None
+            if isinstance(meta, dict) and isinstance(encoded := meta.get("routed_experts"), str | bytes):
+                layers, topk = self._shape
+                where = f"request {getattr(request, 'rid', None)!r}"
+                meta["routed_experts"] = torch.from_numpy(decode_ids(encoded, layers, topk, where))
+            yield answer
+
+
+def model_dimensions(hf_config: Any) -> tuple[int, int]:
+    """(hidden layers, experts per token) of a Hugging Face config, by which SGLang lays out its routes.
+
+    Raises:
+        RouteError: the model has no experts.
+    """
+    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    topk = getattr(config, "num_experts_per_tok", None)
+    if not topk:
+        kind = getattr(config, "model_type", None)
+        raise RouteError(
+            f"enable_rollout_routing_replay=true, but model_type={kind!r} has no num_experts_per_tok: a model without experts "
+            "has no routes; set it to false"
+        )
+    return int(config.num_hidden_layers), int(topk)
+
+
