@@ -182,7 +182,7 @@ def test_verls_padding_rows_have_no_part(world: Any) -> None:
 
 
 def row(name: str, length: int = 5, loss: bool = True) -> Row:
-    return Row(length, np.full(3, loss), name.encode())
+    return Row(length, np.full(3, loss), name.encode(), np.zeros(length, dtype=np.int64))
 
 
 def routes_of(*values: int) -> list[np.ndarray]:

@@ -206,6 +206,9 @@ def test_the_commands_of_the_documentation() -> None:
 
     text = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
     training, checking = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    # The driver picks the class of the SGLang servers, and imports no external_lib.
+    environment, _, training = training.partition("\n")
+    assert environment == "export VERL_USE_EXTERNAL_MODULES=megatron_pr2.integrations.verl"
     words = shlex.split(training.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     config = compose(None, "ppo_trainer", words[3:])

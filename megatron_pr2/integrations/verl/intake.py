@@ -39,6 +39,7 @@ def begin_rollout(pr2: PR2, data: Any) -> SequenceBook:
                 *row.loss_span,
                 routes=None if owned is None else _table(pr2, owned[number], row.length, number),
                 loss_mask=row.loss_mask,
+                token_ids=row.token_ids,
             )
             for number, row in zip(book.ids, rows, strict=True)
             if number != LIVE

@@ -35,11 +35,13 @@ class Row:
         length: its tokens, prompt and response.
         loss_mask: [response tokens] bool, which of them bear loss.
         fingerprint: equal for rows of the same tokens and prompt length only.
+        token_ids: [length] int64, prompt and response.
     """
 
     length: int
     loss_mask: npt.NDArray[np.bool_]
     fingerprint: bytes
+    token_ids: npt.NDArray[np.int64]
 
     @property
     def bears_loss(self) -> bool:
@@ -66,8 +68,9 @@ def read_rows(data: Any) -> list[Row]:
                 "(`loss_mask` has an entry per response token)"
             )
         digest = hashlib.blake2b(len(mask).to_bytes(8, "little"), digest_size=16)
-        digest.update(np.ascontiguousarray(ids.numpy(), dtype=np.int64).data)
-        rows.append(Row(len(ids), mask, digest.digest()))
+        token_ids = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
+        digest.update(token_ids.data)
+        rows.append(Row(len(ids), mask, digest.digest(), token_ids))
     return rows
 
 
