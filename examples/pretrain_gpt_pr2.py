@@ -59,6 +59,21 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags of Megatron-LM that this script would ignore.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    ignored = {
+        "mtp_num_layers": None, "rotary_percent": 1.0, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None,
+        "fp16_lm_cross_entropy": False, "context_parallel_size": 1,
+    }  # fmt: skip
+    if found := [name for name, default in ignored.items() if getattr(args, name, default) not in (default, None)]:
+        flags = ", ".join("--" + name.replace("_", "-") for name in found)
+        raise ConfigError(f"{flags}: this example does not pass them on; leave them out, or extend gpt_pr2_builder()")
+
+
 def gpt_pr2_builder(
     args: argparse.Namespace,
     pre_process: bool = True,
@@ -67,7 +82,8 @@ def gpt_pr2_builder(
     config: Any = None,
     pg_collection: Any = None,
 ) -> torch.nn.Module:
-    """A model chunk, as Megatron-LM's gpt_builder() makes it, with routers that can replay."""
+    """A model chunk, as Megatron-LM's gpt_builder() makes it of the flags that this script knows, with routers that can replay."""
+    check_flags(args)
     from megatron.core.models.gpt import GPTModel
 
     if config is None:

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,11 +35,12 @@ from megatron_pr2.feature_plan import FeaturePlan
 from megatron_pr2.features import FeatureStore
 from megatron_pr2.forecast import Forecast
 from megatron_pr2.gates import merge_gates
-from megatron_pr2.groups import communication_device, every_layer, everyone, gathered, token_group, whole_model
+from megatron_pr2.groups import communication_device, every_layer, everyone, token_group, whole_model
 from megatron_pr2.intake import take_in
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
 from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
 from megatron_pr2.predictor import RoutePredictor, merge_gate
 from megatron_pr2.replay import Observer, Predict, ReplaySession
 from megatron_pr2.replica import find_replica
@@ -105,7 +105,8 @@ class PR2:
         self._device = device
         self.engine_agreement: float | None = None
         self._scalars = Scalars()
-        self.token_check = TokenCheck(self.replica.ranks, device)
+        self.token_check = TokenCheck(self.replica.ranks, self._chunks, device)
+        self._open = False
         self.tokens = TokenIndex({})
         self.sequences: tuple[ReplaySequence, ...] = ()
         self._attached = True
@@ -143,7 +144,7 @@ class PR2:
             RouteError: a table is absent or does not fit the model, more tokens lack a route than `max_missing_share` allows, or
                 the ranks of a replica were told of different sequences.
         """
-        self._require_attached()
+        self._require_idle("begin_rollout")
         batch = take_in(
             sequences,
             self.config,
@@ -170,7 +171,7 @@ class PR2:
         """
         self._require_attached()
         if self.config.routes == "engine":
-            self._agree_on_pass(micro_batches)
+            agree_on_pass(self.replica.ranks, micro_batches)
             self.routes.slices([micro_batch.grid for micro_batch in micro_batches])
 
     @contextmanager
@@ -186,8 +187,8 @@ class PR2:
         """
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self.measurement.predict if self.config.routes == "actor" and self.predictor is not None else None
-        self._require_attached()
-        self._agree_on_pass(micro_batches)
+        self._require_idle("old_logprobs")
+        agree_on_pass(self.replica.ranks, micro_batches)
         self.measurement.open_log_prob_pass(micro_batches)
         try:
             with self._pass("old_logprobs", micro_batches, mode, self.measurement.keep_features, predict) as session:
@@ -209,7 +210,7 @@ class PR2:
     def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int) -> Iterator[ReplaySession]:
         """Forward and backward of one mini-step: routes replayed, gate weights live, drift measured, predictor gradient gathered.
 
-        Collective over a replica, whose ranks pass the same micro-batches in the same order.
+        Collective over all ranks of the model, as `old_logprobs` is.
 
         Args:
             mini_step: 1 for the first mini-step after the rollout, as in the paper; the predictor learns from 2 on, because at 1
@@ -221,9 +222,9 @@ class PR2:
         if mini_step < 1:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         mode = "replay" if self.config.replays else "live"
-        self._require_attached()
+        self._require_idle("actor_update")
         self.forecast.require_optimizer()
-        self._agree_on_pass(micro_batches)
+        agree_on_pass(self.replica.ranks, micro_batches)
         brought = False
         try:
             brought = self.measurement.open_training_pass(micro_batches, learning=self.config.learns and mini_step >= 2)
@@ -254,6 +255,7 @@ class PR2:
         Raises:
             AttachError: predictor="momentum" and the optimizer does not train the gates with Adam.
         """
+        self._require_idle("step")
         update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
         measured = self.measurement
         if self.predictor is not None:
@@ -302,15 +304,15 @@ class PR2:
         Raises:
             ReplayError: a micro-batch was not run exactly once.
         """
-        self._require_attached()
-        self._agree_on_pass(micro_batches)
+        self._require_idle("replay")
+        agree_on_pass(self.replica.ranks, micro_batches)
         with self._pass("replay", micro_batches, "replay" if self.config.replays else "live") as session:
             yield session
 
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
-        self._require_attached()
+        self._require_idle("record")
         with ReplaySession(self.sites, self._chunks, micro_batches, mode="record", localize=self.replica.ranks.rows) as session:
             yield session
 
@@ -398,24 +400,17 @@ class PR2:
         if not self._attached:
             raise AttachError("this PR2 handle was detached; attach() again")
 
+    def _require_idle(self, call: str) -> None:
+        self._require_attached()
+        if self._open:
+            raise ReplayError(f"{call}: another pass is open on this model; passes follow each other, and `step` follows them")
+
     def _sum_over_ranks(self, values: Sequence[int]) -> list[int]:
         if self.token_group is None or dist.get_world_size(self.token_group) == 1:
             return [int(v) for v in values]
         total = torch.tensor([int(v) for v in values], dtype=torch.int64, device=self._device)
         dist.all_reduce(total, group=self.token_group)
         return [int(v) for v in total.tolist()]
-
-    def _agree_on_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Refuses a pass that the ranks of a replica cut differently: their transfers would not fit together, or wait for ever."""
-        ranks = self.replica.ranks
-        if ranks.handle is None:
-            return
-        mine = hashlib.blake2b(b"".join(micro_batch.grid.fingerprint for micro_batch in micro_batches), digest_size=16).digest()
-        if len(set(gathered(mine, ranks.handle))) > 1:
-            raise ReplayError(
-                "the ranks of a replica (tensor x context x pipeline parallel) describe different micro-batches for one pass; each "
-                "passes the same whole micro-batches in the same order"
-            )
 
     @contextmanager
     def _pass(
@@ -438,10 +433,21 @@ class PR2:
             predict=predict,
             look=self.token_check.look,
         )
-        self.token_check.open()
-        with session:
-            yield session
-        self.token_check.require(name)
+        self.token_check.open(micro_batches)
+        incomplete, ran = None, False
+        self._open = True
+        try:
+            with session:
+                yield session
+                ran = True
+        except ReplayError as error:
+            if not ran:
+                raise
+            incomplete = error
+        finally:
+            self._open = False
+            self.token_check.close()
+        agree_on_outcome(everyone(self.token_group), name, incomplete, self.token_check)
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:

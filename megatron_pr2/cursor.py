@@ -23,7 +23,7 @@ from megatron_pr2.errors import ReplayError
 from megatron_pr2.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.sites import RouterSite, unwrapped
 
-Look = Callable[[MicroBatch, tuple[Any, ...], Mapping[str, Any]], None]
+Look = Callable[[torch.nn.Module, MicroBatch, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 class Cursors:
@@ -31,7 +31,7 @@ class Cursors:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], look: Look | None = None) -> None:
         """Args:
-        look: sees each micro-batch with the positional and keyword arguments that a chunk is called with for it.
+        look: sees each chunk and micro-batch with the positional and keyword arguments that it is called with.
         """
         self._look = look
         self._chunks = [unwrapped(chunk) for chunk in chunks]
@@ -117,7 +117,7 @@ class Cursors:
         return bound, recomputing
 
     def _before(self, index: int) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(chunk: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if index not in self._forward:
                 if index in self._named:
                     return  # where others were announced, what was not is refused by current()
@@ -129,7 +129,7 @@ class Cursors:
                     )
                 self._run(index, self._order[number])
             if self._look is not None:
-                self._look(self._forward[index].micro_batch, args, kwargs)
+                self._look(chunk, self._forward[index].micro_batch, args, kwargs)
 
         return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -32,12 +32,13 @@ class MicroBatch:
             ids: [B] sequence ids, those of `begin_rollout`.
             lengths: [B] tokens of each.
             padded_length: columns of the model's `input_ids`.
-            key: its ids unless given.
+            key: its ids unless given; two micro-batches of padding alone need one each.
 
         Raises:
             ConfigError: a sequence is longer than `padded_length`.
         """
-        return cls(tuple(ids) if key is None else key, layout.padded(ids, lengths, padded_length))
+        ids, lengths = _plain(ids), _plain(lengths)
+        return cls(tuple(ids) if key is None else key, layout.padded(ids, lengths, int(padded_length)))
 
     @classmethod
     def packed(
@@ -54,7 +55,14 @@ class MicroBatch:
         Raises:
             ConfigError: a sequence is longer than its padded length.
         """
-        return cls(tuple(ids) if key is None else key, layout.packed(ids, lengths, padded_lengths))
+        ids, lengths = _plain(ids), _plain(lengths)
+        slots = None if padded_lengths is None else _plain(padded_lengths)
+        return cls(tuple(ids) if key is None else key, layout.packed(ids, lengths, slots))
+
+
+def _plain(numbers: Iterable[int]) -> list[int]:
+    """Trainers have lists, arrays and tensors; a micro-batch is the same whichever says it."""
+    return [int(number) for number in numbers]
 
 
 @dataclass

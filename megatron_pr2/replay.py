@@ -134,8 +134,9 @@ class ReplaySession:
         many = bool(self._sites) and self._sites[0].router.num_experts > 256
         # torch indexes with signed ids only, hence int16 beyond 256 experts.
         self.id_dtype = torch.int16 if many else torch.uint8
-        if len({mb.key for mb in self._micro_batches}) != len(self._micro_batches):
-            raise ReplayError("two micro-batches of one pass have the same key; keys must differ")
+        keys = Counter(micro_batch.key for micro_batch in self._micro_batches)
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise ReplayError(f"two micro-batches of one pass have the same key {twice[0]!r}; keys must differ: give key=...")
 
     def __enter__(self) -> ReplaySession:
         if any(site.router.router_replay is not None for site in self._sites):

@@ -43,8 +43,8 @@ def check_unpatched() -> None:
     """
     for name in ROUTER_METHODS:
         # Of its globals, not its __module__, which functools.wraps copies from what it wraps.
-        home = getattr(getattr(TopKRouter, name), "__globals__", {}).get("__name__", "megatron.")
-        if not home.startswith(("megatron.", "torch.")):
+        home = getattr(getattr(TopKRouter, name), "__globals__", {}).get("__name__", "megatron.core.")
+        if not home.startswith(("megatron.core.", "torch.")):
             raise AttachError(
                 f"TopKRouter.{name} was replaced by {home}: two replays would fight over one router; switch that one off before "
                 "the model is built (verl: actor.megatron.router_replay.mode=disabled, on the reference as well)"

@@ -80,16 +80,24 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
             )
         if sequence.mini_step is not None and sequence.mini_step < 1:
             raise RouteError(f"sequence {sequence.id}: mini_step={sequence.mini_step}; mini-steps count from 1")
-        if sequence.token_ids is not None and len(sequence.token_ids) != sequence.length:
-            raise RouteError(
-                f"sequence {sequence.id}: {len(sequence.token_ids)} token_ids for a length of {sequence.length}; give those of "
-                "prompt and response"
-            )
+        if sequence.token_ids is not None:
+            _check_token_ids(sequence)
         if sequence.loss_mask is not None and sequence.loss_mask.shape != (sequence.loss_stop - sequence.loss_start,):
             raise RouteError(
                 f"sequence {sequence.id}: loss_mask has shape {list(sequence.loss_mask.shape)}, expected one entry for each of the "
                 f"{sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
             )
+
+
+def _check_token_ids(sequence: ReplaySequence) -> None:
+    ids = np.asarray(sequence.token_ids)
+    if ids.shape != (sequence.length,) or ids.dtype.kind not in "iu":
+        raise RouteError(
+            f"sequence {sequence.id}: token_ids are {ids.dtype} {list(ids.shape)}, expected {sequence.length} integers: those of "
+            "prompt and response"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise RouteError(f"sequence {sequence.id}: token_ids from {ids.min()} to {ids.max()}; expected ids in [0, 2^31)")
 
 
 def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_experts: int) -> RouteTable:

@@ -397,7 +397,7 @@ def hf_weights(name: str, layers: range = range(2)) -> list[tuple[str, torch.Ten
     return [*out, ("lm_head.weight", torch.randn(3, 3))]
 
 
-@pytest.mark.parametrize("name", ["mlp", "block_sparse_moe"])
+@pytest.mark.parametrize("name", ["mlp", "block_sparse_moe", "feed_forward"])
 def test_engine_weights_merge_the_gates_and_nothing_else(name: str) -> None:
     pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
     pr2.predictor.weight_LEH.normal_()
@@ -416,7 +416,7 @@ def test_engine_weights_merge_the_gates_and_nothing_else(name: str) -> None:
 
 def test_engine_weights_of_another_naming_fail_after_the_last_one() -> None:
     pr2 = attach(toy.ToyChunk(toy.toy_config()), PR2_CONFIG)
-    for weights in (hf_weights("feed_forward"), hf_weights("mlp", range(1)), []):
+    for weights in (hf_weights("moe"), hf_weights("mlp", range(1)), []):
         seen = []
         with pytest.raises(AttachError, match=r"the model has MoE layers \[0, 1\]; (their names do not follow|.*own_stage)"):  # noqa: PT012
             for name, _ in pr2.engine_weights(iter(weights)):

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
+from megatron_pr2.groups import everyone
 from megatron_pr2.layout import padded
 from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
 from megatron_pr2.tokens import sample_positions
 from tests import toy
 from tests.distributed import pool
@@ -437,12 +439,14 @@ def reads(
         assert (reports[0]["predictor"]["tokens"] > 0) == (number == 2)
     if context > 1:
         assert pr2.feature_plan.moved_tokens > 0
-        # Among several ranks a pass begins with telling each other its micro-batches, once.
-        told = counted(lambda: pr2._agree_on_pass([batch.micro_batch for batch in second]))
+        # Among several ranks a pass begins with telling each other its micro-batches, and ends with hearing who refuses it, once.
+        told = counted(lambda: agree_on_pass(pr2.replica.ranks, [batch.micro_batch for batch in second]))
         assert told
+        heard = counted(lambda: agree_on_outcome(everyone(pr2.token_group), "a pass", None, pr2.token_check))
+        assert sum(heard.values()) == 2  # one read, seen at two levels
         for name in ("old_logprobs", "actor_update 1", "actor_update 2"):
-            assert not told - found[name]
-            found[name] -= told
+            assert not told + heard - found[name]
+            found[name] -= told + heard
     return found
 
 

@@ -562,8 +562,18 @@ def test_a_pass_inside_another_is_refused() -> None:
     """It would release the routers, and what the outer one recomputes later would be routed live without a word."""
     chunk, pr2, data, _ = prepared()
     micro_batches = [b.micro_batch for b in data]
-    with pytest.raises(ReplayError, match="another pass is open"), pr2.actor_update(micro_batches, 1), pr2.replay(micro_batches):
-        pass
+    for name, inner in (
+        ("replay", lambda: pr2.replay(micro_batches)),
+        ("old_logprobs", lambda: pr2.old_logprobs(micro_batches)),
+        ("actor_update", lambda: pr2.actor_update(micro_batches, 2)),
+        ("record", lambda: pr2.record(micro_batches)),
+        ("step", lambda: pr2.step(0.1)),
+        ("begin_rollout", lambda: pr2.begin_rollout([])),
+    ):
+        with pr2.actor_update(micro_batches, 1) as session:
+            with pytest.raises(ReplayError, match=f"{name}: another pass is open"), inner():
+                pass
+            toy.run(session, chunk, data)  # the outer one is as it was
     assert released(chunk)
 
 

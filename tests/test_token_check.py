@@ -22,6 +22,7 @@ from megatron_pr2.sequences import ReplaySequence
 from megatron_pr2.token_check import TokenCheck
 from megatron_pr2.tokens import TokenIndex
 from tests import toy
+from tests.distributed import pool
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -41,7 +42,7 @@ def ids_of(grid: TokenGrid) -> Tensor:
 
 def check(cp_size: int, cp_rank: int, lengths: dict[int, int], known: Sequence[int]) -> TokenCheck:
     ranks = RankGroup(None, (Member(cp_rank, 0, (0,), True),), 0, cp_size, 1)
-    found = TokenCheck(ranks, CPU)
+    found = TokenCheck(ranks, [nn.Identity()], CPU)
     sequences = [
         ReplaySequence(s, n, 0, n - 1, token_ids=[token_id(s, p) for p in range(n)] if s in known else None)
         for s, n in lengths.items()
@@ -67,7 +68,8 @@ def test_every_wrong_token_is_counted_and_no_other(data: st.DataObject) -> None:
     first, second = described(data.draw(st.booleans()), 0), described(data.draw(st.booleans()), data.draw(st.integers(0, 1)))
     seen = set()
     rows = context_parallel(first.grid, cp_size, cp_rank)
-    tokens.look(first, (ids_of(rows),), {})
+    tokens.open([first])
+    tokens.look(nn.Identity(), first, (ids_of(rows),), {})
     seen |= {(int(s), int(p)) for s, p in zip(*(axis[rows.real()[0]] for axis in rows.rows()), strict=True)}
     tokens.require("the first pass")
     # The second pass is cut otherwise, so that this rank may hold tokens that it has not seen.
@@ -80,13 +82,14 @@ def test_every_wrong_token_is_counted_and_no_other(data: st.DataObject) -> None:
             wrong += int(sequence) in known or (int(sequence), int(position)) in seen
     padding = ids_of(rows) == 0
     inputs[padding] = data.draw(st.integers(0, 5))  # padding is nobody's business
-    tokens.look(second, (), {"input_ids": inputs})
+    tokens.open([second])
+    tokens.look(nn.Identity(), second, (), {"input_ids": inputs})
     if not wrong:
         tokens.require("the second pass")
         return
     with pytest.raises(ReplayError, match=rf"the second pass: {wrong} of the tokens.*do not apply this update"):
         tokens.require("the second pass")
-    tokens.open()
+    tokens.open([])
     tokens.require("nothing is left of it")
 
 
@@ -175,5 +178,77 @@ def test_a_new_rollout_batch_has_its_own_tokens() -> None:
 
 def test_ids_of_another_length_are_refused() -> None:
     _, pr2, _ = prepared(False)
-    with pytest.raises(RouteError, match="sequence 4: 3 token_ids for a length of 5"):
-        pr2.begin_rollout([ReplaySequence(4, 5, 2, 4, token_ids=[1, 2, 3])])
+    for ids, message in (
+        ([1, 2, 3], r"sequence 4: token_ids are int64 \[3\], expected 5 integers"),
+        ([1.0] * 5, r"sequence 4: token_ids are float64 \[5\], expected 5 integers"),
+        ([1, 2, 3, 4, 2**31], r"sequence 4: token_ids from 1 to 2147483648; expected ids in \[0, 2\^31\)"),
+        ([1, 2, 3, 4, -1], "token_ids from -1 to 4"),
+    ):
+        with pytest.raises(RouteError, match=message):
+            pr2.begin_rollout([ReplaySequence(4, 5, 2, 4, token_ids=ids)])
+    assert set(pr2.tokens.lengths) == set(LENGTHS)  # the batch at work is whole
+
+
+# ---- several ranks -------------------------------------------------------------------------------------------------------
+
+
+def refusal_job(kind: str) -> list[str]:
+    """What each of two data-parallel ranks raises when rank 0 alone does something wrong, in both kinds of passes."""
+    from megatron_pr2 import host
+
+    host.init()
+    first = torch.distributed.get_rank() == 0
+    chunk, pr2, micro_batches = prepared(True)
+    heard = []
+    for mini_step in (None, 1):
+        order = {"swapped": micro_batches[::-1], "left out": micro_batches[:1]}[kind] if first else micro_batches
+        opened = pr2.old_logprobs(micro_batches) if mini_step is None else pr2.actor_update(micro_batches, mini_step)
+        try:
+            with opened:
+                run(chunk, order)
+            heard.append("nothing")
+        except ReplayError as error:
+            heard.append(str(error))
+    with pr2.old_logprobs(micro_batches):  # and both can go on
+        run(chunk, micro_batches)
+    return heard
+
+
+@pytest.mark.parametrize(("kind", "message"), [("swapped", "24 of the tokens"), ("left out", "routed 0 times forward")])
+def test_all_ranks_hear_of_what_one_refuses(kind: str, message: str) -> None:
+    """Else the others would wait in the next collective until it times out, and nobody would see why."""
+    own, others = pool(2).run(refusal_job, kind, timeout=60.0)
+    for index, name in enumerate(("old_logprobs", "mini-step 1")):
+        assert message in own[index]
+        assert others[index].startswith(f"{name}: another rank refused this pass")
+
+
+def test_inner_stages_may_be_given_anything() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    chunk.pre_process = False
+    pr2 = (pr2.detach(), attach(chunk, toy.preset("r3")))[1]
+    tables = toy.random_tables(LENGTHS, chunk.config)
+    ids = {i: [token_id(i, p) for p in range(n)] for i, n in LENGTHS.items()}
+    pr2.begin_rollout([ReplaySequence(i, n, 2, n - 1, tables[i], token_ids=ids[i]) for i, n in LENGTHS.items()])
+    with pr2.old_logprobs(micro_batches):
+        for micro_batch in micro_batches:
+            chunk(torch.zeros_like(ids_of(micro_batch.grid)))
+
+
+def test_a_rollout_may_begin_in_inference_mode() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    tables = toy.random_tables(LENGTHS, chunk.config)
+    with torch.inference_mode():
+        pr2.begin_rollout([ReplaySequence(i, n, 2, n - 1, tables[i]) for i, n in LENGTHS.items()])
+    with pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches)
+
+
+def test_lists_arrays_and_tensors_describe_the_same_micro_batch() -> None:
+    numbers = ([0, 2], [7, 5])
+    for make in (list, np.array, torch.tensor):
+        ids, lengths = (make(n) for n in numbers)
+        padded, packed = MicroBatch.padded(ids, lengths, 8), MicroBatch.packed(ids, lengths, make([8, 8]))
+        assert padded.key == packed.key == (0, 2)
+        assert padded.grid.fingerprint == MicroBatch.padded(*numbers, 8).grid.fingerprint
+        assert packed.grid.fingerprint == MicroBatch.packed(*numbers, [8, 8]).grid.fingerprint

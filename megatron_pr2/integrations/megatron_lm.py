@@ -84,6 +84,13 @@ def pr2_config_from_args(args: argparse.Namespace) -> PR2Config:
         raise ConfigError(_in_flags(str(error))) from None
 
 
+# Fields of TransformerConfig by which Megatron-LM's builder takes another spec, and where it comes from.
+_OTHER_SPECS = {
+    "experimental_attention_variant": "get_transformer_block_with_experimental_attention_variant_spec()",
+    "heterogeneous_block_specs": "get_gpt_heterogeneous_layer_spec()",
+}
+
+
 def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: int | None = None, pp_rank: int | None = None) -> Any:
     """Block spec of this pipeline stage whose MoE layers have PredictiveTopKRouters, for a model builder of Megatron-LM.
 
@@ -95,7 +102,8 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
         vp_stage, pp_rank: of the chunk that is being built.
 
     Raises:
-        AttachError: the model has no experts, args.spec names a spec of its own, or a layer that cannot be replayed.
+        AttachError: the model has no experts, gets another spec (args.spec, other attention, heterogeneous layers), or has a layer
+            that cannot be replayed.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
@@ -115,6 +123,12 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
         raise AttachError(
             f"--transformer-impl {implementation}: its routers are for inference; use transformer_engine or local to train"
         )
+    for name, maker in _OTHER_SPECS.items():
+        if getattr(config, name, None):
+            raise AttachError(
+                f"{name}={getattr(config, name)!r}: Megatron-LM builds such layers from another spec; put with_pr2_routers() "
+                f"around the result of {maker} (megatron_pr2.integrations.spec)"
+            )
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=implementation == "transformer_engine",

@@ -8,6 +8,7 @@ import importlib
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,3 +245,10 @@ def test_the_documented_lines_are_python_and_import_what_exists(document: str) -
     assert imports
     for module, name in imports:
         assert hasattr(importlib.import_module(module), name), f"{document}: from {module} import {name}"
+
+
+@pytest.mark.parametrize("field", ["experimental_attention_variant", "heterogeneous_block_specs"])
+def test_models_of_another_spec_are_refused_by_name(field: str) -> None:
+    config = SimpleNamespace(num_moe_experts=4, **{field: "gated_delta_net"})
+    with pytest.raises(AttachError, match=rf"{field}='gated_delta_net': .*with_pr2_routers"):
+        pr2_layer_spec(argparse.Namespace(transformer_impl="local"), config)

@@ -26,6 +26,7 @@ class Case:
         config: fields of TransformerConfig.
         ddp: fields of DistributedDataParallelConfig.
         delivery: PR2Config.route_delivery.
+        bind: how a forward finds its micro-batch: by "order", or by "identity" (a wrapped forward step).
         routes: PR2Config.routes: "engine", or "actor" for routes that the old-log-prob pass records.
     """
 
@@ -38,6 +39,7 @@ class Case:
     ddp: dict[str, bool] = field(default_factory=dict)
     delivery: str = "scatter"
     routes: str = "engine"
+    bind: str = "order"
 
 
 @dataclass

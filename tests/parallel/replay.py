@@ -218,7 +218,7 @@ class _Run:
         rows, width = items[0]["tokens"].shape
         with self._observed(items, training):
             get_forward_backward_func()(
-                forward_step_func=session.forward_step(forward_step),
+                forward_step_func=forward_step if self.case.bind == "order" else session.forward_step(forward_step),
                 data_iterator=[iter(items) for _ in self.chunks],
                 model=self.chunks,
                 num_microbatches=len(items),
