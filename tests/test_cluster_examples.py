@@ -431,9 +431,11 @@ def test_slurm_starts_the_head_then_the_others_then_the_job(cluster: dict[str, s
     order = [
         "scontrol show hostnames n[1-2]",
         "srun --nodes=1 --ntasks=1 --nodelist=n1 hostname --ip-address",
-        "srun --nodes=1 --ntasks=1 --nodelist=n1 --export=ALL ray start --head --node-ip-address=10.0.0.1 --port=6379 "
+        "srun --nodes=1 --ntasks=1 --cpu-bind=none --nodelist=n1 --export=ALL ray start --head --node-ip-address=10.0.0.1 "
+        "--port=6379 "
         "--dashboard-host=127.0.0.1 --dashboard-port=8265 --num-gpus=8 --block",
-        "srun --nodes=1 --ntasks=1 --nodelist=n2 --export=ALL ray start --address=10.0.0.1:6379 --num-gpus=8 --block",
+        "srun --nodes=1 --ntasks=1 --cpu-bind=none --nodelist=n2 --export=ALL ray start --address=10.0.0.1:6379 "
+        "--num-gpus=8 --block",
         f"megatron-pr2 plan --config {CLUSTERS}/qwen3-30b-a3b.yaml --json",
         f"ray job submit --address http://127.0.0.1:8265 --working-dir {CLUSTERS} --runtime-env {CLUSTERS}/ray_job.yaml -- "
         "python3 -m verl.trainer.main_ppo --config-dir . --config-name qwen3-30b-a3b data.train_files=a b.parquet",
@@ -475,7 +477,7 @@ def test_launchers_refuse_before_anything_is_started(cluster: dict[str, str]) ->
 
 def test_the_runtime_environment_selects_our_engine() -> None:
     variables = yaml.safe_load((CLUSTERS / "ray_job.yaml").read_text(encoding="utf-8"))["env_vars"]
-    assert variables["VERL_USE_EXTERNAL_MODULES"] == "megatron_pr2.integrations.verl"
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "megatron_pr2.integrations.verl_sglang"
     assert all(isinstance(value, str) for value in variables.values()), "Ray takes texts only"
     for name in NAMES:
         model = settings(name)["actor_rollout_ref"]["model"]

@@ -259,6 +259,8 @@ def checkpoints(model: str, directory: str) -> dict[str, Any]:
     loop.old_log_probs()
     loop.update(2)
     before = loop.engine.pr2.predictor.weight_LEH.clone()
+    # As a save of the same step that was cut off leaves it: verl overwrites its own, and so must we.
+    loop.engine.pr2.save(Path(directory) / "pr2")
     loop.engine.save_checkpoint(directory)
     found = sorted(path.name for path in Path(directory).iterdir())
     pr2: PR2 = loop.engine.pr2
@@ -273,6 +275,17 @@ def checkpoints(model: str, directory: str) -> dict[str, Any]:
         "restored": torch.equal(before, after),
         "export is plain": exported.keys() == own.keys() and all(torch.equal(exported[k], own[k]) for k in own),
     }
+
+
+def abandoned(model: str) -> dict[str, Any]:
+    """A rollout batch that nothing trains on, as in verl's critic warm-up, and the push after it."""
+    loop = Loop(make_worker(model, *settings("pr2"), *sizes()), samples())
+    loop.old_log_probs()
+    held = loop.engine.pr2.features.nbytes
+    pushed(loop.engine)
+    left = loop.engine.pr2.features.nbytes
+    loop.old_log_probs()
+    return {"held": held, "left": left, "goes on": loop.update(2)}
 
 
 def exported_gates(directory: Path) -> dict[str, torch.Tensor]:

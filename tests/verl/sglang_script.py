@@ -39,11 +39,11 @@ async def answer() -> dict[str, object]:
     from hydra import compose, initialize_config_module
     from verl.workers.rollout.replica import RolloutMode, RolloutReplicaRegistry
 
-    from megatron_pr2.integrations.verl.rollout import register_rollout
+    from megatron_pr2.integrations.verl_sglang import register_rollout
 
     register_rollout()
     replica = RolloutReplicaRegistry.get("sglang")
-    from megatron_pr2.integrations.verl.sglang_server import PR2SGLangHttpServer, PR2SGLangReplica
+    from megatron_pr2.integrations.verl_sglang.server import PR2SGLangHttpServer, PR2SGLangReplica
 
     assert replica is PR2SGLangReplica
     overrides = [o if o.startswith("model_engine") else o.replace("rollout.", "actor_rollout_ref.rollout.", 1) for o in OVERRIDES]

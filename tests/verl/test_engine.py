@@ -173,6 +173,13 @@ def test_checkpoints(model: str, tmp_path: Path) -> None:
     assert result == {"learned": True, "restored": True, "export is plain": True}
 
 
+def test_a_batch_that_nothing_trains_on_is_let_go_at_the_push(model: str) -> None:
+    result = run("abandoned", model)
+    assert result["held"] > 0
+    assert result["left"] == 0
+    assert len(result["goes on"]["pr2/agreement"]) > 1
+
+
 def test_shards_are_refused_while_predicting(model: str) -> None:
     for name, message in run("shards", model).items():
         assert message.startswith("AttachError: actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded"), name

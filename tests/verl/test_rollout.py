@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.integrations.verl.rollout import ReplicaLoader, RouteDecoder, model_dimensions, register_rollout
+from megatron_pr2.integrations.verl_sglang import ReplicaLoader, register_rollout
+from megatron_pr2.integrations.verl_sglang.decoder import RouteDecoder, model_dimensions
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = np.arange(7 * 3 * 2, dtype="<i4").reshape(7, 3, 2)

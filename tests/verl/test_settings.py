@@ -160,6 +160,11 @@ BAD = {
     "critic.megatron.router_replay.mode=R2": "critic.megatron.router_replay.mode='R2'",
     "actor_rollout_ref.model.external_lib=null": "set it to megatron_pr2.integrations.verl",
     "model_engine=dp": "set model_engine=megatron",
+    "trainer.v1.trainer_mode=separate_async": "trainer_mode='separate_async' makes every update a rollout batch of its own",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=64": "1 update per rollout batch",
+    "actor_rollout_ref.rollout.name=vllm": "its routes were never checked",
+    "actor_rollout_ref.rollout.disaggregation.enabled=true": "disaggregation.enabled=true",
+    f"{PREFIX}.vanilla_mbridge=false": "vanilla_mbridge=false builds the model by Megatron-Bridge",
     f"~{SETTINGS}": f"add +{SETTINGS}.preset=pr2",
 }
 
@@ -178,6 +183,9 @@ def test_contradictions_are_refused(override: str) -> None:
         ("r3", "algorithm.rollout_correction.bypass_mode=true"),
         ("r3", "actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded"),
         ("r2", "actor_rollout_ref.model.mtp.enable_rollout=true"),
+        ("r2", "actor_rollout_ref.rollout.name=vllm"),
+        ("r3", "trainer.v1.trainer_mode=separate_async"),
+        ("r3", "actor_rollout_ref.actor.ppo_mini_batch_size=64"),
     ],
 )
 def test_what_a_preset_does_not_need_may_be_absent(preset: str, override: str) -> None:
@@ -208,7 +216,7 @@ def test_the_commands_of_the_documentation() -> None:
     training, checking = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     # The driver picks the class of the SGLang servers, and imports no external_lib.
     environment, _, training = training.partition("\n")
-    assert environment == "export VERL_USE_EXTERNAL_MODULES=megatron_pr2.integrations.verl"
+    assert environment == "export VERL_USE_EXTERNAL_MODULES=megatron_pr2.integrations.verl_sglang"
     words = shlex.split(training.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     config = compose(None, "ppo_trainer", words[3:])

@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 
-from megatron_pr2.integrations.verl.rollout import register_rollout
+from verl.plugin.platform import get_platform
+
+from megatron_pr2.integrations import verl_sglang
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,10 @@ def register() -> None:
             )  # fmt: skip
 
 
-register_rollout()
-# verl imports `external_lib` wherever it reads the model's configuration; a rollout server may live without Megatron-Core.
-if importlib.util.find_spec("megatron") is not None:
+verl_sglang.register_rollout()
+# verl imports `external_lib` wherever it reads the model's configuration, also where nothing is trained: in rollout servers, which
+# may live without Megatron-Core, and in agent loops, which see no GPU (where Transformer Engine may fail to be imported).
+if importlib.util.find_spec("megatron") is not None and get_platform().is_available():
     register()
 else:
-    logger.info("no Megatron-Core in this process: no training engine is registered")
+    logger.info("no Megatron-Core or no accelerator in this process: no training engine is registered")

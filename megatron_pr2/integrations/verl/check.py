@@ -9,6 +9,7 @@ it would learn from its first batch only. This composes the configuration as ver
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def check_config(config: Any) -> PR2Config:
     if PACKAGE not in ([libraries] if isinstance(libraries, str) else libraries):
         raise ConfigError(f"actor_rollout_ref.model.external_lib={libraries}: set it to {PACKAGE}, or the engine is verl's own")
     check_engine(parts.actor.megatron, parts.model, settings)
+    if not parts.actor.megatron.vanilla_mbridge and importlib.util.find_spec("megatron.bridge") is None:
+        raise ConfigError(
+            "actor_rollout_ref.actor.megatron.vanilla_mbridge=false builds the model by Megatron-Bridge, which is not installed "
+            "here; set it to true (mbridge, as tested), or install megatron-bridge"
+        )
     for role, engine in (("actor_rollout_ref.ref", parts.ref.get("megatron")), ("critic", config.critic.get("megatron"))):
         if engine is not None and engine.router_replay.mode != "disabled":
             mode = engine.router_replay.mode
@@ -50,6 +56,8 @@ def check_config(config: Any) -> PR2Config:
             "actor_rollout_ref.rollout.enable_rollout_routing_replay=false: the rollout engine returns no routes; set it to true "
             f"(router_replay.mode stays 'disabled'), or {WHERE}.preset to r2"
         )
+    _check_rollout(parts.rollout, settings)
+    _check_updates(config, settings)
     if config.algorithm.rollout_correction.get("bypass_mode", False) and (settings.routes == "actor" or settings.predicts):
         raise ConfigError(
             "algorithm.rollout_correction.bypass_mode=true skips the old-log-prob pass, in which routes are recorded and "
@@ -62,6 +70,41 @@ def check_config(config: Any) -> PR2Config:
             "'naive' or 'nccl'"
         )
     return settings
+
+
+def _check_rollout(rollout: Any, settings: PR2Config) -> None:
+    """Refuses rollout engines whose routes nobody has looked at."""
+    if settings.routes != "engine":
+        return
+    if rollout.name != "sglang":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.name={rollout.name!r}: its routes were never checked; set it to 'sglang', or "
+            f"{WHERE}.preset=r2"
+        )
+    if rollout.disaggregation.enabled:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.disaggregation.enabled=true: prefill and decode servers each return their own part of the "
+            "routes; set it to false"
+        )
+
+
+def _check_updates(config: Any, settings: PR2Config) -> None:
+    """Refuses schedules in which a predictor would never learn, or would be judged on drift that it was not made for."""
+    if not settings.predicts:
+        return
+    trainer, actor = config.trainer, config.actor_rollout_ref.actor
+    if trainer.get("use_v1", False) and trainer.v1.trainer_mode == "separate_async":
+        raise ConfigError(
+            "trainer.v1.trainer_mode='separate_async' makes every update a rollout batch of its own, whose first mini-step is its "
+            f"last: predictions are made for later ones; use another mode, or {WHERE}.preset=r3"
+        )
+    updates = config.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+    if updates < 2:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size}, actor_rollout_ref.actor.ppo_mini_batch_size="
+            f"{actor.ppo_mini_batch_size}: {updates} update per rollout batch; routers drift and predictors learn from the "
+            f"second on. Lower ppo_mini_batch_size, or set {WHERE}.preset=r3"
+        )
 
 
 def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]) -> Any:

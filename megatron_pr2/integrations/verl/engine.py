@@ -9,6 +9,7 @@ batch. Everything else (reference, critic, evaluation with a loss, forward-only 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from verl.utils.metric.utils import Metric
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from megatron_pr2.attach import PR2, attach
+from megatron_pr2.checkpoint_files import together
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.integrations.verl import micro_batches as cutting
@@ -63,6 +65,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             check_engine(engine_config, model_config, self._settings)
             check_process()
         self._book: SequenceBook | None = None
+        self._warned = False
         self._mini_step = 0
         # The kind of pass that the next forward_backward_batch() is, with the ids of its rows; and the one at work.
         self._next: tuple[str, list[int]] | None = None
@@ -88,9 +91,14 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         return optimizer
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """verl's checkpoint, with PR2's state in its directory `pr2`: written first, as verl's manifest says that all is there."""
+        """verl's checkpoint, with PR2's state in its directory `pr2`: written first, as verl's manifest says that all is there.
+
+        verl overwrites a checkpoint of the same step: what a save that was cut off has left must not stop the next run there.
+        """
         if self.pr2 is not None:
-            self.pr2.save(f"{local_path}/{CHECKPOINT}")
+            mine = Path(local_path) / CHECKPOINT
+            together(lambda: shutil.rmtree(mine, ignore_errors=True) if torch.distributed.get_rank() == 0 else None)
+            self.pr2.save(mine)
         super().save_checkpoint(local_path, *args, **kwargs)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -146,11 +154,21 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         if self.is_mp_src_rank_with_outputs():
             outputs["metrics"].update(Metric.from_dict(self.pr2.metrics(), aggregation="mean"))
         if last:
-            self._book, self._mini_step = None, 0
-            self.pr2.end_rollout()  # a colocated engine is going to need the memory
+            if self._mini_step == 1 and self.pr2.config.learns and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "one update per rollout batch: the predictor learns from the second on, that is never; lower "
+                    "ppo_mini_batch_size, or set %s.preset=r3", WHERE,
+                )  # fmt: skip
+            self._end_rollout()  # a colocated engine is going to need the memory
         elif alone:
             self._book = None
         return outputs
+
+    def _end_rollout(self) -> None:
+        assert self.pr2 is not None
+        self._book, self._mini_step = None, 0
+        self.pr2.end_rollout()
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         """verl's, inside a session where the pass belongs to a rollout batch."""
@@ -198,7 +216,13 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
     def get_per_tensor_param(self, *args: Any, **kwargs: Any) -> Any:
         """verl's weights in Hugging Face names, for the rollout engine only: with the prediction merged into the gates."""
         weights, peft_config = super().get_per_tensor_param(*args, **kwargs)
-        return (weights if self.pr2 is None else self.pr2.engine_weights(weights)), peft_config
+        if self.pr2 is None:
+            return weights, peft_config
+        weights = self.pr2.engine_weights(weights)
+        if self._book is not None:
+            # A batch that nothing trained on (critic warm-up): the engine is going to need the memory.
+            self._end_rollout()
+        return weights, peft_config
 
     def get_per_tensor_param_shard(self, **kwargs: Any) -> Any:
         """verl's; refused while predicting, since shards carry plain gates.

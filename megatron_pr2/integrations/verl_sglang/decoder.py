@@ -1,48 +1,14 @@
-"""SGLang's routes in the form that verl 0.9.1 reads.
-
-verl expects what the release of SGLang that it pins (0.5.12) returned: a tensor. In 0.5.19, the first release whose routes can be
-believed (docs/sglang.md), an answer holds base64 of int32 [T - 1, hidden layers, K] instead, on which verl's server fails. verl
-finds its rollout replicas in a registry; there, "sglang" becomes verl's own replica with servers that decode the answer before
-verl's code sees it.
-"""
+"""SGLang's answers with their routes as tensors, which is how verl 0.9.1 reads them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
 
 from megatron_pr2.errors import RouteError
 from megatron_pr2.rollout.sglang_routes import decode_ids
-
-logger = logging.getLogger(__name__)
-
-NAME = "sglang"
-
-
-class ReplicaLoader:
-    """What verl calls for the class of its SGLang replicas."""
-
-    def __init__(self, load: Callable[[], type]) -> None:
-        self._load = load
-
-    def __call__(self) -> type:
-        """The class with decoding servers; SGLang is imported here and not before."""
-        self._load()  # verl's own preparations for the import of SGLang
-        from megatron_pr2.integrations.verl.sglang_server import PR2SGLangReplica
-
-        return PR2SGLangReplica
-
-
-def register_rollout() -> None:
-    """Puts the loader into verl's registry of rollout replicas; calling it again changes nothing."""
-    from verl.workers.rollout.replica import RolloutReplicaRegistry
-
-    load = RolloutReplicaRegistry._registry.get(NAME)
-    if load is not None and not isinstance(load, ReplicaLoader):
-        RolloutReplicaRegistry.register(NAME, ReplicaLoader(load))
 
 
 class RouteDecoder:

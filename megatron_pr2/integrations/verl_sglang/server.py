@@ -1,4 +1,4 @@
-"""verl's SGLang replica and server, whose routes verl can read (megatron_pr2.integrations.verl.rollout); imports SGLang."""
+"""verl's SGLang replica and server, whose routes verl can read (megatron_pr2.integrations.verl_sglang); imports SGLang."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ray
 from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer, SGLangReplica
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.integrations.verl.rollout import RouteDecoder, model_dimensions
+from megatron_pr2.integrations.verl_sglang.decoder import RouteDecoder, model_dimensions
 from megatron_pr2.rollout.sglang_info import check_release
 from megatron_pr2.rollout.sglang_refusals import refusals
 
