@@ -37,6 +37,7 @@ setup(
     extras_require={
         "sglang": ["sglang>=0.5.19"],
         "router": ["sglang-router>=0.3.2,<0.4"],
+        "verl": ["verl>=0.9.1,<0.10"],
         "te": ["transformer-engine[pytorch]>=2.6"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
     },

@@ -12,8 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from megatron_pr2.attach import PR2, attach
+from megatron_pr2.errors import ReplayError
+from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replica import Member, RankGroup
+from megatron_pr2.token_check import TokenCheck
+from megatron_pr2.tokens import TokenIndex
 from tests import toy
 from tests.gpu import toys
 from tests.gpu.needs import needs
@@ -119,6 +125,33 @@ def test_micro_batches_are_issued_while_the_device_is_busy(name: str, device: to
     assert found == [False]
     torch.cuda.synchronize()
     assert done.query()
+
+
+def test_token_ids_are_compared_while_the_device_is_busy(device: torch.device) -> None:
+    """32K rows in each micro-batch: a copy of their numbers from pageable memory would wait here."""
+    rows = 1 << 15
+    tokens = TokenCheck(RankGroup(None, (Member(0, 0, (0,), True),), 0, 1, 1), [nn.Identity()], device)
+    tokens.begin(TokenIndex({0: rows, 1: rows}), ())
+    micro_batches = [MicroBatch.packed([i], [rows]) for i in (0, 1)]
+    ids = [torch.randint(1000, (1, rows), device=device) for _ in micro_batches]
+
+    def look(order: tuple[int, int]) -> None:
+        for micro_batch, number in zip(micro_batches, order, strict=True):
+            tokens.look(nn.Identity(), micro_batch, (ids[number],), {})
+
+    for _ in range(2):  # kernels are compiled, memory is allocated
+        tokens.open(micro_batches)
+        look((0, 1))
+        tokens.require("warm-up")
+    tokens.open(micro_batches)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(CYCLES)
+    done.record()
+    look((1, 0))
+    assert not done.query()
+    with pytest.raises(ReplayError, match="of the tokens that the model ran"):
+        tokens.require("swapped")
 
 
 def waits_of_a_step(layers: int, device: torch.device) -> int:
