@@ -226,6 +226,8 @@ class _Run:
                 micro_batch_size=rows,
                 forward_only=not training,
             )
+        # Every layout's input has the rows that the comparison of token ids expects, on ranks with an embedding.
+        assert self.pr2.token_check._looked == any(unwrapped(chunk).pre_process for chunk in self.chunks)
 
     @contextmanager
     def _observed(self, items: Sequence[dict[str, Any]], training: bool) -> Iterator[None]:
