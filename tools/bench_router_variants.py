@@ -202,15 +202,13 @@ class Subject:
     @torch.no_grad()
     def output(self) -> Tensor:
         """The forward output of the first micro-batch under this variant, for a comparison."""
-        mode, session = self.variant.mode, None
+        mode = self.variant.mode
         context: Any = nullcontext()
         if mode.startswith("mcore"):
             context = self._own_replay(self._action)
         elif self.pr2 is not None and mode != "live":
-            context = session = self.pr2._session(
-                self.batch.micro_batches[:1], "record" if mode == "record" else "replay", None, None
-            )
-        with context:
+            context = (self.pr2.record if mode == "record" else self.pr2.replay)(self.batch.micro_batches[:1])
+        with context as session:
             first = self.batch.micro_batches[0]
             if session is not None:
                 session.begin(self.model, first)
