@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ load_plugins()
 assert set(HookRegistry._patched) == set(HookRegistry._hooks), set(HookRegistry._hooks) - HookRegistry._patched
 print(sorted({len(each) for each in HookRegistry._hooks.values()}), len(HookRegistry._patched))
 """
-    expected = "[1] 6" if cpu_engine == "1" else "[] 0"
+    expected = "[1] 7" if cpu_engine == "1" else "[] 0"
     # The other plugin of the package, where it is installed, is none of this test's business.
     assert run_python(code, tmp_path, SGLANG_USE_CPU_ENGINE=cpu_engine, SGLANG_PLUGINS="megatron_pr2_cpu") == expected
 
@@ -225,6 +225,53 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch: pytest.
     monkeypatch.setattr(seeds, "uniform", lambda seed, position: draw)
     logprobs = torch.tensor([[0.0, 0.5, 0.2, 0.0, 0.3, 0.0]]).log()
     assert seeds.sample_with_seeds(logprobs, torch.tensor([1]), torch.tensor([1])).tolist() == [[index]]
+
+
+def _filtered(rows: int, top_k: int = 1 << 30, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, torch.Tensor]:
+    return {"top_ks": torch.full((rows,), top_k), "top_ps": torch.full((rows,), top_p), "min_ps": torch.full((rows,), min_p)}
+
+
+def test_a_greedy_neighbour_does_not_change_what_a_seed_draws() -> None:
+    """A health check is such a neighbour. Rows of fp32 probabilities whose sum may round above 1."""
+    probs = torch.randn(400, 260, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    seed, positions = torch.arange(400), torch.arange(400) % 7
+    alone = seeds.sample_with_seeds(probs.log(), seed, positions).view(-1)
+    filters = _filtered(400)
+    filters["top_ks"][17] = 1
+    together = seeds.sample_filtered(probs, **filters, need_min_p_sampling=False, sampling_seed=seed, positions=positions)
+    assert isinstance(together, torch.Tensor)
+    assert together.dtype == torch.int32
+    assert together[17] == probs[17].argmax()
+    others = torch.arange(400) != 17
+    assert torch.equal(together[others], alone[others].int())
+
+
+@pytest.mark.parametrize(
+    ("filters", "possible"),
+    [
+        ({"top_k": 2}, {1, 4}),
+        ({"top_p": 0.6}, {1, 4}),
+        ({"top_p": 0.4}, {1}),
+        ({"min_p": 0.5}, {1, 4}),
+        ({"min_p": 0.3}, {1, 2, 4}),
+    ],
+)
+def test_filters_leave_the_likeliest_tokens_in_proportion(filters: dict[str, Any], possible: set[int]) -> None:
+    rows, p = 4000, torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
+    drawn, kept, order, chosen = seeds.sample_filtered(
+        p.expand(rows, -1),
+        **_filtered(rows, **filters),
+        need_min_p_sampling="min_p" in filters,
+        sampling_seed=torch.arange(rows),
+        positions=torch.full((rows,), 3),
+        return_filtered_probs=True,
+        max_top_k=filters.get("top_k"),
+    )
+    assert set(drawn.tolist()) == possible
+    left = torch.where(torch.tensor([i in possible for i in range(6)]), p, 0.0)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / rows, left / left.sum(), atol=0.03, rtol=0)
+    assert torch.equal(kept[0], left[order[0].long()])
+    assert torch.equal(chosen, p[drawn.long()])
 
 
 class _Bag:

@@ -80,6 +80,21 @@ def test_same_seeds_give_the_same_tokens_in_any_batch(fresh: SGLangEngine) -> No
     assert together[0].response_ids != together[16].response_ids  # another seed, another sample
 
 
+def test_a_greedy_request_of_somebody_else_leaves_seeded_samples_alone(fresh: SGLangEngine) -> None:
+    """SGLang's health check is one; it takes every request of its batch to the sampler with filters."""
+    wanted = fresh.generate(make_requests(8), SamplingParams(12), return_routes=False).responses
+    replica = fresh.replicas[0]
+    sampling = {"temperature": 0.0, "max_new_tokens": 450, "ignore_eos": True}
+    greedy = {"input_ids": [3, 4, 5], "sampling_params": sampling, "stream": True}
+    key = {"authorization": f"Bearer {replica.api_key}"} if replica.api_key else {}
+    with httpx.stream("POST", f"{replica.url}/generate", json=greedy, headers=key, timeout=60, trust_env=False) as answer:
+        pieces = answer.iter_lines()
+        next(pieces)  # it runs
+        found = fresh.generate(make_requests(8), SamplingParams(12), return_routes=False).responses
+        assert sum(piece.startswith("data:") for piece in pieces) > 12  # and ran all the while
+    assert [r.response_ids for r in found] == [r.response_ids for r in wanted]
+
+
 def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyModel) -> None:
     prompt, draws = (5, 6, 7), 800
     responses = fresh.generate([RolloutRequest(prompt, s) for s in range(draws)], SamplingParams(1), return_routes=False).responses

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_pr2.rollout.sglang_cpu.seeds import fill_sampling_seeds, sample_with_seeds
+from megatron_pr2.rollout.sglang_cpu.seeds import fill_sampling_seeds, sample_filtered, sample_with_seeds
 
 
 def init_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str = "cpu") -> None:
@@ -85,3 +85,6 @@ def register_hooks() -> None:
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", fill_sampling_seeds, HookType.AFTER
     )
     HookRegistry.register("sglang.srt.layers.sampler.multinomial_with_seed", sample_with_seeds, HookType.REPLACE)
+    HookRegistry.register(
+        "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch", sample_filtered, HookType.REPLACE
+    )
