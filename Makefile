@@ -40,7 +40,7 @@ quickstart: $(ENVIRONMENT)
 # The second run tells its result even if the first one fails.
 test: $(BASE) $(SGLANG) $(SGLANG_0519) $(VERL) $(DEV)
 	$(MAKE) --no-print-directory lint
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS); status=$$?; $(MAKE) --no-print-directory test-verl && exit $$status
+	$(VENV)/bin/python -m pytest --durations 25 $(PYTEST_ARGS); status=$$?; $(MAKE) --no-print-directory test-verl && exit $$status
 
 test-verl: $(VERL)
 	$(VENV_VERL)/bin/python -m pytest tests/verl tests/test_cluster_examples.py
