@@ -288,6 +288,7 @@ class PR2:
         What the batch says of the prediction counts from the next push on; without this call from the push after the next
         begin_rollout() on.
         """
+        self._require_idle("end_rollout")
         self.tokens, self.sequences = TokenIndex({}), ()
         self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
@@ -313,8 +314,13 @@ class PR2:
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
         self._require_idle("record")
-        with ReplaySession(self.sites, self._chunks, micro_batches, mode="record", localize=self.replica.ranks.rows) as session:
-            yield session
+        self._open = True
+        try:
+            localize = self.replica.ranks.rows
+            with ReplaySession(self.sites, self._chunks, micro_batches, mode="record", localize=localize) as session:
+                yield session
+        finally:
+            self._open = False
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
         """Tables of a :meth:`record` session, by sequence id."""
@@ -382,10 +388,17 @@ class PR2:
         """
         from megatron_pr2 import checkpoint
 
+        self._require_idle("load")
         checkpoint.load(self, directory, sequences=sequences)
 
     def detach(self) -> None:
-        """Gives the routers back as they were; the handle cannot be used afterwards."""
+        """Gives the routers back as they were; the handle cannot be used afterwards.
+
+        Raises:
+            ReplayError: a pass is open.
+        """
+        if self._attached:
+            self._require_idle("detach")
         for site in self.sites:
             site.router.set_control(None)
             for name in ("_control", "attached"):
@@ -403,7 +416,9 @@ class PR2:
     def _require_idle(self, call: str) -> None:
         self._require_attached()
         if self._open:
-            raise ReplayError(f"{call}: another pass is open on this model; passes follow each other, and `step` follows them")
+            raise ReplayError(
+                f"{call}: another pass is open on this model; close it first. Passes follow each other, and `step` follows them"
+            )
 
     def _sum_over_ranks(self, values: Sequence[int]) -> list[int]:
         if self.token_group is None or dist.get_world_size(self.token_group) == 1:
@@ -433,21 +448,26 @@ class PR2:
             predict=predict,
             look=self.token_check.look,
         )
-        self.token_check.open(micro_batches)
-        incomplete, ran = None, False
-        self._open = True
         try:
-            with session:
-                yield session
-                ran = True
-        except ReplayError as error:
-            if not ran:
-                raise
-            incomplete = error
-        finally:
-            self._open = False
-            self.token_check.close()
-        agree_on_outcome(everyone(self.token_group), name, incomplete, self.token_check)
+            self.token_check.open(micro_batches)
+            incomplete, ran = None, False
+            self._open = True
+            try:
+                with session:
+                    yield session
+                    ran = True
+            except ReplayError as error:
+                if not ran:
+                    raise
+                incomplete = error
+            finally:
+                self._open = False
+                self.token_check.close()
+            agree_on_outcome(everyone(self.token_group), name, incomplete, self.token_check)
+        except BaseException:
+            self.token_check.forget()
+            raise
+        self.token_check.keep()
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:

@@ -62,7 +62,8 @@ class MicroBatch:
 
 def _plain(numbers: Iterable[int]) -> list[int]:
     """Trainers have lists, arrays and tensors; a micro-batch is the same whichever says it."""
-    return [int(number) for number in numbers]
+    # One copy of a tensor on a device, not one per number.
+    return [int(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
 
 
 @dataclass

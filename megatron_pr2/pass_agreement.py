@@ -1,4 +1,8 @@
-"""All ranks of a pass hear of what one of them refuses: else the others wait in the next collective, and nobody sees the reason."""
+"""All ranks of a pass hear of what one of them refuses at its end: else the others wait in the next collective for ever.
+
+What goes wrong inside a pass is raised at once by the rank that sees it and is not agreed upon: the others are in the model's own
+collectives then, and the reason would wait behind them unseen.
+"""
 
 from __future__ import annotations
 

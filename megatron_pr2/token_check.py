@@ -40,7 +40,10 @@ class TokenCheck:
         self.begin(TokenIndex({}), ())
 
     def begin(self, tokens: TokenIndex, sequences: Sequence[ReplaySequence]) -> None:
-        """Starts anew with a rollout batch; 4 bytes per token of this rank's replica, and during a pass 4 per row of it."""
+        """Starts anew with a rollout batch; 4 bytes per token of this rank's replica, and during a pass 4 per row of it.
+
+        Where some sequence came without ids, a pass holds 4 bytes per token once more.
+        """
         self._tokens = tokens
         ids = np.full(tokens.total + 1, UNKNOWN, dtype=np.int32)  # the last one takes what is no token of the batch
         for sequence in sequences:
@@ -50,18 +53,32 @@ class TokenCheck:
         with torch.inference_mode(False):  # a trainer may begin a rollout inside of it; later passes write here
             self._ids_N = torch.from_numpy(ids).to(self._device)
             self.wrong = torch.zeros((), dtype=torch.int64, device=self._device)
+            self._before: Tensor | None = None
+        self._given = bool(sequences) and all(sequence.token_ids is not None for sequence in sequences)
         self._looked = False
 
     def open(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A pass begins. Which token each row of its micro-batches is goes to the device now, not while they run."""
         self.wrong.zero_()
         self._looked = False
+        if self._embeds and not self._given:
+            with torch.inference_mode(False):
+                self._before = self._ids_N.clone()
         grids = {micro_batch.grid.fingerprint: micro_batch.grid for micro_batch in micro_batches if self._embeds}
         self._rows = {fingerprint: self._rows_of(grid) for fingerprint, grid in grids.items()}
 
     def close(self) -> None:
         """A pass has run its micro-batches."""
         self._rows = {}
+
+    def keep(self) -> None:
+        """Every rank has accepted the pass: what it ran is what later ones are compared with."""
+        self._before = None
+
+    def forget(self) -> None:
+        """The pass was refused or broke off; its ids may be those of other tokens."""
+        if self._before is not None:
+            self._ids_N, self._before = self._before, None  # no operator: the device itself may have failed
 
     def look(self, chunk: torch.nn.Module, micro_batch: MicroBatch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Compares what a chunk is called with, and remembers what was not known; operators on the device only.
@@ -70,11 +87,13 @@ class TokenCheck:
             chunk: without wrappers; nothing is looked at unless it has the embedding.
             micro_batch: that it runs.
             args, kwargs: of its forward; nothing is looked at unless the first argument or `input_ids` is integer [B, S] of this
-                rank's rows.
+                rank's rows, nor where `decoder_input` stands in for the embedding.
         """
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not _embeds(chunk) or not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
             return
+        if kwargs.get("decoder_input") is not None:
+            return  # the model does not look at input_ids then
         shape, index_T = self._rows[micro_batch.grid.fingerprint]
         if tuple(input_ids.shape) != shape:
             return

@@ -569,12 +569,17 @@ def test_a_pass_inside_another_is_refused() -> None:
         ("record", lambda: pr2.record(micro_batches)),
         ("step", lambda: pr2.step(0.1)),
         ("begin_rollout", lambda: pr2.begin_rollout([])),
+        ("end_rollout", pr2.end_rollout),
+        ("load", lambda: pr2.load("nowhere")),
+        ("detach", pr2.detach),
     ):
-        with pr2.actor_update(micro_batches, 1) as session:
-            with pytest.raises(ReplayError, match=f"{name}: another pass is open"), inner():
-                pass
-            toy.run(session, chunk, data)  # the outer one is as it was
+        for outer in (lambda: pr2.actor_update(micro_batches, 1), lambda: pr2.record(micro_batches)):
+            with outer() as session:
+                with pytest.raises(ReplayError, match=f"{name}: another pass is open"), inner():
+                    pass
+                toy.run(session, chunk, data)  # the outer one is as it was
     assert released(chunk)
+    pr2.detach()
 
 
 def test_replaying_under_other_weights_keeps_and_learns_nothing() -> None:

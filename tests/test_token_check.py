@@ -158,13 +158,50 @@ def test_ids_that_came_with_the_rollout_check_the_first_pass() -> None:
         run(chunk, micro_batches)
 
 
-def test_a_pass_that_failed_leaves_nothing_behind() -> None:
-    chunk, pr2, micro_batches = prepared(True)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_pass_that_failed_leaves_nothing_behind(given: bool) -> None:
+    """What it ran is not what later passes are compared with."""
+    chunk, pr2, micro_batches = prepared(given)
     with pytest.raises(ZeroDivisionError), pr2.old_logprobs(micro_batches):
         run(chunk, micro_batches[::-1])
         raise ZeroDivisionError
+    with pytest.raises(ReplayError, match="routed 0 times"), pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches[1:])
     with pr2.old_logprobs(micro_batches):
         run(chunk, micro_batches)
+    with pytest.raises(ReplayError, match="replay: 24 of the tokens"), pr2.replay(micro_batches):
+        run(chunk, micro_batches[::-1])
+
+
+def test_a_pass_that_another_rank_refused_leaves_nothing_behind() -> None:
+    own, others = pool(2).run(refused_elsewhere_job, timeout=60.0)
+    assert own == others == "accepted"
+
+
+def refused_elsewhere_job() -> str:
+    """Both ranks run the wrong tokens, only rank 0 knows: rank 1 hears of it and must not learn them."""
+    from megatron_pr2 import host
+
+    host.init()
+    chunk, pr2, micro_batches = prepared(torch.distributed.get_rank() == 0)
+    with pytest.raises(ReplayError), pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches[::-1])
+    with pr2.old_logprobs(micro_batches):
+        run(chunk, micro_batches)
+    return "accepted"
+
+
+def test_ids_beside_an_embedding_of_the_pipeline_are_not_looked_at() -> None:
+    """`decoder_input` takes the place of the embedding; what goes with it under input_ids is nobody's business."""
+    micro_batch = MicroBatch.padded([0], [5], 8)
+    tokens = check(1, 0, {0: 5}, [0])
+    tokens.open([micro_batch])
+    dummy = torch.zeros_like(ids_of(micro_batch.grid))
+    tokens.look(nn.Identity(), micro_batch, (), {"input_ids": dummy, "decoder_input": torch.zeros(8, 1, 4)})
+    tokens.require("embedded elsewhere")
+    tokens.look(nn.Identity(), micro_batch, (), {"input_ids": dummy, "decoder_input": None})
+    with pytest.raises(ReplayError, match="5 of the tokens"):
+        tokens.require("embedded here")
 
 
 def test_a_new_rollout_batch_has_its_own_tokens() -> None:

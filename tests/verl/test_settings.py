@@ -192,6 +192,18 @@ def test_what_a_preset_does_not_need_may_be_absent(preset: str, override: str) -
     check_config(composed(f"{SETTINGS}.preset={preset}", override))
 
 
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_batch_that_does_not_fill_its_last_mini_batch(newer: bool) -> None:
+    """64 sequences in mini-batches of 48: the newer trainer fills up the second, the older one has only the first."""
+    config = composed("actor_rollout_ref.actor.ppo_mini_batch_size=48", f"trainer.use_v1={newer}")
+    assert config.data.train_batch_size == 64
+    if newer:
+        check_config(config)
+    else:
+        with pytest.raises(PR2Error, match="1 update per rollout batch"):
+            check_config(config)
+
+
 def test_vision_models_are_refused() -> None:
     model = SimpleNamespace(lora={}, lora_rank=0, hf_config=SimpleNamespace(vision_config={}), mtp=None)
     with pytest.raises(AttachError, match="vision"):

@@ -42,7 +42,7 @@ def check_config(config: Any) -> PR2Config:
     if PACKAGE not in ([libraries] if isinstance(libraries, str) else libraries):
         raise ConfigError(f"actor_rollout_ref.model.external_lib={libraries}: set it to {PACKAGE}, or the engine is verl's own")
     check_engine(parts.actor.megatron, parts.model, settings)
-    if not parts.actor.megatron.vanilla_mbridge and importlib.util.find_spec("megatron.bridge") is None:
+    if not parts.actor.megatron.vanilla_mbridge and not _has_megatron_bridge():
         raise ConfigError(
             "actor_rollout_ref.actor.megatron.vanilla_mbridge=false builds the model by Megatron-Bridge, which is not installed "
             "here; set it to true (mbridge, as tested), or install megatron-bridge"
@@ -98,13 +98,20 @@ def _check_updates(config: Any, settings: PR2Config) -> None:
             "trainer.v1.trainer_mode='separate_async' makes every update a rollout batch of its own, whose first mini-step is its "
             f"last: predictions are made for later ones; use another mode, or {WHERE}.preset=r3"
         )
-    updates = config.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+    # The newer trainer fills a batch up to whole mini-batches; the older one leaves out what does not fill one.
+    batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
+    updates = (-(-batch // mini_batch) if trainer.get("use_v1", False) else batch // mini_batch) * actor.ppo_epochs
     if updates < 2:
         raise ConfigError(
-            f"data.train_batch_size={config.data.train_batch_size}, actor_rollout_ref.actor.ppo_mini_batch_size="
-            f"{actor.ppo_mini_batch_size}: {updates} update per rollout batch; routers drift and predictors learn from the "
+            f"data.train_batch_size={batch}, actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}: "
+            f"{updates} update per rollout batch; routers drift and predictors learn from the "
             f"second on. Lower ppo_mini_batch_size, or set {WHERE}.preset=r3"
         )
+
+
+def _has_megatron_bridge() -> bool:
+    # Looking for a part of a package imports the package.
+    return importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.bridge") is not None
 
 
 def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]) -> Any:

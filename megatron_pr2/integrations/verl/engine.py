@@ -218,11 +218,11 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         weights, peft_config = super().get_per_tensor_param(*args, **kwargs)
         if self.pr2 is None:
             return weights, peft_config
-        weights = self.pr2.engine_weights(weights)
         if self._book is not None:
-            # A batch that nothing trained on (critic warm-up): the engine is going to need the memory.
+            # A batch that no update ended, e.g. one that nothing trained on (critic warm-up): the engine is going to need the
+            # memory. Before the push, which carries what the batch says of the prediction.
             self._end_rollout()
-        return weights, peft_config
+        return self.pr2.engine_weights(weights), peft_config
 
     def get_per_tensor_param_shard(self, **kwargs: Any) -> Any:
         """verl's; refused while predicting, since shards carry plain gates.
