@@ -167,10 +167,11 @@ def test_groups_stay_together_and_spread(engines: list[SGLangServer]) -> None:
         chosen = [{engine_of(a) for a, index in zip(answers, order, strict=True) if index == group} for group in range(8)]
         assert Counter(len(group) for group in chosen).most_common(1)[0][0] == 1
         assert {engine_of(a) for a in answers} == {"engine0", "engine1"}
-        # The same beginning for all: without a low threshold it would lead every request to one engine.
+        # The same beginning for all: without a low threshold it would lead every request to one engine. Long enough that the
+        # first ones are still running when the last one comes, also on a busy machine.
         shared = [prompts[0] + tail for tail in random_prompts(48, 8)]
         with ThreadPoolExecutor(48) as pool:
-            answers = list(pool.map(lambda prompt: generate(router.url, request(0, prompt=prompt, new=32)), shared))
+            answers = list(pool.map(lambda prompt: generate(router.url, request(0, prompt=prompt, new=160)), shared))
         assert min(Counter(map(engine_of, answers)).values()) >= 8
         assert len(Counter(map(engine_of, answers))) == 2
     finally:
