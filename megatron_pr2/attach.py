@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from megatron_pr2.groups import communication_device, every_layer, everyone, tok
 from megatron_pr2.intake import take_in
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
-from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.micro_batch import MicroBatch, listed
 from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
 from megatron_pr2.predictor import RoutePredictor, merge_gate
 from megatron_pr2.replay import Observer, Predict, ReplaySession
@@ -49,7 +49,7 @@ from megatron_pr2.routes import RouteTable
 from megatron_pr2.scalars import Scalars
 from megatron_pr2.seam import check_release, check_unpatched
 from megatron_pr2.sequences import ReplaySequence, RolloutReport, sampled_tokens
-from megatron_pr2.sites import check_config, unwrapped, upgrade_routers
+from megatron_pr2.sites import check_config, give_back, unwrapped, upgrade_routers
 from megatron_pr2.strategies import make_predictor
 from megatron_pr2.token_check import TokenCheck
 from megatron_pr2.tokens import TokenIndex
@@ -83,33 +83,36 @@ class PR2:
         check_config(self.model_config)
         check_live_layout(self.model_config, communication_device())
         self.sites, self.moe_layers = upgrade_routers(self._chunks)
-        experts = self.model_config.num_moe_experts
-        device = next((p.device for chunk in self._chunks for p in chunk.parameters()), communication_device())
-        if device.type == "cpu" and communication_device().type == "cuda":
-            raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
-        self.token_group = token_group(self.model_config.sequence_parallel)
-        self.replica = find_replica([site.column for site in self.sites], self.model_config.sequence_parallel)
-        self.predictor: RoutePredictor | None = make_predictor(config, self.model_config, len(self.sites), device)
-        self.forecast = Forecast(config, self.model_config, self.sites, self.predictor, self.token_group, device)
-        self.measurement = Measurement(
-            config, self.model_config, self.sites, self.predictor, self.replica, device
-        )
-        self.routes = RouteStore(
-            self.replica,
-            len(self.moe_layers),
-            self.model_config.moe_router_topk,
-            experts,
-            device,
-            scatter=config.routes == "engine" and config.route_delivery == "scatter",
-        )
-        self._device = device
-        self.engine_agreement: float | None = None
-        self._scalars = Scalars()
-        self.token_check = TokenCheck(self.replica.ranks, self._chunks, device)
-        self._open = False
-        self.tokens = TokenIndex({})
-        self.sequences: tuple[ReplaySequence, ...] = ()
-        self._attached = True
+        with ExitStack() as undo:  # an attach() that fails leaves the model as it was
+            undo.callback(give_back, self.sites)
+            experts = self.model_config.num_moe_experts
+            device = next((p.device for chunk in self._chunks for p in chunk.parameters()), communication_device())
+            if device.type == "cpu" and communication_device().type == "cuda":
+                raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
+            self.token_group = token_group(self.model_config.sequence_parallel)
+            self.replica = find_replica([site.column for site in self.sites], self.model_config.sequence_parallel)
+            self.predictor: RoutePredictor | None = make_predictor(config, self.model_config, len(self.sites), device)
+            self.forecast = Forecast(config, self.model_config, self.sites, self.predictor, self.token_group, device)
+            self.measurement = Measurement(
+                config, self.model_config, self.sites, self.predictor, self.replica, device
+            )
+            self.routes = RouteStore(
+                self.replica,
+                len(self.moe_layers),
+                self.model_config.moe_router_topk,
+                experts,
+                device,
+                scatter=config.routes == "engine" and config.route_delivery == "scatter",
+            )
+            self._device = device
+            self.engine_agreement: float | None = None
+            self._scalars = Scalars()
+            self.token_check = TokenCheck(self.replica.ranks, self._chunks, device)
+            self._open = False
+            self.tokens = TokenIndex({})
+            self.sequences: tuple[ReplaySequence, ...] = ()
+            self._attached = True
+            undo.pop_all()
 
     def follow(self, optimizer: Any) -> None:
         """Tells which optimizer trains the policy; predictor="momentum" reads from it how the gates move, after every update.
@@ -170,6 +173,7 @@ class PR2:
         Optional, collective over the replica: call it before other work that the transfer can hide behind.
         """
         self._require_attached()
+        micro_batches = listed(micro_batches)
         if self.config.routes == "engine":
             agree_on_pass(self.replica.ranks, micro_batches)
             self.routes.slices([micro_batch.grid for micro_batch in micro_batches])
@@ -188,6 +192,7 @@ class PR2:
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self.measurement.predict if self.config.routes == "actor" and self.predictor is not None else None
         self._require_idle("old_logprobs")
+        micro_batches = listed(micro_batches)
         agree_on_pass(self.replica.ranks, micro_batches)
         self.measurement.open_log_prob_pass(micro_batches)
         try:
@@ -223,6 +228,7 @@ class PR2:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         mode = "replay" if self.config.replays else "live"
         self._require_idle("actor_update")
+        micro_batches = listed(micro_batches)
         self.forecast.require_optimizer()
         agree_on_pass(self.replica.ranks, micro_batches)
         brought = False
@@ -306,6 +312,7 @@ class PR2:
             ReplayError: a micro-batch was not run exactly once.
         """
         self._require_idle("replay")
+        micro_batches = listed(micro_batches)
         agree_on_pass(self.replica.ranks, micro_batches)
         with self._pass("replay", micro_batches, "replay" if self.config.replays else "live") as session:
             yield session
@@ -314,6 +321,7 @@ class PR2:
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
         self._require_idle("record")
+        micro_batches = listed(micro_batches)
         self._open = True
         try:
             localize = self.replica.ranks.rows
@@ -397,13 +405,10 @@ class PR2:
         Raises:
             ReplayError: a pass is open.
         """
-        if self._attached:
-            self._require_idle("detach")
-        for site in self.sites:
-            site.router.set_control(None)
-            for name in ("_control", "attached"):
-                site.router.__dict__.pop(name, None)
-            site.router.__class__ = site.original
+        if not self._attached:
+            return
+        self._require_idle("detach")
+        give_back(self.sites)
         self.replica.release()
         self._attached = False
 
@@ -485,4 +490,6 @@ def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     if not chunks:
         raise AttachError("attach() got no model chunk")
+    if not isinstance(config, PR2Config):
+        raise AttachError(f"attach() got {config!r} as its config; pass PR2Config.preset('pr2'), or another preset")
     return PR2(chunks, config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_pr2 import layout
+from megatron_pr2.errors import ReplayError
 from megatron_pr2.layout import TokenGrid
 from megatron_pr2.scatter import RouteSlice
 
@@ -58,6 +59,17 @@ class MicroBatch:
         ids, lengths = _plain(ids), _plain(lengths)
         slots = None if padded_lengths is None else _plain(padded_lengths)
         return cls(tuple(ids) if key is None else key, layout.packed(ids, lengths, slots))
+
+
+def listed(micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches of a pass, which are walked more than once; generators are welcome.
+
+    Raises:
+        ReplayError: a lone micro-batch.
+    """
+    if isinstance(micro_batches, MicroBatch):
+        raise ReplayError("a pass got one MicroBatch; pass all micro-batches of the pass, as a list")
+    return list(micro_batches)
 
 
 def _plain(numbers: Iterable[int]) -> list[int]:

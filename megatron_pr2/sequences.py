@@ -29,8 +29,8 @@ class ReplaySequence:
         loss_start, loss_stop: input positions whose output bears loss: prompt_len - 1 to length - 1 for one prompt and response.
         routes: what the engine returned; needed on the first rank of a replica (tensor, context and pipeline rank 0), on every rank
             with `route_delivery="local"`, and nowhere when routes are live or recorded by the actor.
-        loss_mask: [loss_stop - loss_start], which of these positions bear loss; None for all. False where the output is a token
-            that the policy did not sample, e.g. an environment's.
+        loss_mask: [loss_stop - loss_start] bool or 0/1, which of these positions bear loss; None for all. False where the output
+            is a token that the policy did not sample, e.g. an environment's.
         mini_step: the mini-step, from 1, that will train on it, where that is known. Routes that the actor records are then
             predicted for that many updates instead of the average; an engine has one gate for all sequences.
         token_ids: [length], prompt and response, to be compared with what the model runs (megatron_pr2.token_check); None: the ids
@@ -42,7 +42,7 @@ class ReplaySequence:
     loss_start: int
     loss_stop: int
     routes: RouteTable | None = None
-    loss_mask: npt.NDArray[np.bool_] | None = None
+    loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None
     mini_step: int | None = None
     token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
 
@@ -82,11 +82,22 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
             raise RouteError(f"sequence {sequence.id}: mini_step={sequence.mini_step}; mini-steps count from 1")
         if sequence.token_ids is not None:
             _check_token_ids(sequence)
-        if sequence.loss_mask is not None and sequence.loss_mask.shape != (sequence.loss_stop - sequence.loss_start,):
-            raise RouteError(
-                f"sequence {sequence.id}: loss_mask has shape {list(sequence.loss_mask.shape)}, expected one entry for each of the "
-                f"{sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
-            )
+        if sequence.loss_mask is not None:
+            _mask(sequence)
+
+
+def _mask(sequence: ReplaySequence) -> npt.NDArray[np.bool_]:
+    """The loss mask as booleans; trainers have lists, arrays and tensors of 0 and 1 as well, which would index otherwise."""
+    mask: Any = sequence.loss_mask
+    mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if mask.shape != (sequence.loss_stop - sequence.loss_start,):
+        raise RouteError(
+            f"sequence {sequence.id}: loss_mask has shape {list(mask.shape)}, expected one entry for each of the "
+            f"{sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
+        )
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise RouteError(f"sequence {sequence.id}: loss_mask of {mask.dtype} has other entries than 0 and 1, or False and True")
+    return mask.astype(bool)
 
 
 def _check_token_ids(sequence: ReplaySequence) -> None:
@@ -188,7 +199,7 @@ def sampled_tokens(
     for sequence in sequences:
         positions = np.arange(sequence.loss_start, sequence.loss_stop, dtype=np.int64)
         if sequence.loss_mask is not None:
-            positions = positions[sequence.loss_mask]
+            positions = positions[_mask(sequence)]
         start = tokens.span(sequence.id).start
         if valid is not None:
             positions = positions[valid[start + positions]]

@@ -174,3 +174,12 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
         layer = router.layer_number - 1
         sites.append(RouterSite(chunk, local, layer, moe_layers.index(layer), router, original))
     return sites, moe_layers
+
+
+def give_back(sites: Sequence[RouterSite]) -> None:
+    """The routers as they were before `upgrade_routers`."""
+    for site in sites:
+        site.router.set_control(None)
+        for name in ("_control", "attached"):
+            site.router.__dict__.pop(name, None)
+        site.router.__class__ = site.original

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_pr2.attach import PR2, attach
-from megatron_pr2.errors import ReplayError, RouteError
+from megatron_pr2.errors import AttachError, ReplayError, RouteError
 from megatron_pr2.layout import TokenGrid, context_parallel
 from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.replica import Member, RankGroup
-from megatron_pr2.sequences import ReplaySequence
+from megatron_pr2.sequences import ReplaySequence, sampled_tokens
 from megatron_pr2.token_check import TokenCheck
 from megatron_pr2.tokens import TokenIndex
 from tests import toy
@@ -260,6 +260,34 @@ def test_all_ranks_hear_of_what_one_refuses(kind: str, message: str) -> None:
         assert others[index].startswith(f"{name}: another rank refused this pass")
 
 
+def test_a_handle_may_be_detached_twice_and_a_name_is_no_config() -> None:
+    chunk, pr2, _ = prepared(False)
+    pr2.detach()
+    pr2.detach()
+    with pytest.raises(AttachError, match=r"PR2Config.preset\('pr2'\)"):
+        attach(chunk, "pr2")  # type: ignore[arg-type]
+    attach(chunk, toy.preset("r3")).detach()
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = TokenChunk()
+    routers = {name: type(module) for name, module in chunk.named_modules()}
+    monkeypatch.setattr("megatron_pr2.attach.make_predictor", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attach(chunk, toy.preset("r3"))
+    assert {name: type(module) for name, module in chunk.named_modules()} == routers
+    monkeypatch.undo()
+    attach(chunk, toy.preset("r3")).detach()
+
+
+def test_micro_batches_may_come_from_a_generator() -> None:
+    chunk, pr2, micro_batches = prepared(True)
+    with pr2.old_logprobs(iter(micro_batches)):  # type: ignore[arg-type]
+        run(chunk, micro_batches)
+    with pytest.raises(ReplayError, match="a pass got one MicroBatch"), pr2.replay(micro_batches[0]):  # type: ignore[arg-type]
+        pass
+
+
 def test_inner_stages_may_be_given_anything() -> None:
     chunk, pr2, micro_batches = prepared(True)
     chunk.pre_process = False
@@ -279,6 +307,20 @@ def test_a_rollout_may_begin_in_inference_mode() -> None:
         pr2.begin_rollout([ReplaySequence(i, n, 2, n - 1, tables[i]) for i, n in LENGTHS.items()])
     with pr2.old_logprobs(micro_batches):
         run(chunk, micro_batches)
+
+
+@pytest.mark.parametrize("kind", ["list", "int64", "uint8", "float32", "torch"])
+def test_a_loss_mask_of_numbers_is_one_of_booleans(kind: str) -> None:
+    """Numbers would index: positions 0 and 1 instead of those that the mask names."""
+    _, pr2, _ = prepared(False)
+    bits = [0, 0, 1, 0, 1]
+    mask = bits if kind == "list" else torch.tensor(bits) if kind == "torch" else np.array(bits, dtype=kind)
+    tables = toy.random_tables({0: 8}, pr2.model_config)
+    pr2.begin_rollout([ReplaySequence(0, 8, 2, 7, tables[0], loss_mask=mask)])
+    positions = np.flatnonzero(sampled_tokens(pr2.sequences, pr2.tokens, None, 0, 1.0))
+    assert positions.tolist() == [4, 6]
+    with pytest.raises(RouteError, match="sequence 0: loss_mask of int64 has other entries than 0 and 1"):
+        pr2.begin_rollout([ReplaySequence(0, 8, 2, 7, tables[0], loss_mask=np.arange(5))])
 
 
 def test_lists_arrays_and_tensors_describe_the_same_micro_batch() -> None:

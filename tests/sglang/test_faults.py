@@ -77,7 +77,7 @@ class TestFake:
     def test_the_batch_completes_although_hundreds_of_route_payloads_were_corrupted(
         self, proxy: MisbehavingProxy, client: SGLangEngine
     ) -> None:
-        proxy.plan = FaultPlan(BAD_ROUTES, seed=1, share=0.5)
+        proxy.plan = FaultPlan(BAD_ROUTES, seed=1, share=0.5, per_request=8)
         asked = requests(300)
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -113,7 +113,7 @@ class TestFake:
         assert len(proxy.records) == 3
 
     def test_wrong_fields_are_sampled_anew(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
-        proxy.plan = FaultPlan(BAD_FIELDS, seed=3, share=0.5)
+        proxy.plan = FaultPlan(BAD_FIELDS, seed=3, share=0.5, per_request=8)
         asked = requests(200, seed=1)
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -122,7 +122,7 @@ class TestFake:
 
     def test_answers_to_somebody_else_are_not_taken(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
         """Equal prompts, so that nothing but the id of the attempt differs."""
-        proxy.plan = FaultPlan(["duplicate"], seed=4, share=0.5)
+        proxy.plan = FaultPlan(["duplicate"], seed=4, share=0.5, per_request=8)
         asked = [RolloutRequest((3, 4, 5), i) for i in range(80)]
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -130,7 +130,7 @@ class TestFake:
         assert batch.stats.extra["rerolls"] == len(proxy.faults())
 
     def test_broken_connections_and_passing_refusals_are_tried_again(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
-        proxy.plan = FaultPlan(BROKEN_LINKS, seed=5, share=0.4)
+        proxy.plan = FaultPlan(BROKEN_LINKS, seed=5, share=0.4, per_request=8)
         asked = requests(150, seed=2)
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -139,7 +139,7 @@ class TestFake:
         assert batch.stats.extra["retries"] == sum(found.values())
 
     def test_late_answers_are_waited_for(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
-        proxy.plan = FaultPlan(["delay"], seed=6, share=0.5)
+        proxy.plan = FaultPlan(["delay"], seed=6, share=0.5, per_request=8)
         asked = requests(60, seed=3)
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -164,7 +164,7 @@ class TestFake:
     def test_everything_at_once(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
         kinds = [*BAD_ROUTES, *BAD_FIELDS, *BROKEN_LINKS, "delay", "duplicate"]
         Random(7).shuffle(kinds)
-        proxy.plan = FaultPlan(kinds, seed=7, share=0.4)
+        proxy.plan = FaultPlan(kinds, seed=7, share=0.4, per_request=8)
         asked = requests(400, seed=5)
         batch = client.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
@@ -175,7 +175,7 @@ class TestFake:
     def test_answers_in_flight_keep_to_their_budget(self, proxy: MisbehavingProxy) -> None:
         engine = attach(proxy.url, answer_bytes=20_000)
         engine.start()
-        proxy.plan = FaultPlan(["delay", "cut", "routes/ids out of range"], seed=8, share=0.5)
+        proxy.plan = FaultPlan(["delay", "cut", "routes/ids out of range"], seed=8, share=0.5, per_request=8)
         asked = requests(100, seed=6)
         batch = engine.generate(asked, SAMPLING, return_routes=True)
         assert_honest(batch, asked)
