@@ -98,7 +98,7 @@ def spec_of(name: str, hf_config: Any) -> ModelSpec:
     Raises:
         ConfigError: the model has no routed experts, or no layer that uses them.
     """
-    from megatron_pr2.bridge import model_shape
+    from megatron_pr2.model_shape import model_shape
 
     shape = model_shape(hf_config)
     config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config

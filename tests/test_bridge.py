@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pr2 import host
-from megatron_pr2.bridge import export_weights, load_model, model_shape, save_hf
+from megatron_pr2.bridge import export_weights, load_model, save_hf
 from megatron_pr2.errors import CheckpointError, ConfigError
+from megatron_pr2.model_shape import model_shape
 from tests.distributed import pool
 from tests.host.models import SIZES, make_checkpoint, reference_logits, tiny_config
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from transformers import AutoConfig
 
-from megatron_pr2.bridge import model_shape
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.model_shape import model_shape
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rollout.base import RolloutEngine
 from megatron_pr2.rollout.collective import CollectiveEngine

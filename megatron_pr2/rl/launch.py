@@ -178,7 +178,7 @@ def _check_model(path: str) -> None:
     """Refuses a checkpoint that is absent or has no experts before any process is started."""
     from transformers import AutoConfig
 
-    from megatron_pr2.bridge import model_shape
+    from megatron_pr2.model_shape import model_shape
 
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path={path}: no config.json there; expected a Hugging Face model directory")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from megatron_pr2.routes import RouteTable
+
+if TYPE_CHECKING:  # settings are checked before torch is imported
+    import torch
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def read_shape(model: Path) -> ModelShape:
     torchvision_ops.install()
     from transformers import AutoConfig
 
-    from megatron_pr2.bridge import model_shape
+    from megatron_pr2.model_shape import model_shape
 
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
