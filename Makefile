@@ -1,91 +1,95 @@
 # make quickstart                  train the tiny policy with PR2 on two CPU cores, rollouts by the embedded engine
-# make quickstart ENGINE=sglang    the same, rollouts by a real SGLang server
-# make test                        linters and every test: SGLang in both releases that are supported, verl in its own environment
+# make quickstart ENGINE=sglang    the same, rollouts by a real SGLang server from an environment of its own
+# make test                        linters and the tests of every change: Megatron-Core 0.19, SGLang in both releases, verl
+# make test-all                    every test, also on older releases of Megatron-Core and with other CPU kernels
 # make test-fast                   linters and the tests of a few minutes: no SGLang, no whole training runs, some of the layouts
-# make test-verl                  the tests of the verl integration, in an environment of their own, VENV-verl
-# make sglang-0.5.19               a second environment, VENV-sglang-0.5.19, with a server of that release alone
-# Settings: VENV (environment, .venv), RUN (run directory, runs/quickstart), ENGINE, ARGS (key=value ...), PYTHON.
+# make test-verl                   the tests of the verl integration, in an environment of their own
+# make test-megatron               the core's tests on older releases of Megatron-Core, and docs/megatron_releases.md
+# make sglang                      the environments of SGLang servers, VENV-sglang and VENV-sglang-0.5.19
+# make lock                        pins everything that pyproject.toml asks for
+# Settings: VENV (environment, .venv), RUN (run directory, runs/quickstart), ENGINE, ARGS (key=value ...), PYTEST_ARGS, and PYTHON:
+# by default the first interpreter that runs and is 3.12 or newer (tools/find_python.sh).
 
-PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 ENGINE ?= megatron
 ARGS ?=
 PYTEST_ARGS ?=
+PYTHON ?=
 
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-PIP := $(VENV)/bin/python $(PIP_INSTALL)
-# Servers of an older release run in an environment of their own, which knows nothing of Megatron-Core.
+UV_VERSION := 0.13.9
+UV := $(VENV)-uv/bin/uv
+# Servers and verl run in environments of their own: each wants another Transformers, and servers know nothing of Megatron-Core.
+VENV_SGLANG := $(VENV)-sglang
 VENV_0519 := $(VENV)-sglang-0.5.19
-# verl wants an older Transformers than SGLang.
 VENV_VERL := $(VENV)-verl
 # A stamp carries the hash of what it installed: changed pins install again, anything else does not.
-hash = $(shell cat $(1) | sha256sum | cut -c1-12)
-BASE := $(VENV)/.base-$(call hash,requirements/base.txt setup.py)
-SGLANG := $(VENV)/.sglang-$(call hash,requirements/base.txt requirements/sglang.txt requirements/sglang-nodeps.txt)
-SGLANG_0519 := $(VENV_0519)/.sglang-$(call hash,requirements/sglang-0.5.19.txt requirements/sglang-0.5.19-nodeps.txt)
-VERL := $(VENV_VERL)/.verl-$(call hash,requirements/verl.txt setup.py)
-DEV := $(VENV)/.dev-$(call hash,requirements/dev.txt requirements/dev-nodeps.txt)
-ENVIRONMENT := $(BASE) $(if $(filter sglang,$(ENGINE)),$(SGLANG))
+LOCK := requirements/pyproject.toml
+HASH := $(shell cat $(LOCK) pyproject.toml | sha256sum | cut -c1-12)
+TRAINER := $(VENV)/.trainer-$(HASH)
+TEST := $(VENV)/.test-$(HASH)
+SGLANG := $(VENV_SGLANG)/.sglang-$(HASH)
+SGLANG_0519 := $(VENV_0519)/.sglang-0519-$(HASH)
+VERL := $(VENV_VERL)/.verl-$(HASH)
 
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export MEGATRON_PR2_SGLANG_0519 := $(abspath $(VENV_0519)/bin/python)
 
-.PHONY: quickstart test test-fast test-verl lint clean sglang-0.5.19
+.PHONY: quickstart test test-all test-fast test-verl test-megatron lint lock sglang clean
 
-quickstart: $(ENVIRONMENT)
+quickstart: $(TRAINER) $(if $(filter sglang,$(ENGINE)),$(SGLANG))
 	$(VENV)/bin/megatron-pr2 train --config examples/quickstart.yaml run=$(RUN) rollout.engine=$(ENGINE) $(ARGS)
 
 # The second run tells its result even if the first one fails.
-test: $(BASE) $(SGLANG) $(SGLANG_0519) $(VERL) $(DEV)
+test: $(TEST) $(SGLANG) $(SGLANG_0519) $(VERL)
 	$(MAKE) --no-print-directory lint
 	$(VENV)/bin/python -m pytest --durations 25 $(PYTEST_ARGS); status=$$?; $(MAKE) --no-print-directory test-verl && exit $$status
 
 test-verl: $(VERL)
-	$(VENV_VERL)/bin/python -m pytest tests/verl tests/test_cluster_examples.py
+	$(VENV_VERL)/bin/python -m pytest --durations 10 tests/verl tests/test_cluster_examples.py
 
-test-fast: $(BASE) $(DEV)
+test-fast: $(TEST)
 	$(MAKE) --no-print-directory lint
 	$(VENV)/bin/python -m pytest -m "not slow and not sglang" $(PYTEST_ARGS)
 
-lint: $(BASE) $(DEV)
+lint: $(TEST)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-sglang-0.5.19: $(SGLANG_0519)
+sglang: $(SGLANG) $(SGLANG_0519)
+
+lock: $(UV)
+	$(VENV)-uv/bin/python tools/lock.py --uv $(UV) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_0519) $(VENV_VERL) build *.egg-info
+	rm -rf $(VENV) $(VENV)-uv $(VENV_SGLANG) $(VENV_0519) $(VENV_VERL) build *.egg-info
 
-$(VENV)/bin/python $(VENV_0519)/bin/python $(VENV_VERL)/bin/python:
-	$(PYTHON) -m venv $(@:/bin/python=)
+$(UV):
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && "$$python" -m venv $(VENV)-uv
+	$(VENV)-uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(BASE): | $(VENV)/bin/python
-	@echo "installing Megatron-Core, Transformers and what they need into $(VENV) (about two minutes)"
-	$(PIP) --requirement requirements/base.txt
-	$(PIP) --no-deps --no-build-isolation --editable .
-	touch $@
+# $(call install,environment,group of the lock,what else): one environment, or what is missing in it.
+define install
+@echo "installing $(2) into $(1)"
+test -e $(1)/bin/python || $(UV) venv --quiet --python $(VENV)-uv/bin/python $(1)
+$(UV) pip install --quiet --python $(1)/bin/python --no-deps --group $(LOCK):$(2)
+$(if $(3),$(UV) pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation --editable .)
+@rm -f $(1)/.$(2)-*
+@touch $@
+endef
 
-$(SGLANG): $(BASE)
-	@echo "installing SGLang into $(VENV) (about a minute)"
-	$(PIP) --no-deps --requirement requirements/sglang-nodeps.txt
-	$(PIP) --requirement requirements/sglang.txt --constraint requirements/base.txt
-	touch $@
+$(TRAINER): | $(UV)
+	$(call install,$(VENV),trainer,editable)
 
-$(SGLANG_0519): | $(VENV_0519)/bin/python
-	@echo "installing SGLang 0.5.19 into $(VENV_0519) (about two minutes)"
-	$(VENV_0519)/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/sglang-0.5.19-nodeps.txt
-	$(VENV_0519)/bin/python $(PIP_INSTALL) --requirement requirements/sglang-0.5.19.txt
-	touch $@
+$(TEST): $(TRAINER)
+	$(call install,$(VENV),test)
 
-$(VERL): | $(VENV_VERL)/bin/python
-	@echo "installing verl 0.9.1 into $(VENV_VERL) (about three minutes)"
-	$(VENV_VERL)/bin/python $(PIP_INSTALL) --requirement requirements/verl.txt
-	$(VENV_VERL)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
-	touch $@
+$(SGLANG): | $(UV)
+	$(call install,$(VENV_SGLANG),sglang)
 
-$(DEV): | $(VENV)/bin/python
-	$(PIP) --requirement requirements/dev.txt
-	$(PIP) --no-deps --requirement requirements/dev-nodeps.txt
-	touch $@
+$(SGLANG_0519): | $(UV)
+	$(call install,$(VENV_0519),sglang-0519)
+
+$(VERL): | $(UV)
+	$(call install,$(VENV_VERL),verl,editable)

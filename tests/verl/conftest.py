@@ -1,4 +1,4 @@
-"""These tests run where verl is installed (requirements/verl.txt); elsewhere each module is skipped and says so."""
+"""These tests run where verl is installed (`make test-verl` makes the environment); elsewhere each module is skipped and says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class WithoutVerl(pytest.Module):
     """A test module that is not imported."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        pytest.skip("verl is not installed: make the environment of requirements/verl.txt", allow_module_level=True)
+        pytest.skip("verl is not installed: run `make test-verl`, which makes an environment with it", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
