@@ -76,7 +76,7 @@ def test_make_targets_and_variables_exist() -> None:
     for words in found + inline:
         for word in words:
             name, assigned, _ = word.partition("=")
-            pattern = rf"^{name} \?= " if assigned else rf"^{name}:"
+            pattern = rf"^{name} \?=" if assigned else rf"^{name}:"
             assert re.search(pattern, makefile, flags=re.MULTILINE), f"make {word}: not in the Makefile"
 
 

@@ -3,8 +3,8 @@
     python tools/lock.py             keeps the pins that still fit, adds what is new
     python tools/lock.py --upgrade   takes the newest that fits
 
-What is wanted stands in pyproject.toml; uv resolves it for all Python versions at once, and markers say where they differ. Dependency
-groups (PEP 735) rather than uv's own lock format: environments differ in what they pin, and these files name no index.
+What is wanted stands in pyproject.toml; uv resolves it for all Python versions at once, and markers say where they differ.
+Dependency groups (PEP 735) rather than uv's own lock format: environments differ in what they pin, and this file names no index.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ENVIRONMENTS = {
     "sglang": (False, ["sglang"]),
     "sglang-0519": (False, ["sglang-0519"]),
 }
-HEADER = '''# Written by tools/lock.py (make lock) from pyproject.toml: every package of the Makefile's environments, pinned, because numbers and
-# plugin hooks depend on them. Installed with `uv pip install --no-deps --group requirements/pyproject.toml:GROUP`.
+HEADER = '''# Written by tools/lock.py (make lock) from pyproject.toml: every package of the Makefile's environments, pinned, because
+# numbers and plugin hooks depend on them. Installed with `uv pip install --no-deps --group requirements/pyproject.toml:GROUP`.
 [dependency-groups]
 '''
 
@@ -50,6 +50,14 @@ def resolve(uv: str, own: bool, groups: list[str], preferred: list[str], upgrade
     return [line for line in lines if line and not any(line.endswith(marker) for marker in elsewhere)]
 
 
+def all_pins(lock: dict[str, list], name: str) -> list[str]:
+    """Pins of a group of the present lock, with those of the groups that it includes."""
+    pins = []
+    for entry in lock.get(name, []):
+        pins += [entry] if isinstance(entry, str) else all_pins(lock, entry["include-group"])
+    return pins
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit, not those of the present lock")
@@ -57,10 +65,15 @@ def main() -> None:
     options = parser.parse_args()
     present = tomllib.loads(LOCK.read_text(encoding="utf-8"))["dependency-groups"] if LOCK.exists() else {}
     text = HEADER
+    resolved: dict[str, list[str]] = {}
     for name, (own, groups) in ENVIRONMENTS.items():
-        preferred = [entry for entry in present.get(name, []) if isinstance(entry, str)]
+        preferred = all_pins(present, name)
         pins = resolve(options.uv, own, groups, preferred, options.upgrade)
-        text += f"{name} = [\n" + "".join(f'    "{pin}",\n' for pin in pins) + "]\n\n"
+        resolved[name] = pins
+        inside = [other for other, its in resolved.items() if other != name and set(its) < set(pins)]
+        entries = [f'{{ include-group = "{other}" }}' for other in inside]
+        entries += [f'"{pin}"' for pin in pins if not any(pin in resolved[other] for other in inside)]
+        text += f"{name} = [\n" + "".join(f"    {entry},\n" for entry in entries) + "]\n\n"
         print(f"{name}: {len(pins)} packages", file=sys.stderr)
     LOCK.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 

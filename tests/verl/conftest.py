@@ -1,4 +1,4 @@
-"""These tests run where verl is installed (`make test-verl` makes the environment); elsewhere each module is skipped and says so."""
+"""These tests run where verl is installed (`make test-verl` installs it); elsewhere each module is skipped and says so."""
 
 from __future__ import annotations
 
