@@ -27,7 +27,7 @@ ENVIRONMENTS = {
     "sglang": (False, ["sglang"]),
     "sglang-0519": (False, ["sglang-0519"]),
 }
-HEADER = '''# Written by tools/lock.py (make lock) from pyproject.toml: every package of the Makefile's environments, pinned, because
+HEADER = '''# Written by tools/lock.py (make lock) from pyproject.toml: every package of the Makefile's environments, pinned, since
 # numbers and plugin hooks depend on them. Installed with `uv pip install --no-deps --group requirements/pyproject.toml:GROUP`.
 [dependency-groups]
 '''
