@@ -1,17 +1,14 @@
-"""Hugging Face checkpoints <-> Megatron-Core models, on top of mbridge.
+"""Hugging Face checkpoints <-> Megatron-Core models, through a bridge of :mod:`megatron_pr2.bridge_base`.
 
-mbridge owns the mapping of names and layouts. This module adds what its 0.15.1 release does not do: configs of Transformers 5,
-dense layers of Qwen MoE models, the routing settings that mbridge leaves out or gets wrong, and a check that every tensor of
-the checkpoint has a place in the model. Router modules stay Megatron's own ``TopKRouter``.
+The library behind the bridge owns the mapping of names and layouts. This module checks that every tensor of the checkpoint has a
+place in the model, and writes complete directories. Router modules stay Megatron's own ``TopKRouter``.
 
 All functions that take a bridge are collective: every rank calls them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pr2 import host
+from megatron_pr2.bridge_base import Bridge, Chunks
 from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.hf_files import TensorIndex, write_checkpoint
 from megatron_pr2.model_shape import model_shape
@@ -41,7 +39,7 @@ def load_model(
     ddp_config: Mapping[str, Any] | None = None,
     extra_config: Mapping[str, Any] | None = None,
     require_moe: bool = True,
-) -> tuple[Any, list[torch.nn.Module]]:
+) -> tuple[Bridge, Chunks]:
     """Builds this rank's part of the model in the current parallel state and fills it from a Hugging Face directory.
 
     Args:
@@ -64,26 +62,17 @@ def load_model(
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json; expected a Hugging Face model directory")
     bridge = _make_bridge(path, dtype, dict(extra_config or {}), require_moe)
-    # mbridge prints (parameter counts); a library must not.
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        chunks = bridge.get_model(
-            wrap_with_ddp=wrap_with_ddp,
-            fp16=dtype is torch.float16,
-            bf16=dtype is torch.bfloat16,
-            ddp_config=dict(ddp_config or {}),
-        )
-    for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
-        logger.debug("mbridge: %s", line)
+    chunks = bridge.build(wrap_with_ddp=wrap_with_ddp, ddp_config=dict(ddp_config or {}))
     try:
-        _check_names(bridge, chunks, path)
-    except NotImplementedError as error:
-        raise ConfigError(f"{path}: mbridge cannot name a parameter of this model ({error}); check extra_config") from error
-    with torch.no_grad():
-        bridge.load_weights(chunks, str(path))
+        mine = bridge.parameter_names(chunks)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    _check_names(bridge, mine, path)
+    bridge.load_weights(chunks, path)
     return bridge, chunks
 
 
-def export_weights(bridge: Any, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(bridge: Bridge, chunks: Chunks) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, full tensor) of every parameter, on every rank, each name once. Collective: consume it everywhere.
 
     Tensors may alias the model's parameters: copy what must survive the next update.
@@ -98,8 +87,8 @@ def export_weights(bridge: Any, chunks: list[torch.nn.Module]) -> Iterator[tuple
 
 
 def save_hf(
-    bridge: Any,
-    chunks: list[torch.nn.Module],
+    bridge: Bridge,
+    chunks: Chunks,
     path: str | Path,
     tokenizer_from: str | Path | None = None,
     *,
@@ -134,10 +123,10 @@ def save_hf(
         raise CheckpointError(f"{path}: the checkpoint could not be written ({outcome[0]}); what was there is unchanged")
 
 
-def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_moe: bool) -> Any:
+def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_moe: bool) -> Bridge:
     from transformers import AutoConfig
 
-    from megatron_pr2.bridge_models import adapted_bridge_class, bridge_config, config_overrides
+    from megatron_pr2.bridge_mbridge import MBridge
 
     source = AutoConfig.from_pretrained(str(path))
     try:
@@ -146,13 +135,7 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
         if require_moe:
             raise ConfigError(f"{path}: {error}") from None
         shape = None
-    config = bridge_config(source)
-    overrides = {**config_overrides(config, shape), **extra}
-    if host.is_enabled():
-        overrides.update(host.config_overrides())
-    bridge_class = adapted_bridge_class(source.model_type, overrides)
-    bridge = bridge_class(config, dtype=dtype)
-    bridge.source_config = source
+    bridge = MBridge(source, shape, dtype, extra)
     if host.is_enabled():
         host.adapt_config(bridge.config)
     # Refuses, on every rank, what Megatron-Core would refuse later or compute wrongly.
@@ -160,19 +143,13 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
     return bridge
 
 
-def _check_names(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
+def _check_names(bridge: Bridge, mine: set[str], path: Path) -> None:
     """Every tensor that the model needs is in the checkpoint, and every tensor of the checkpoint has a place in the model."""
-    mine = {
-        name
-        for chunk in chunks
-        for key in bridge._weight_name_mapping_mcore_local_to_global(chunk).values()
-        for name in bridge._weight_name_mapping_mcore_to_hf(key)
-    }
     everyone: list[set[str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     needed = set().union(*(names for names in everyone if names))
     present = set(TensorIndex(path).names())
-    tied = getattr(bridge.hf_config, "tie_word_embeddings", False)
+    tied = getattr(bridge.source_config, "tie_word_embeddings", False)
     missing = sorted(needed - present)
     unused = sorted(
         name
@@ -183,5 +160,5 @@ def _check_names(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
         if names:
             raise ConfigError(
                 f"{path}: the checkpoint {kind} {len(names)} tensors, first {names[:4]}; "
-                f"check that config.json and weights belong together (model_type={bridge.hf_config.model_type!r})"
+                f"check that config.json and weights belong together (model_type={bridge.source_config.model_type!r})"
             )

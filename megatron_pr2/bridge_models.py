@@ -92,7 +92,6 @@ class _AdaptedBridge:
     """Mixed in before mbridge's class of a model family; see :func:`adapted_bridge_class`."""
 
     overrides: dict[str, Any]
-    source_config: Any
     hf_config: Any
     config: Any
     TransformerConfigClass: type
@@ -120,11 +119,6 @@ class _AdaptedBridge:
             # DeepSeek's reads FP8 checkpoints.
             return super()._get_safetensor_io(weights_path)  # type: ignore[misc]
         return SafeTensorIO(weights_path)
-
-    def is_extra_weight(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint belongs to a part that is not built (multi-token prediction layers)."""
-        layer = name.removeprefix("model.layers.").partition(".")[0]
-        return name.startswith("model.layers.") and layer.isdigit() and int(layer) >= self.config.num_layers
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from megatron_pr2 import host
 from megatron_pr2.bridge import export_weights, load_model
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.gates import GATE_NAME
-from megatron_pr2.owned_export import export_owned_weights, owned_engine_weights, owns_dense_weights
+from megatron_pr2.owned_export import owned_engine_weights, owns_dense_weights
 from tests import toy
 from tests.distributed import pool
 from tests.host.models import make_checkpoint, tiny_config
@@ -26,7 +26,7 @@ def export_job(path: Path, layout: dict[str, Any], wrap_with_ddp: bool) -> tuple
     host.init(**layout)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=wrap_with_ddp)
     full = {name: tensor.clone() for name, tensor in export_weights(bridge, chunks)}
-    owned = [(name, tensor.clone()) for name, tensor in export_owned_weights(bridge, chunks)]
+    owned = [(name, tensor.clone()) for name, tensor in bridge.export_owned_weights(chunks)]
     return [name for name, _ in owned], dict(owned), full
 
 
@@ -119,7 +119,7 @@ def memory_job(path: Path) -> tuple[int, int]:
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)
     own = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
     part, largest = 0, 0
-    for _, tensor in export_owned_weights(bridge, chunks):
+    for _, tensor in bridge.export_owned_weights(chunks):
         part += tensor.nbytes
         if tensor.untyped_storage().data_ptr() not in own:
             largest = max(largest, tensor.untyped_storage().nbytes())
@@ -136,9 +136,9 @@ def test_what_is_gathered_is_gathered_tensor_by_tensor(tmp_path: Path) -> None:
 def refused_job(path: Path) -> str:
     host.init(expert=2)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)
-    bridge.mpu.etp_size = 2
+    bridge.inner.mpu.etp_size = 2
     try:
-        next(export_owned_weights(bridge, chunks))
+        next(bridge.export_owned_weights(chunks))
     except ConfigError as error:
         return str(error)
     return ""
