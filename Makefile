@@ -51,7 +51,7 @@ test-verl: $(VERL)
 
 test-fast: $(TEST)
 	$(MAKE) --no-print-directory lint
-	$(VENV)/bin/python -m pytest -m "not slow and not sglang" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not exhaustive and not sglang" $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(VENV)/bin/ruff check .

@@ -124,16 +124,16 @@ def _logits(path: Path, layout: dict[str, Any], tokens: torch.Tensor, packed: bo
     ("family", "changes"),
     [
         ("qwen3_moe", {}),
-        pytest.param("qwen3_moe", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {"tie_word_embeddings": True}, marks=pytest.mark.exhaustive),
         ("qwen3_moe", {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
         ("qwen2_moe", {}),
         ("mixtral", {}),
         ("deepseek_v3", {}),
-        pytest.param("deepseek_v3", {"rope_parameters": YARN}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", {"rope_parameters": YARN}, marks=pytest.mark.exhaustive),
         pytest.param(
             "deepseek_v3",
             {"q_lora_rank": None, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )
@@ -175,7 +175,7 @@ def _export(path: Path, layout: dict[str, Any], dtype: torch.dtype, wrap_with_dd
         (2, {"tensor": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
         pytest.param(
-            4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}, marks=pytest.mark.slow
+            4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}, marks=pytest.mark.exhaustive
         ),
     ],
 )

@@ -203,7 +203,7 @@ def test_unfinished_checkpoints_are_not_found(tmp_path: Path) -> None:
     assert checkpoint.checkpoints(tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_a_resumed_run_continues_with_the_same_bits(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     """Two steps and two more are four: rollouts, log-probs, weights, optimizer, predictor, records."""
     common = ["preset=pr2", "pr2.alpha=3", "pr2.hold_back=false", f"model.dtype={dtype}", "checkpoint_every=2", "rollout.prompts=2"]
@@ -256,7 +256,7 @@ def test_a_samples_mini_step_does_not_depend_on_the_ranks() -> None:
         assert np.array_equal(np.sort(shares), np.sort(whole))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("processes", "expert", "then", "then_expert"), [(2, 2, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2)])
 def test_a_run_resumes_in_another_layout(
     processes: int,

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import typer
 import yaml
 from omegaconf import OmegaConf
 
-import megatron_pr2
 from megatron_pr2.cli import app
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.rl.config import TrainConfig, load_config
@@ -191,41 +189,6 @@ def test_decisions_that_the_code_refers_to_exist() -> None:
     assert referred
     for number in referred:
         assert re.search(rf"^\*\*{number}\. ", DESIGN, flags=re.MULTILINE), f"docs/design.md has no decision {number}"
-
-
-def test_messages_in_the_error_table_are_raised_somewhere() -> None:
-    table = README.partition("## Errors and what they mean")[2].partition("\n## ")[0]
-    messages = [cells[0].strip("`") for cells in rows(table)[1:]]
-    assert len(messages) >= 5
-    # Adjacent literals are one message.
-    sources = [
-        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_pr2").rglob("*.py")
-    ]
-    for message in messages:
-        pattern = re.compile(".{1,300}?".join(map(re.escape, message.split("…"))))
-        assert any(pattern.search(source) for source in sources), f"no such message in the code: {message}"
-
-
-def test_the_picture_of_the_loop_names_its_parts() -> None:
-    picture = ElementTree.parse(ROOT / "docs/loop.svg").getroot()
-    names = {"".join(element.itertext()) for element in picture.iter() if element.get("class") == "name"}
-    assert {"RouteTable", "ReplaySession", "PredictiveTopKRouter", "FeatureStore", "RoutePredictor"} <= names
-
-
-@pytest.mark.parametrize("name", ["loop.svg", "parallelism.svg"])
-def test_pictures_are_self_contained(name: str) -> None:
-    picture = ElementTree.parse(ROOT / "docs" / name).getroot()
-    tags = {element.tag.rpartition("}")[2] for element in picture.iter()}
-    assert {"title", "desc", "text"} <= tags
-    assert not tags & {"script", "image", "foreignObject"}
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    assert "prefers-color-scheme: dark" in text
-    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
-
-
-def test_the_changelog_has_this_version() -> None:
-    versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert versions[0] == megatron_pr2.__version__
 
 
 # ---- the attach snippet --------------------------------------------------------------------------------------------------

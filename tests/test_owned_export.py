@@ -60,9 +60,9 @@ def is_dense(name: str) -> bool:
         (2, {"tensor": 2}),
         (2, {"context": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
-        pytest.param(4, {"expert": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"pipeline": 2, "expert": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"expert": 2}, marks=pytest.mark.exhaustive),
+        pytest.param(4, {"pipeline": 2, "expert": 2}, marks=pytest.mark.exhaustive),
+        pytest.param(4, {"tensor": 2, "expert": 2}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_union_over_the_ranks_is_the_full_export(processes: int, layout: dict[str, Any], tied: bool, tmp_path: Path) -> None:

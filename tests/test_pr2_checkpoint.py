@@ -92,7 +92,7 @@ def assert_continued(resumed: list[jobs.Outcome], expected: list[jobs.Outcome], 
 
 
 QUICK = {("tp2", "one"), ("one", "cp2"), ("pp2-vpp2", "dp2"), ("ep2", "pp2")}
-ROWS = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in RESUMED]
+ROWS = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.exhaustive) for pair in RESUMED]
 
 
 @pytest.mark.parametrize(("source", "target"), ROWS)

@@ -277,7 +277,7 @@ def object_store_maps() -> list[range]:
     return maps
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 class TestRay:
     def test_a_table_from_the_object_store_is_a_view_into_it(self, ray: Any, large: RouteTable) -> None:
         reference = ray.put(large)

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_scatter_counts_bytes() -> None:
     """Every rank receives 1 / (tp cp pp) of what a broadcast brings, and holds the same afterwards."""
     small = ["--tokens", "512", "--layers", "4", "--topk", "2", "--sequence", "64", "--rows", "128", "--repeats", "1"]
@@ -50,7 +50,7 @@ def test_bench_routes_decodes_the_same() -> None:
     sys.stdout.write(f"ours against json + numpy: {ours['mb_per_s'] / usual['mb_per_s']:.1f} times as fast\n")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.sglang
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers are of a CPU engine")

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[int, dict[str, Any], bool, dict[str, Any]]] = {
 
 
 QUICK = {"packed", "ep2-packed", "tp2-sp", "cp2", "pp2-vpp2"}
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_gradients_of_one_process(case: str, checkpoint: Path, expected: tuple[f
             )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
 def test_gradients_of_other_families(family: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / family, tiny_config(family, num_hidden_layers=2))

@@ -14,7 +14,7 @@ from tests.distributed import pool
 from tests.host import training
 from tests.host.models import make_checkpoint, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 EP2 = {"expert": 2}
 

@@ -74,7 +74,11 @@ RECORDED: dict[str, Case] = {
     "pp2-vpp2-ep2": case(4, {**VPP, "expert": 2}, old=TWO, new=Split(reverse=True), routes="actor"),
 }
 QUICK = {"packed", "dp2", "ep2", "tp2", "cp2-packed-zero", "pp2-packed", "pp2-vpp2", "tp2-cp2-ep2", "pp2-vpp2-ep2"}
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+LARGE = {"tp2-cp2-pp2-ep2", "tp2-pp2-vpp2-ep2-zero"}
+ROWS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in LARGE else pytest.mark.exhaustive)
+    for name in CASES
+]
 
 
 def model_config() -> Any:
@@ -158,7 +162,7 @@ def recorded(checkpoint: Path) -> Result:
     return pool(1).run(run_case, checkpoint, Case(routes="actor"))[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", RECORDED)
 def test_routes_that_the_actor_recorded(name: str, checkpoint: Path, recorded: Result) -> None:
     """They are chosen on the rank that computes a token and replayed on the one that trains on it, the same or another."""

@@ -86,7 +86,7 @@ SHAPES: dict[str, Shape] = {
     "mixtral": Shape("mixtral", {}, (0, 1, 2, 3), case(2, {"expert": 2}, ALLGATHER, old=FIXED, new=FIXED, ddp=ZERO)),
 }
 QUICK = {"deepseek-dense-first", "alternating-list"}
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SHAPES]
+ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in SHAPES]
 
 
 def _checkpoint(shape: Shape, path: Path) -> Path:
@@ -112,7 +112,7 @@ def test_numbers_of_one_process(name: str, tmp_path: Path) -> None:
     compare.assert_every_route_replayed_once(results, expected, recomputed=recomputes(layout))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_multi_token_prediction_is_left_alone(tmp_path: Path) -> None:
     shape = Shape("deepseek_v3", {"first_k_dense_replace": 1}, (1, 2, 3), case(4, {**PP2, "expert": 2}, old=TWO, new=BUDGET))
     head = {"mtp_num_layers": 1}
