@@ -3,8 +3,7 @@
 # make test                        linters and the tests of every change: Megatron-Core 0.19, SGLang in both releases, verl
 # make test-all                    every test, also on older releases of Megatron-Core and with other CPU kernels
 # make test-fast                   linters and the tests of a few minutes: no SGLang, no whole training runs, some of the layouts
-# make test-verl                   the tests of the verl integration, in an environment of their own
-# make test-megatron               the core's tests on older releases of Megatron-Core, and docs/megatron_releases.md
+# make test-core|test-sglang|test-verl|test-exhaustive|test-megatron|test-numerics    one part of these (docs/testing.md)
 # make sglang                      the environments of SGLang servers, VENV-sglang and VENV-sglang-0.5.19
 # make lock                        pins everything that pyproject.toml asks for
 # Settings: VENV (environment, .venv), RUN (run directory, runs/quickstart), ENGINE, ARGS (key=value ...), PYTEST_ARGS, and PYTHON:
@@ -36,21 +35,42 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export MEGATRON_PR2_SGLANG_0519 := $(abspath $(VENV_0519)/bin/python)
 
-.PHONY: quickstart test test-all test-fast test-verl test-megatron lint lock sglang clean
+.PHONY: quickstart test test-all test-fast test-core test-sglang test-verl test-exhaustive test-megatron test-numerics lint lock sglang clean
 
 quickstart: $(TRAINER) $(if $(filter sglang,$(ENGINE)),$(SGLANG))
 	$(VENV)/bin/megatron-pr2 train --config examples/quickstart.yaml run=$(RUN) rollout.engine=$(ENGINE) $(ARGS)
 
-# The second run tells its result even if the first one fails.
-test: $(TEST) $(SGLANG) $(SGLANG_0519) $(VERL)
-	$(MAKE) --no-print-directory lint
-	$(VENV)/bin/python -m pytest --durations 25 $(PYTEST_ARGS); status=$$?; $(MAKE) --no-print-directory test-verl && exit $$status
+# Two lanes for two cores; each tells its result even if another one fails.
+LANES := $(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=line
+PYTEST := -m pytest --durations 20
 
-test-verl: $(VERL)
-	$(VENV_VERL)/bin/python -m pytest --durations 10 tests/verl tests/test_cluster_examples.py
+test: lint
+	$(LANES) test-core test-sglang test-verl
 
-test-fast: $(TEST)
-	$(MAKE) --no-print-directory lint
+test-core: $(TEST)
+	$(VENV)/bin/python $(PYTEST) -m "not sglang and not exhaustive" $(PYTEST_ARGS)
+
+test-sglang: $(TEST) $(SGLANG) $(SGLANG_0519)
+	$(VENV)/bin/python $(PYTEST) -m "sglang and not exhaustive" $(PYTEST_ARGS) $$(grep -rl mark.sglang tests --include='test_*.py')
+
+test-verl: $(VERL) $(SGLANG_0519)
+	$(VENV_VERL)/bin/python $(PYTEST) tests/verl tests/test_cluster_examples.py
+
+test-exhaustive: $(TEST) $(SGLANG) $(SGLANG_0519)
+	$(VENV)/bin/python $(PYTEST) -m exhaustive $(PYTEST_ARGS)
+
+test-megatron: $(TEST)
+	$(VENV)/bin/python tools/megatron_releases.py $(ARGS)
+
+# Numbers that other kernels, or another order of additions, would move.
+test-numerics: $(TEST)
+	for kernels in default avx2; do ATEN_CPU_CAPABILITY=$$kernels $(VENV)/bin/python $(PYTEST) $(NUMERICAL) || exit 1; done
+	OMP_NUM_THREADS=2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL)
+
+test-all: test
+	$(LANES) test-exhaustive test-megatron test-numerics
+
+test-fast: lint
 	$(VENV)/bin/python -m pytest -m "not slow and not exhaustive and not sglang" $(PYTEST_ARGS)
 
 lint: $(TEST)
