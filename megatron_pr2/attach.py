@@ -62,7 +62,7 @@ class PR2:
     Attributes:
         config: the settings.
         sites: this rank's routers, ascending by layer.
-        moe_layers: 0-based indices of all MoE layers of the model.
+        layers: of the whole model, by Megatron-Core's numbers and by Hugging Face's.
         predictor: W_p of this rank's layers, or None.
         routes: the routes of the rollout batch at work.
         engine_agreement: share of the engine's experts that the live router chose as well in the last old-log-prob pass, or None.
@@ -82,7 +82,7 @@ class PR2:
         self.model_config = unwrapped(chunks[0]).config
         check_config(self.model_config)
         check_live_layout(self.model_config, communication_device())
-        self.sites, self.moe_layers = upgrade_routers(self._chunks)
+        self.sites, self.layers = upgrade_routers(self._chunks)
         with ExitStack() as undo:  # an attach() that fails leaves the model as it was
             undo.callback(give_back, self.sites)
             experts = self.model_config.num_moe_experts
@@ -124,6 +124,11 @@ class PR2:
             AttachError: it does not train the gates.
         """
         self.forecast.watch(optimizer)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """0-based indices of all MoE layers of the model among its decoder layers: the L axis of a RouteTable."""
+        return self.layers.moe
 
     @property
     def features(self) -> FeatureStore:
@@ -353,7 +358,7 @@ class PR2:
         if self.predictor is None:
             return iter(weights)
         own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
-        return merge_gates(weights, own if own_stage else every_layer(own))
+        return merge_gates(weights, own if own_stage else every_layer(own), self.layers)
 
     @contextmanager
     def merged_gates(self) -> Iterator[None]:

@@ -127,7 +127,7 @@ def _shards(pr2: PR2, wanted: Collection[str] | None) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, tensors in _current(pr2).items():
         for site in pr2.sites:
-            key = f"{PREFIX}{site.layer}.{name}"
+            key = f"{PREFIX}{site.hidden_layer}.{name}"
             if wanted is not None and key not in wanted:
                 continue
             data = tensors[site.local] if wanted is None else torch.empty_like(tensors[site.local])
@@ -159,8 +159,8 @@ def _has_predictor(pr2: PR2, found: files.Shapes, where: str | Path) -> bool:
     config = pr2.model_config
     experts_hidden = (config.num_moe_experts, config.hidden_size)
     layers = sorted({int(key.removeprefix(PREFIX).split(".")[0]) for key in ours})
-    if layers != list(pr2.moe_layers):
-        raise CheckpointError(f"{where}: its predictor is of the MoE layers {layers}, the model has {list(pr2.moe_layers)}")
+    if layers != (here := list(pr2.layers.hidden_moe)):
+        raise CheckpointError(f"{where}: its predictor is of the MoE layers {layers}, the model has {here}")
     for key, shape in ours.items():
         if shape != experts_hidden:
             raise CheckpointError(
@@ -171,7 +171,7 @@ def _has_predictor(pr2: PR2, found: files.Shapes, where: str | Path) -> bool:
 
 
 def _stacked(pr2: PR2, loaded: dict[str, Any], name: str) -> Tensor:
-    return torch.stack([loaded[f"{PREFIX}{site.layer}.{name}"] for site in pr2.sites])
+    return torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites])
 
 
 def _say(message: str, *arguments: object) -> None:

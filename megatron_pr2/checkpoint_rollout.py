@@ -154,7 +154,7 @@ def _put_features(state: dict[str, Any], pr2: PR2) -> None:
         for site in pr2.sites:
             kinds = {"index": index_S4, "h_old": segment.h_LSH[site.local], "p_old": segment.p_LSE[site.local]}
             for name, rows in kinds.items():
-                _put(state, _key(site.layer, name), rows, (start,), (total, rows.shape[1]), replica)
+                _put(state, _key(site.hidden_layer, name), rows, (start,), (total, rows.shape[1]), replica)
         start += len(segment.tokens)
 
 
@@ -165,15 +165,15 @@ def _put_in_use(state: dict[str, Any], pr2: PR2) -> None:
         return
     for name, in_use_LEH in pr2.predictor.in_use().items():
         for site in pr2.sites:
-            _put(state, _key(site.layer, name), in_use_LEH[site.local], (0,), tuple(in_use_LEH.shape[1:]))
+            _put(state, _key(site.hidden_layer, name), in_use_LEH[site.local], (0,), tuple(in_use_LEH.shape[1:]))
 
 
 def _read_in_use(pr2: PR2, reader: files.RowReader) -> None:
     """What the checkpoint has not stays as begin_rollout() left it."""
     for name, in_use_LEH in pr2.predictor.in_use().items() if pr2.predictor is not None else ():
         for site in pr2.sites:
-            if reader.shape(_key(site.layer, name)) is not None:
-                in_use_LEH[site.local].copy_(reader.read(_key(site.layer, name)))
+            if reader.shape(_key(site.hidden_layer, name)) is not None:
+                in_use_LEH[site.local].copy_(reader.read(_key(site.hidden_layer, name)))
 
 
 def _read_rollout(pr2: PR2, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:
@@ -220,7 +220,7 @@ def _held(pr2: PR2, reader: files.RowReader, sampled: npt.NDArray[np.bool_]) -> 
     members = np.zeros(len(sampled), dtype=np.int64)
     sizes = {pr2.replica.stage.size}
     for site in pr2.sites:
-        tokens_S, stage_S2 = _rows(pr2, reader, site.layer)
+        tokens_S, stage_S2 = _rows(pr2, reader, site.hidden_layer)
         held = np.intersect1d(held, tokens_S)
         members[tokens_S[tokens_S >= 0]] = stage_S2[tokens_S >= 0, 0]
         sizes.update(stage_S2[:, 1].tolist())
@@ -230,7 +230,7 @@ def _held(pr2: PR2, reader: files.RowReader, sampled: npt.NDArray[np.bool_]) -> 
 def _read_features(pr2: PR2, reader: files.RowReader, segment: Segment) -> None:
     """Fills a segment; one layer at a time, so that what is in memory beside it stays small."""
     for site in pr2.sites:
-        tokens_S, _ = _rows(pr2, reader, site.layer)
+        tokens_S, _ = _rows(pr2, reader, site.hidden_layer)
         (rows,) = np.nonzero(np.isin(tokens_S, segment.tokens))
         if not len(rows):
             continue
@@ -239,7 +239,7 @@ def _read_features(pr2: PR2, reader: files.RowReader, segment: Segment) -> None:
             slots = torch.from_numpy(np.searchsorted(segment.tokens, tokens_S[run]))
             wanted = torch.from_numpy(run - run[0])
             for name, target in (("h_old", segment.h_LSH[site.local]), ("p_old", segment.p_LSE[site.local])):
-                part = reader.read(_key(site.layer, name), int(run[0]), int(run[-1]) + 1)[wanted]
+                part = reader.read(_key(site.hidden_layer, name), int(run[0]), int(run[-1]) + 1)[wanted]
                 target.index_copy_(0, slots.to(target.device), part.to(target.device, target.dtype))
 
 

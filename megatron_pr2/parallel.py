@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_pr2.decoder_layers import DecoderLayers
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.layout import TokenGrid, cut, moe_layer_indices
 from megatron_pr2.ranks import ORDER, RankNumbering
 from megatron_pr2.refusals import check_model, check_order, check_positive, check_sizes
-from megatron_pr2.stages import LayoutRows, Stages, cut_layers, layout_chunks, layout_rows, moe_columns
+from megatron_pr2.stages import LayoutRows, Stages, cut_layers, layout_chunks, layout_rows, moe_columns, pattern_chunks
 
 
 class Coordinates(NamedTuple):
@@ -57,6 +58,8 @@ class ParallelLayout:
         num_attention_heads, num_query_groups: for checks; None skips them.
         layers_in_first, layers_in_last, account_for_embedding, account_for_loss, pipeline_layout, mtp_num_layers: see
             `stages.cut_layers`. A list in `pipeline_layout` is replaced by tuples.
+        hybrid_pattern: `hybrid_layer_pattern` of a HybridModel, or None for a GPTModel; replaces `moe_layer_freq`, and its "|" say
+            what `virtual_pipeline` is.
 
     Raises:
         ConfigError: a layout that Megatron-Core refuses or computes wrongly, naming the settings that do not go together.
@@ -82,6 +85,7 @@ class ParallelLayout:
     account_for_loss: bool = False
     pipeline_layout: LayoutRows | Sequence[Sequence[str]] | None = None
     mtp_num_layers: int | None = None
+    hybrid_pattern: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -91,6 +95,11 @@ class ParallelLayout:
             self._replace("expert_tensor", self.tensor)
         if self.sequence_parallel is None:
             self._replace("sequence_parallel", self.tensor > 1)
+        if self.hybrid_pattern is not None:
+            layers = DecoderLayers.of_pattern(self.hybrid_pattern)
+            self._replace("moe_layer_freq", [int(layer in layers.moe) for layer in range(layers.count)])
+            if self.virtual_pipeline is None and (chunks := pattern_chunks(self.hybrid_pattern, self.pipeline)) > 1:
+                self._replace("virtual_pipeline", chunks)
         if not isinstance(self.moe_layer_freq, int):
             self._replace("moe_layer_freq", tuple(self.moe_layer_freq))
         if rows is not None and self.virtual_pipeline is None and (chunks := layout_chunks(rows, self.pipeline)) > 1:
@@ -102,8 +111,13 @@ class ParallelLayout:
         check_model(self)
 
     @classmethod
-    def of(cls, config: Any, *, world_size: int, order: str = ORDER) -> ParallelLayout:
+    def of(
+        cls, config: Any, *, world_size: int, order: str = ORDER, hybrid_pattern: str | None = None
+    ) -> ParallelLayout:
         """The layout of a model with this TransformerConfig on `world_size` ranks.
+
+        Args:
+            hybrid_pattern: of a HybridModel, which its config does not have; counts its layers, too.
 
         Raises:
             ConfigError: the world is not a multiple of the sizes, or as for the constructor.
@@ -116,7 +130,7 @@ class ParallelLayout:
                 f"{pipeline} x context_parallel_size={config.context_parallel_size} = {model_size}; change sizes or processes"
             )
         return cls(
-            num_layers=config.num_layers,
+            num_layers=config.num_layers if hybrid_pattern is None else DecoderLayers.of_pattern(hybrid_pattern).count,
             tensor=tensor,
             pipeline=pipeline,
             virtual_pipeline=config.virtual_pipeline_model_parallel_size,
@@ -136,6 +150,7 @@ class ParallelLayout:
             account_for_loss=config.account_for_loss_in_pipeline_split,
             pipeline_layout=config.pipeline_model_parallel_layout,
             mtp_num_layers=config.mtp_num_layers,
+            hybrid_pattern=hybrid_pattern,
         )
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
@@ -225,6 +240,7 @@ class ParallelLayout:
             account_for_loss=self.account_for_loss,
             layout=layout_rows(self.pipeline_layout),
             mtp_num_layers=self.mtp_num_layers,
+            hybrid_pattern=self.hybrid_pattern,
         )
 
     @cached_property

@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_pr2.decoder_layers import DecoderLayers, hybrid_pattern
 from megatron_pr2.errors import AttachError
 from megatron_pr2.groups import gathered, pipeline_group
-from megatron_pr2.layout import moe_layer_indices
 from megatron_pr2.router import PredictiveTopKRouter
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class RouterSite:
         chunk: index of its model chunk (virtual pipeline stage).
         local: 0-based index among the routers of this rank, ascending by layer.
         layer: 0-based index of its decoder layer in the whole model.
+        hidden_layer: 0-based index of that layer among Hugging Face's; `layer` in a GPTModel. Checkpoints are keyed by it, so that
+            those of a GPTModel fit the HybridModel that takes its place.
         column: its index among all MoE layers of the model, the L axis of a RouteTable.
         router: the module.
         original: the router's class before it was upgraded.
@@ -34,6 +36,7 @@ class RouterSite:
     chunk: int
     local: int
     layer: int
+    hidden_layer: int
     column: int
     router: PredictiveTopKRouter
     original: type[TopKRouter]
@@ -128,8 +131,6 @@ def check_config(config: TransformerConfig) -> None:
             "hybrid_context_parallel=True changes the context-parallel size from sequence to sequence, and with it which rank "
             "computes which token; replay cannot follow it: set it to False"
         )
-    if getattr(config, "is_hybrid_model", False):
-        raise AttachError("is_hybrid_model=True: its layers follow a pattern, not moe_layer_freq, by which replay finds MoE layers")
     scopes = {getattr(scope, "name", str(scope)) for scope in config.cuda_graph_scope or ()}
     if config.cuda_graph_impl != "none" and (not scopes or scopes & {"moe", "moe_router", "moe_preprocess", "full_iteration"}):
         captured = ",".join(sorted(scopes)) or "the whole layer"
@@ -139,31 +140,32 @@ def check_config(config: TransformerConfig) -> None:
         )
 
 
-def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], tuple[int, ...]]:
+def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], DecoderLayers]:
     """Turns every decoder router into a PredictiveTopKRouter in place.
 
     Returns:
-        The sites of this rank in ascending layer order, and the 0-based indices of all MoE layers of the model.
+        The sites of this rank in ascending layer order, and the layers of the whole model.
 
     Raises:
-        AttachError: a router that cannot be replayed, a MoE layer whose router is nowhere, or a
-            layer number that the config does not call MoE. Nothing is changed in that case.
+        AttachError: a router that cannot be replayed, a MoE layer whose router is nowhere, or a layer number that neither
+            moe_layer_freq nor the pattern of a HybridModel calls MoE. Nothing is changed in that case.
     """
-    config = unwrapped(chunks[0]).config
-    moe_layers = moe_layer_indices(config.num_layers, config.moe_layer_freq)
+    model = unwrapped(chunks[0])
+    layers, pattern = DecoderLayers.of_model(model), hybrid_pattern(model)
+    said_by = f"moe_layer_freq={model.config.moe_layer_freq}" if pattern is None else f"hybrid_layer_pattern={pattern!r}"
+    if not layers.moe:
+        raise AttachError(f"{said_by} of the model has no MoE layer: nothing to route; attach() needs a MoE model")
     found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)
     seen: dict[int, str] = {}
     for _, name, router in found:
         check_router(name, router)
         layer = router.layer_number - 1
-        if layer not in moe_layers:
-            raise AttachError(
-                f"{name}: layer_number {router.layer_number} is not a MoE layer of moe_layer_freq={config.moe_layer_freq}"
-            )
+        if layer not in layers.moe:
+            raise AttachError(f"{name}: layer_number {router.layer_number} is not a MoE layer of {said_by}")
         if layer in seen:
             raise AttachError(f"{name} and {seen[layer]} both claim layer_number {router.layer_number}; is it built twice?")
         seen[layer] = name
-    check_all_found(set(seen), moe_layers)
+    check_all_found(set(seen), layers.moe)
     sites = []
     for local, (chunk, _, router) in enumerate(found):
         # The class is swapped, not the module: optimizers, DDP buffers and checkpoints keep seeing the same parameters.
@@ -172,8 +174,9 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
             router.__class__ = PredictiveTopKRouter
         router.attached = True
         layer = router.layer_number - 1
-        sites.append(RouterSite(chunk, local, layer, moe_layers.index(layer), router, original))
-    return sites, moe_layers
+        column = layers.moe.index(layer)
+        sites.append(RouterSite(chunk, local, layer, layers.hidden_moe[column], column, router, original))
+    return sites, layers
 
 
 def give_back(sites: Sequence[RouterSite]) -> None:

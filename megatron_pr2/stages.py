@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_pr2.decoder_layers import DecoderLayers, pattern_segments
 from megatron_pr2.errors import ConfigError
 
 # [pipeline stage][virtual chunk] -> 0-based decoder layers, ascending.
@@ -27,6 +28,7 @@ def cut_layers(
     account_for_loss: bool = False,
     layout: LayoutRows | None = None,
     mtp_num_layers: int | None = None,
+    hybrid_pattern: str | None = None,
 ) -> Stages:
     """Layers of every chunk of every stage.
 
@@ -40,6 +42,8 @@ def cut_layers(
             (`account_for_embedding_in_pipeline_split`, `account_for_loss_in_pipeline_split`).
         layout: `pipeline_model_parallel_layout`, see `layout_rows`; says everything alone.
         mtp_num_layers: multi-token-prediction heads; they are no decoder layers, but a layout must place them.
+        hybrid_pattern: `hybrid_layer_pattern` of a HybridModel, whose "|" say everything alone; without them its layers are shared
+            out evenly, or as in_first and in_last say.
 
     Returns:
         [pipeline][virtual_pipeline or 1] tuples of 0-based layer indices; a chunk may be empty.
@@ -47,7 +51,15 @@ def cut_layers(
     Raises:
         ConfigError: settings with which Megatron-Core would refuse to build the model, or would silently build another one.
     """
-    if layout is not None:
+    if hybrid_pattern is not None:
+        if layout is not None or account_for_embedding or account_for_loss:
+            raise ConfigError(
+                f"hybrid_layer_pattern={hybrid_pattern!r} and pipeline_model_parallel_layout={layout!r}, "
+                f"account_for_embedding_in_pipeline_split={account_for_embedding}, account_for_loss_in_pipeline_split="
+                f"{account_for_loss}: HybridModel ignores the latter; cut the pattern into stages by '|'"
+            )
+        sizes = _pattern_sizes(num_layers, pipeline, virtual_pipeline, hybrid_pattern, in_first, in_last)
+    elif layout is not None:
         if in_first is not None or in_last is not None or account_for_embedding or account_for_loss:
             raise ConfigError(
                 f"pipeline_model_parallel_layout={layout!r} and num_layers_in_first_pipeline_stage={in_first}, "
@@ -89,6 +101,54 @@ def layout_chunks(layout: LayoutRows, pipeline: int) -> int:
         ConfigError: it cannot be read, or its rows are not a multiple of the stages.
     """
     return _parse_layout(layout, pipeline).virtual_pipeline_model_parallel_size
+
+
+def pattern_chunks(pattern: str, pipeline: int) -> int:
+    """Chunks per stage that the pattern of a HybridModel asks for; 1 where it has no "|".
+
+    Raises:
+        ConfigError: its segments are not a multiple of the stages.
+    """
+    segments = len(pattern_segments(pattern))
+    if segments == 1:
+        return 1
+    if segments % pipeline or pipeline == 1:
+        raise ConfigError(
+            f"hybrid_layer_pattern={pattern!r} has {segments} segments between '|', pipeline_model_parallel_size={pipeline}: "
+            f"expected {'one' if pipeline == 1 else 'a multiple'}; Megatron-Core would refuse it, or build a part of it"
+        )
+    return segments // pipeline
+
+
+def _pattern_sizes(
+    num_layers: int, pipeline: int, virtual: int | None, pattern: str, in_first: int | None, in_last: int | None
+) -> list[list[int]]:
+    layers, segments = DecoderLayers.of_pattern(pattern), pattern_segments(pattern)
+    if layers.count != num_layers:
+        raise ConfigError(
+            f"hybrid_layer_pattern={pattern!r} has {layers.count} layers, num_layers is {num_layers}; make them agree"
+        )
+    if len(segments) == 1:
+        if virtual is not None and pipeline > 1:
+            raise ConfigError(
+                f"hybrid_layer_pattern={pattern!r} with virtual_pipeline_model_parallel_size={virtual}: only '|' in the pattern "
+                f"cut it into chunks; expected {pipeline * virtual} segments between them"
+            )
+        if in_first is None and in_last is None:
+            return _even_sizes(num_layers, pipeline, virtual, False, False)
+        return _uneven_sizes(num_layers, pipeline, virtual, in_first, in_last)
+    if in_first is not None or in_last is not None:
+        raise ConfigError(
+            f"hybrid_layer_pattern={pattern!r} and num_layers_in_first_pipeline_stage={in_first}, "
+            f"num_layers_in_last_pipeline_stage={in_last}: its '|' say everything alone; drop the numbers"
+        )
+    chunks = pattern_chunks(pattern, pipeline)
+    if chunks != (virtual or 1):
+        raise ConfigError(
+            f"hybrid_layer_pattern={pattern!r} has {chunks} chunks per stage for pipeline_model_parallel_size={pipeline}, but "
+            f"virtual_pipeline_model_parallel_size={virtual}; make them agree"
+        )
+    return [[len(segments[chunk * pipeline + stage]) for chunk in range(chunks)] for stage in range(pipeline)]
 
 
 def _even_sizes(num_layers: int, pipeline: int, virtual: int | None, embedding: bool, loss: bool) -> list[list[int]]:

@@ -85,7 +85,6 @@ def test_models_without_experts_and_no_model() -> None:
         ("overlap_moe_expert_parallel_comm", True, "overlap_moe_expert_parallel_comm=True"),
         ("moe_router_force_load_balancing", True, "moe_router_force_load_balancing=True replaces router logits by noise"),
         ("hybrid_context_parallel", True, "hybrid_context_parallel=True changes the context-parallel size"),
-        ("is_hybrid_model", True, "is_hybrid_model=True"),
         ("cuda_graph_impl", "local", "cuda_graph_impl='local' with cuda_graph_scope=the whole layer captures the routers"),
     ],
 )

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_pr2.decoder_layers import DecoderLayers
 from megatron_pr2.errors import ReplayError, RouteError
 from megatron_pr2.integrations.verl.identity import LIVE, SequenceBook
 from megatron_pr2.integrations.verl.rows import Row, read_rows, route_rows, route_table
 from megatron_pr2.routes import RouteTable
 
-SHAPE = {"num_layers": 4, "moe_layers": (0, 1, 2, 3), "topk": 2, "num_experts": 8, "where": "row"}
+SHAPE: dict[str, Any] = {"layers": DecoderLayers(4, (0, 1, 2, 3)), "topk": 2, "num_experts": 8, "where": "row"}
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,25 @@ def test_top_1_last_rows_are_no_routes(world: Any) -> None:
 def test_dense_layers_have_no_routes(world: Any) -> None:
     """SGLang returns rows for all hidden layers; the MoE layers' are taken, whether they come with dense ones or alone."""
     sample = world.samples(1)[0]
-    shape = {**SHAPE, "moe_layers": (1, 3)}
+    shape = {**SHAPE, "layers": DecoderLayers(4, (1, 3))}
     of_all = route_table(sample.routes, sample.length, **shape)
     alone = route_table(sample.routes[:, [1, 3]], sample.length, **shape)
     assert np.array_equal(of_all.experts[:-1], sample.routes[:, [1, 3]])
     assert np.array_equal(of_all.experts, alone.experts)
+
+
+def test_layers_of_a_hybrid_model(world: Any) -> None:
+    """Hugging Face has one layer where HybridModel has two, or as many (Nemotron-H): rows of either."""
+    sample = world.samples(1)[0]
+    shape = {**SHAPE, "layers": DecoderLayers.of_pattern("*-*E*-*E")}
+    of_hidden = route_table(sample.routes, sample.length, **shape)
+    of_decoder = route_table(np.repeat(sample.routes, 2, axis=1), sample.length, **shape)
+    alone = route_table(sample.routes[:, [1, 3]], sample.length, **shape)
+    assert np.array_equal(of_hidden.experts[:-1], sample.routes[:, [1, 3]])
+    for table in (of_decoder, alone):
+        assert np.array_equal(table.experts, of_hidden.experts)
+    with pytest.raises(RouteError, match=r"expected \[\d+, 4, 2\]"):
+        route_table(sample.routes[:, :3], sample.length, **shape)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,7 @@ def _table(pr2: PR2, ids_TLK: npt.NDArray[np.integer], length: int, number: int)
     return route_table(
         ids_TLK,
         length,
-        num_layers=config.num_layers,
-        moe_layers=pr2.moe_layers,
+        layers=pr2.layers,
         topk=config.moe_router_topk,
         num_experts=config.num_moe_experts,
         where=f"row {number} of the batch",

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from megatron_pr2.decoder_layers import DecoderLayers
 from megatron_pr2.errors import RouteError
 from megatron_pr2.routes import RouteTable
 
@@ -108,8 +109,7 @@ def route_table(
     ids_TLK: npt.NDArray[np.integer],
     length: int,
     *,
-    num_layers: int,
-    moe_layers: Sequence[int],
+    layers: DecoderLayers,
     topk: int,
     num_experts: int,
     where: str,
@@ -117,7 +117,9 @@ def route_table(
     """The table of one row.
 
     Args:
-        ids_TLK: `length` or `length - 1` rows of all hidden layers (SGLang) or of the MoE layers only.
+        ids_TLK: `length` or `length - 1` rows of all hidden layers (SGLang), of all decoder layers (Nemotron-H has the same) or of
+            the MoE layers only.
+        layers: of the model.
 
     Raises:
         RouteError: another shape.
@@ -126,8 +128,13 @@ def route_table(
         raise RouteError(
             f"{where}: {len(ids_TLK)} rows of {ROUTES_KEY} for {length} tokens; expected one per token, or all but the last"
         )
-    if ids_TLK.ndim == 3 and ids_TLK.shape[1] == len(moe_layers) != num_layers:
-        moe_layers, num_layers = range(len(moe_layers)), len(moe_layers)
+    moe_layers: Sequence[int] = layers.hidden_moe
+    num_layers = layers.hidden_count
+    given = ids_TLK.shape[1] if ids_TLK.ndim == 3 else num_layers
+    if given == layers.count:
+        moe_layers, num_layers = layers.moe, layers.count
+    elif given == len(moe_layers):
+        moe_layers, num_layers = range(given), given
     return RouteTable.from_engine(
         ids_TLK[: length - 1],
         num_tokens=length,
