@@ -7,6 +7,9 @@ from typing import Any
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rollout.base import ModelShape
 
+# Names of the number of routed experts; the first that is set counts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def model_shape(hf_config: Any) -> ModelShape:
     """What engines and routers have to know of a model, from its Hugging Face config (Qwen MoE, Mixtral, DeepSeek, GLM MoE).
@@ -15,10 +18,7 @@ def model_shape(hf_config: Any) -> ModelShape:
         ConfigError: the model has no routed experts, or no layer that uses them.
     """
     config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    experts = next(
-        (int(value) for name in ("num_experts", "num_local_experts", "n_routed_experts") if (value := getattr(config, name, None))),
-        0,
-    )
+    experts = next((int(value) for name in EXPERTS if (value := getattr(config, name, None))), 0)
     topk = getattr(config, "num_experts_per_tok", None)
     layers = int(config.num_hidden_layers)
     moe_layers = tuple(index for index in range(layers) if experts and _is_moe_layer(config, index))

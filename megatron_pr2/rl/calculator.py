@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl.encoding import encode
 from megatron_pr2.rl.task import Problem
 
 OPEN, CLOSE = "[", "]"
@@ -57,7 +58,7 @@ class Calculator:
         if response_ids[-1:] != self.stop_token_ids:
             return None
         text = self._tokenizer.decode(response_ids)  # special tokens are seen, so that none hides within a call
-        return tuple(self._tokenizer.encode(reply_to(text), add_special_tokens=False))
+        return encode(self._tokenizer, reply_to(text), "the calculator's reply")
 
 
 def demonstration(problem: Problem) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     """
     sources: list[tuple[str, Any]] = []
     if path is not None:
-        sources.append((str(path), _read(path)))
+        sources.append((str(path), read_yaml(path)))
     if overrides:
         if bad := [item for item in overrides if "=" not in item]:
             raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
@@ -155,7 +155,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     return config
 
 
-def _read(path: str | Path) -> DictConfig:
+def read_yaml(path: str | Path) -> DictConfig:
+    """The settings in a file, as they are.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping in YAML.
+    """
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import logging
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from omegaconf import OmegaConf
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
-from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rl.data import load_examples
-from megatron_pr2.rl.prompts import load_environment
+from megatron_pr2.rl.config import TrainConfig, read_yaml
+from megatron_pr2.rl.preflight import MADE_UP, check
+
+if TYPE_CHECKING:  # settings are checked before torch is imported
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 ERRORS_FILE = "errors.log"
+LOCK_FILE = "lock"
 # What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
 _MAY_CHANGE = (
     "steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.urls", "rollout.engines",
@@ -50,18 +52,43 @@ def train(config: TrainConfig) -> Path:
         TrainingFailed: a rank failed.
     """
     directory = Path(config.run)
+    check(config)
+    _claim(directory, config)
+    with _alone(directory):
+        _check_gpus(config)
+        model_path = config.model.path or str(warm_start(config))
+        data_path = config.data or str(_task_file(config))
+        try:
+            _run_ranks(config, model_path, data_path)
+        finally:
+            _report(directory)
+    return directory
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Two runs in one directory would overwrite each other's checkpoints.
+
+    Raises:
+        ConfigError: another process is training in it.
+    """
+    with (directory / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run={directory}: another process is training in it; choose another directory, or end it") from error
+        except OSError:
+            logger.debug("%s lies on a file system without locks", directory)
+        yield
+
+
+def _run_ranks(config: TrainConfig, model_path: str, data_path: str) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     # A failed rank is told by TrainingFailed and in full by errors.log; torch's own report of it would bury the reason.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    _enable_host()
-    # What was given is checked before anything is made or started.
-    if config.data:
-        load_examples(config.data)
-    if config.model.path:
-        _check_model(config.model.path)
-    load_environment(config.rollout.environment)
-    _claim(directory, config)
-    model_path = config.model.path or str(warm_start(config))
-    data_path = config.data or str(_task_file(config))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launch = LaunchConfig(
         min_nodes=1,
@@ -77,19 +104,17 @@ def train(config: TrainConfig) -> Path:
     try:
         elastic_launch(launch, _rank)(config, model_path, data_path)
     except ChildFailedError as error:
-        raise TrainingFailed(_reason(error, directory / ERRORS_FILE)) from error
+        raise TrainingFailed(_reason(error, Path(config.run) / ERRORS_FILE)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
-    finally:
-        _report(directory)
-    return directory
 
 
-@record
 def _rank(config: TrainConfig, model_path: str, data_path: str) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from megatron_pr2.rl import worker
 
-    worker.run(config, model_path, data_path)
+    record(worker.run)(config, model_path, data_path)
 
 
 def _claim(directory: Path, config: TrainConfig) -> None:
@@ -106,7 +131,7 @@ def _claim(directory: Path, config: TrainConfig) -> None:
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
         defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(type(config))))
-        old = OmegaConf.merge(defaults, OmegaConf.load(file))
+        old = OmegaConf.merge(defaults, read_yaml(file))
         for key in _MAY_CHANGE:
             OmegaConf.update(old, key, OmegaConf.select(new, key))
         if OmegaConf.to_container(old) != OmegaConf.to_container(new):
@@ -115,10 +140,13 @@ def _claim(directory: Path, config: TrainConfig) -> None:
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
                 "or remove that one to start over"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    OmegaConf.save(new, temporary)
-    temporary.rename(file)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        OmegaConf.save(new, temporary)
+        temporary.rename(file)
+    except OSError as error:
+        raise ConfigError(f"run={directory} cannot be written to ({error}); choose another directory") from error
 
 
 def _differences(old: object, new: object, prefix: str = "") -> set[str]:
@@ -128,15 +156,23 @@ def _differences(old: object, new: object, prefix: str = "") -> set[str]:
     return set() if old == new else {prefix.rstrip(".")}
 
 
-def _enable_host() -> None:
-    """Megatron-Core and Transformers are imported here too, to look at the model or to make one."""
-    if not torch.cuda.is_available():
-        host.enable()
+def _check_gpus(config: TrainConfig) -> None:
+    """One GPU for each process, where there are any."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < config.parallel.processes:
+        raise ConfigError(f"parallel.processes={config.parallel.processes}: this machine has {gpus} GPUs; every process takes one")
 
 
 def warm_start(config: TrainConfig) -> Path:
     """The policy of the examples: tiny, made here, warm-started on the arithmetic task, cached."""
-    _enable_host()
+    import torch
+
+    from megatron_pr2 import host
+
+    if not torch.cuda.is_available():
+        host.enable()  # Transformers needs a word about the CPU, too
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
     lesson = config.model.warm_start
@@ -147,7 +183,7 @@ def warm_start(config: TrainConfig) -> Path:
 def _task_file(config: TrainConfig) -> Path:
     from megatron_pr2.rl.task import TaskConfig, make_problems, write_problems
 
-    return write_problems(make_problems(TaskConfig(), "train", 2048, config.seed), Path(config.run) / "train.jsonl")
+    return write_problems(make_problems(TaskConfig(), "train", MADE_UP, config.seed), Path(config.run) / "train.jsonl")
 
 
 def _report(directory: Path) -> None:
@@ -172,14 +208,3 @@ def _field(message: object, name: str) -> str:
     """A field of torchelastic's error file, whose message is a dict or, where a rank was killed, a plain text."""
     value = message.get(name, "") if isinstance(message, dict) else ""
     return value.get("py_callstack", str(value)) if isinstance(value, dict) else str(value)
-
-
-def _check_model(path: str) -> None:
-    """Refuses a checkpoint that is absent or has no experts before any process is started."""
-    from transformers import AutoConfig
-
-    from megatron_pr2.model_shape import model_shape
-
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path={path}: no config.json there; expected a Hugging Face model directory")
-    model_shape(AutoConfig.from_pretrained(path))

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, PromptSampler
+from megatron_pr2.rl.encoding import encode
 from megatron_pr2.rollout.base import Environment, RolloutRequest
 
 
@@ -23,6 +24,9 @@ class PromptQueue:
     """
 
     def __init__(self, config: TrainConfig, examples: Sequence[Example], tokenizer: Any) -> None:
+        """Raises:
+        ConfigError: the tokenizer has no end-of-sequence token.
+        """
         self._config = config
         self._examples = examples
         self._tokenizer = tokenizer
@@ -31,6 +35,8 @@ class PromptQueue:
         self._waiting: list[tuple[int, int]] = []
         self._asked: list[tuple[int, int]] = []
         self._make_environment = load_environment(config.rollout.environment)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the model's tokenizer has no eos_token: no response would end; add it to tokenizer_config.json")
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -45,7 +51,11 @@ class PromptQueue:
         return rollout.prompts if rollout.oversample > 1 else None
 
     def requests(self) -> list[RolloutRequest]:
-        """The requests of the next batch: what was left over first, then new prompts. Call `settle` when they are answered."""
+        """The requests of the next batch: what was left over first, then new prompts. Call `settle` when they are answered.
+
+        Raises:
+            DataError: a prompt has no tokens.
+        """
         rollout = self._config.rollout
         if not self._asked:
             count = max(0, math.ceil(rollout.prompts * rollout.oversample) - len(self._waiting))
@@ -86,7 +96,7 @@ class PromptQueue:
     def _request(self, group: int, example: int, index: int) -> RolloutRequest:
         number = group * self._config.rollout.responses + index
         return RolloutRequest(
-            tuple(self._tokenizer.encode(self._examples[example].prompt, add_special_tokens=False)),
+            encode(self._tokenizer, self._examples[example].prompt, f"{self._examples[example].where}: the prompt"),
             int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0]),
             key=str(number) if self.enough is not None else "",
             group=group,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_pr2.rl.tokenizer import EOS_ID, NUM_BYTES, PAD_ID
+from megatron_pr2.rl.tokenizer import EOS_ID, NUM_BYTES, PAD_ID, prompt_bytes
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM
@@ -30,7 +30,7 @@ def sample_responses(
     Args:
         environment: None for a single turn.
     """
-    heads = [tuple(prompt.encode()) for prompt in prompts]
+    heads = [prompt_bytes(prompt) for prompt in prompts]
     tails: list[tuple[int, ...]] = [()] * len(prompts)
     turns: list[list[str]] = [[] for _ in prompts]
     active = list(range(len(prompts)))

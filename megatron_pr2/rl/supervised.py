@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.sampling import sample_responses
 from megatron_pr2.rl.task import Problem
-from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID
+from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID, prompt_bytes
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM
@@ -44,7 +44,7 @@ def supervised_batch(pairs: Sequence[tuple[str, Response]]) -> tuple[Tensor, Ten
 
 def _tokens_and_labels(prompt: str, response: Response) -> tuple[list[int], list[int]]:
     turns = (response,) if isinstance(response, str) else response
-    tokens = list(prompt.encode())
+    tokens = list(prompt_bytes(prompt))
     labels = [IGNORED] * len(tokens)
     for index, turn in enumerate(turns):
         ids = list(turn.encode())

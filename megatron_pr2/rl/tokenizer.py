@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_pr2.rl.encoding import check_length
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +18,17 @@ BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|bos|>", "<|eos|>", "<|pad|>"
 NUM_BYTES = 256
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
 VOCAB_SIZE = 259
+
+
+def prompt_bytes(prompt: str) -> tuple[int, ...]:
+    """What the byte tokenizer makes of a prompt, without Transformers.
+
+    Raises:
+        DataError: an empty text; the first token of a response would be a response to nothing.
+    """
+    ids = tuple(prompt.encode())
+    check_length(ids, prompt, "the prompt")
+    return ids
 
 
 def _byte_symbols() -> list[str]:

@@ -27,6 +27,7 @@ from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.batch import Sample, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example
+from megatron_pr2.rl.encoding import encode
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
@@ -161,7 +162,7 @@ class Trainer:
 
     def _handshake(self) -> None:
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
-        ids = self._tokenizer.encode(text, add_special_tokens=False)[:_PROBE_TOKENS]
+        ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)[:_PROBE_TOKENS]
         failure: str | None = None
         try:
             report = handshake(self._engine, self._reference, ids, self._config.model.dtype)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_pr2.errors import ConfigError
 from megatron_pr2.routes import RouteTable
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
@@ -91,6 +92,9 @@ class RolloutRequest:
             the same key. Empty: never continued.
         group: responses that are of use together only (those of one prompt); an early stop counts complete groups.
         environment: replies whenever the policy samples a stop token; None for a single turn.
+
+    Raises:
+        ConfigError: no prompt; a response to nothing has no first log-prob, and engines answer it each in another way.
     """
 
     prompt_ids: tuple[int, ...]
@@ -98,6 +102,10 @@ class RolloutRequest:
     key: str = ""
     group: int = 0
     environment: Environment | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ConfigError("RolloutRequest: prompt_ids is empty; expected one token or more. Did the tokenizer encode it?")
 
 
 @dataclass(frozen=True)

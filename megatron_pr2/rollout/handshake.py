@@ -60,8 +60,11 @@ def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[i
         The worst of the engines' reports.
 
     Raises:
+        ConfigError: fewer than two tokens, which have no log-prob to compare.
         RolloutError: routes or log-probs differ by more than rounding explains.
     """
+    if len(probe_ids) < 2:
+        raise ConfigError(f"handshake: the probe has {len(probe_ids)} tokens; expected two or more. Did the tokenizer encode it?")
     (want,) = actor.score(probe_ids)
     reports = [compare(probe, want, dtype) for probe in engine.score(probe_ids)]
     if not reports:

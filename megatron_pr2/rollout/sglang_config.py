@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from megatron_pr2.errors import ConfigError
 
 # Flags that SGLangServer sets itself; a second value would silently win or contradict what the engine checks.
@@ -194,6 +192,8 @@ class SGLangConfig:
         Raises:
             ConfigError: device="cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where it is not.
         """
+        import torch  # only here: settings are checked before torch is imported
+
         cuda = torch.cuda.is_available()
         if self.device == "auto":
             return "cuda" if cuda else "cpu"
