@@ -2,8 +2,12 @@
 
 Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden.
 
-Both losses of the paper, and the Bernoulli KL that sigmoid routers need, are negative log-likelihoods of generalised linear models
-with canonical links, so one expression gives every gradient:  dL/dW_p = mean_t (score(prediction) - score(target))^T h_old.
+Every loss is a forward KL between distributions whose means are the scores (megatron_pr2.scores), the negative log-likelihood of a
+generalised linear model, so one expression gives every gradient:
+
+    dL/dW_p = mean_t ((score(prediction) - score(target)) * slope(prediction))^T h_old
+
+where the slope is 1 for the canonical links: softmax, which both losses of the paper use, and sigmoid.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pr2.predictor import RoutePredictor, score
+from megatron_pr2.predictor import RoutePredictor
+from megatron_pr2.scores import divergence_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ def gradient_sum(
 ) -> Tensor:
     """Sum over the sampled tokens of the loss gradient with respect to W_p, [E, H]; shift_SE is W_p h_old."""
     wanted, predicted, function = matching_logits(p_old_SE, p_SE, shift_SE, target, score_function)
-    return (score(predicted, function) - score(wanted, function)).t() @ h_old_SH.to(shift_SE.dtype)
+    return divergence_gradient(wanted, predicted, function).t() @ h_old_SH.to(shift_SE.dtype)
 
 
 class LearnedPredictor(RoutePredictor):

@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_pr2.scores import poisson_terms, score
+
 COLUMNS = (
     "tokens",  # sampled tokens seen
     "changed_0",  # tokens whose replayed set equals the current top-k
@@ -37,7 +39,7 @@ def membership(ids_SK: Tensor, num_experts: int) -> Tensor:
 
 
 def divergences(p_SE: Tensor, predictions: Sequence[Tensor], score_function: str) -> tuple[Tensor, Tensor]:
-    """What `predictor.divergence` gives, for several predictions of one target, which is scored once.
+    """What `scores.divergence` gives, for several predictions of one target, which is scored once.
 
     For sigmoid routers the Bernoulli KL is written as score(p) (p - q) - softplus(p) + softplus(q), which is the same.
 
@@ -57,7 +59,8 @@ def divergences(p_SE: Tensor, predictions: Sequence[Tensor], score_function: str
         rho_SE = torch.sigmoid(p_SE)
         terms_NSE = (p_SE - q_NSE).mul_(rho_SE).add_(F.softplus(q_NSE)).sub_(F.softplus(p_SE))
     else:
-        raise ValueError(f"score function {score_function!r}: expected 'softmax' or 'sigmoid'")
+        rho_SE = score(p_SE, score_function)
+        terms_NSE = poisson_terms(p_SE, q_NSE)
     return rho_SE, terms_NSE.sum((-2, -1)).movedim(0, -1)
 
 
@@ -82,8 +85,9 @@ def drift_columns(
     topk = current_SK.shape[-1]
     steps, combine = _constants(topk, p_SE.device)
     rho_SE, kl = divergences(p_SE, (q_hat_SE, p_old_SE), score_function)
-    if score_function == "sigmoid":
-        rho_SE = rho_SE / rho_SE.sum(-1, keepdim=True)
+    if score_function != "softmax":
+        # As Megatron-Core normalises them where it balances load.
+        rho_SE = rho_SE / (rho_SE.sum(-1, keepdim=True) + 1e-20)
     # Of (replayed, frozen, current), per token: how many are in the current top-k, and their mass; [..., S, 3].
     ids = torch.cat((replayed_SK.long(), frozen_SK.long(), current_SK.long()), dim=-1)
     own_SE = torch.zeros_like(p_SE).scatter_(-1, ids[..., 2 * topk :], 1.0)

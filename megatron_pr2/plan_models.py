@@ -22,7 +22,7 @@ class ModelSpec:
         moe_layers: 0-based indices of those with routed experts.
         hidden: size of a router's input.
         experts, topk: routed experts, and how many of them a token takes.
-        score_function: of the routers, "softmax" or "sigmoid".
+        score_function: of the routers, as Megatron-Core names it.
         attention_heads, query_groups: decide which tensor-parallel sizes are refused; None where unknown.
         mtp_layers: multi-token-prediction heads of the checkpoint; they are not replayed and take no memory here.
     """

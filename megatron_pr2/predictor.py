@@ -2,9 +2,9 @@
 
 Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden.
 
-The prediction for a token is q_hat = score(p_old + W_p h_old) (arXiv 2606.00395, Eq. 9-11). A strategy says where W_p comes from:
-megatron_pr2.learned (the paper), megatron_pr2.momentum (the policy optimizer's direction), or both. It is never a parameter of the
-policy (design decision 1).
+The prediction for a token is q_hat = score(p_old + W_p h_old) (arXiv 2606.00395, Eq. 9-11; scores: megatron_pr2.scores). A strategy
+says where W_p comes from: megatron_pr2.learned (the paper), megatron_pr2.momentum (the policy optimizer's direction), or both. It
+is never a parameter of the policy (design decision 1).
 """
 
 from __future__ import annotations
@@ -12,45 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def score(logits_SE: Tensor, score_function: str) -> Tensor:
-    """Router scores in at least fp32: softmax over experts, or sigmoid per expert.
-
-    Raises:
-        ValueError: another score function.
-    """
-    logits_SE = logits_SE if logits_SE.dtype == torch.float64 else logits_SE.float()
-    if score_function == "softmax":
-        return torch.softmax(logits_SE, dim=-1)
-    if score_function == "sigmoid":
-        return torch.sigmoid(logits_SE)
-    raise ValueError(f"score function {score_function!r}: expected 'softmax' or 'sigmoid'")
-
-
 def shift_logits(h_SH: Tensor, w_EH: Tensor) -> Tensor:
     """W_p h, [S, E], in the dtype of W_p."""
     return F.linear(h_SH.to(w_EH.dtype), w_EH)
-
-
-def divergence(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
-    """Forward KL(target || prediction) per token, [S]: categorical for softmax routers, summed Bernoulli for sigmoid routers.
-
-    Args:
-        target_SE, prediction_SE: logits.
-    """
-    if score_function == "softmax":
-        log_target = torch.log_softmax(target_SE, dim=-1)
-        return (log_target.exp() * (log_target - torch.log_softmax(prediction_SE, dim=-1))).sum(-1)
-    if score_function == "sigmoid":
-        on = torch.sigmoid(target_SE) * (F.logsigmoid(target_SE) - F.logsigmoid(prediction_SE))
-        off = torch.sigmoid(-target_SE) * (F.logsigmoid(-target_SE) - F.logsigmoid(-prediction_SE))
-        return (on + off).sum(-1)
-    raise ValueError(f"score function {score_function!r}: expected 'softmax' or 'sigmoid'")
 
 
 class RoutePredictor(ABC):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
@@ -33,6 +34,15 @@ def check_release() -> None:
         raise AttachError(
             f"megatron-core {megatron_version} has no {', '.join(absent)}, through which routes are replayed; use 0.16"
         )
+
+
+def knows_score_function(name: str) -> bool:
+    """Whether this release's selection routes by a score function: asked of the selection itself."""
+    try:
+        moe_utils.topk_routing_with_score_function(torch.zeros(1, 2), 1, score_function=name)
+    except ValueError:
+        return False
+    return True
 
 
 def check_unpatched() -> None:

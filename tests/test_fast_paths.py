@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_pr2 import router as router_module
 from megatron_pr2.errors import AttachError
 from megatron_pr2.metrics import COLUMNS, DriftMetrics, divergences, drift_columns
-from megatron_pr2.predictor import divergence
 from megatron_pr2.router import select_experts
+from megatron_pr2.scores import SCORE_FUNCTIONS, divergence, score
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures("host_platform")
@@ -105,7 +105,7 @@ def by_definition(
 ) -> dict[str, float]:
     """Every column of one layer, token by token with sets and in float64."""
     sums = dict.fromkeys(COLUMNS, 0.0)
-    rho = torch.softmax(p.double(), -1) if function == "softmax" else torch.sigmoid(p.double())
+    rho = score(p.double(), function)
     rho = rho / rho.sum(-1, keepdim=True)
     for token in range(len(p)):
         own, taken, old = (set(ids[token].tolist()) for ids in (current, replayed, frozen))
@@ -122,7 +122,7 @@ def by_definition(
     return sums
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("topk", [1, 2, 6])
 def test_drift_columns_by_their_definitions(function: str, topk: int) -> None:
     """For few and odd top-k as well: with K = 2 no token has three changed experts."""
@@ -137,7 +137,7 @@ def test_drift_columns_by_their_definitions(function: str, topk: int) -> None:
     assert sum(expected[name] > 0 for name in whole) >= min(topk, 2) + 1
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 def test_several_layers_at_once_are_the_layers_one_by_one(function: str) -> None:
     tensors = drifted(4)
     together = drift_columns(*tensors, function)
@@ -151,7 +151,7 @@ def test_several_layers_at_once_are_the_layers_one_by_one(function: str) -> None
     assert all(first[name] == pytest.approx(second[name], rel=1e-6, abs=1e-6) for name in first)
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 def test_divergences_are_the_predictors(function: str) -> None:
     """Also far apart, where a careless form of the Bernoulli KL overflows."""
     generator = torch.Generator().manual_seed(5)
@@ -161,12 +161,12 @@ def test_divergences_are_the_predictors(function: str) -> None:
         expected = [divergence(p * scale, other * scale, function).sum() for other in (q, far)]
         torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-10, atol=1e-12)
         assert sums.isfinite().all()
-        torch.testing.assert_close(scores, torch.softmax(p * scale, -1) if function == "softmax" else torch.sigmoid(p * scale))
+        torch.testing.assert_close(scores, score(p * scale, function))
     with pytest.raises(ValueError, match="tanh"):
         divergences(p, (q,), "tanh")
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 def test_small_drift_is_measured_in_single_precision(function: str) -> None:
     """What is measured in training is a KL of 1e-4 and less; fp32 must not drown it."""
     generator = torch.Generator().manual_seed(6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Poisson, kl_divergence
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +118,8 @@ def test_ranks_report_the_same(runs: dict[str, list[dict[str, Any]]]) -> None:
 def divergences(p: Tensor, q: Tensor, score_function: str) -> Tensor:
     if score_function == "softmax":
         return kl_divergence(Categorical(logits=p), Categorical(logits=q))
+    if score_function == "sqrtsoftplus":
+        return kl_divergence(*(Poisson(torch.log1p(x.exp()).sqrt()) for x in (p, q))).sum(-1)
     return kl_divergence(Bernoulli(logits=p), Bernoulli(logits=q)).sum(-1)
 
 

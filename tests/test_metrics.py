@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical, Poisson, kl_divergence
 
 from megatron_pr2.metrics import COLUMNS, DriftMetrics, drift_columns
 from tests.distributed import pool
@@ -55,12 +55,20 @@ def test_kl_and_mass_by_their_definitions() -> None:
     assert found["outside_mass"] == pytest.approx(4 - replayed, rel=1e-5)
 
 
-def test_sigmoid_masses_are_shares() -> None:
-    found = columns("sigmoid")
-    rho = torch.sigmoid(logits(0))
+@pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
+def test_masses_of_single_scores_are_shares(function: str) -> None:
+    found = columns(function)
+    rho = torch.sigmoid(logits(0)) if function == "sigmoid" else torch.nn.functional.softplus(logits(0)).sqrt()
     rho = rho / rho.sum(-1, keepdim=True)
     replayed = sum(rho[t, list(ids)].sum().item() for t, ids in enumerate(REPLAYED.tolist()))
     assert found["outside_mass"] == pytest.approx(4 - replayed, rel=1e-5)
+
+
+def test_kl_of_poissons() -> None:
+    found = columns("sqrtsoftplus")
+    p, p_old, q_hat = (Poisson(torch.nn.functional.softplus(logits(seed)).sqrt()) for seed in range(3))
+    assert found["kl_predicted"] == pytest.approx(kl_divergence(p, q_hat).sum().item(), rel=1e-5)
+    assert found["kl_frozen"] == pytest.approx(kl_divergence(p, p_old).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Poisson, kl_divergence
 
 from megatron_pr2.learned import LearnedPredictor, gradient_sum, matching_logits
-from megatron_pr2.predictor import divergence, merge_gate, score, shift_logits
+from megatron_pr2.predictor import merge_gate, shift_logits
+from megatron_pr2.scores import SCORE_FUNCTIONS, divergence, divergence_gradient, score
+from megatron_pr2.seam import knows_score_function
 from tests.distributed import pool
 
 S, E, H = 11, 6, 5
@@ -22,6 +25,9 @@ def kl(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
     """KL(target || prediction) per token, by torch's own distributions."""
     if score_function == "softmax":
         return kl_divergence(Categorical(logits=target_SE), Categorical(logits=prediction_SE))
+    if score_function == "sqrtsoftplus":
+        target, prediction = (torch.log1p(x.exp()).sqrt() for x in (target_SE, prediction_SE))
+        return kl_divergence(Poisson(target), Poisson(prediction)).sum(-1)
     return kl_divergence(Bernoulli(logits=target_SE), Bernoulli(logits=prediction_SE)).sum(-1)
 
 
@@ -33,7 +39,7 @@ def features(dtype: torch.dtype = torch.float64, tokens: int = S, seed: int = 0)
     return h, p_old, p, w
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("target", ["post", "delta"])
 def test_closed_form_gradient_is_autograd_of_the_mean_kl(target: str, score_function: str) -> None:
     h, p_old, p, w = features()
@@ -45,7 +51,7 @@ def test_closed_form_gradient_is_autograd_of_the_mean_kl(target: str, score_func
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_the_divergence_is_forward_kl(score_function: str) -> None:
     """KL(rho || q_hat), not the reverse, which one implementation shipped."""
     _, p_old, p, _ = features()
@@ -55,10 +61,43 @@ def test_the_divergence_is_forward_kl(score_function: str) -> None:
 
 def test_gradient_is_finite_for_extreme_logits() -> None:
     h, p_old, p, w = features(torch.float32)
-    for function in ("softmax", "sigmoid"):
+    for function in SCORE_FUNCTIONS:
         gradient = gradient_sum(h, p_old * 1e4, p * 1e4, shift_logits(h, w), target="post", score_function=function)
         assert gradient.isfinite().all()
         assert divergence(p * 50, p_old * 50, function).isfinite().all()
+
+
+@pytest.mark.parametrize("target", [-200.0, -60.0, -1.0, 3.0, 200.0])
+@pytest.mark.parametrize("prediction", [-200.0, -60.0, -1.0, 3.0, 200.0])
+def test_sqrtsoftplus_far_from_zero(target: float, prediction: float) -> None:
+    """Where softplus underflows in fp32 its logarithm is the logit, and where it does not, all of it is fp64's to rounding."""
+    wide = torch.tensor([[target]], dtype=torch.float64), torch.tensor([[prediction]], dtype=torch.float64, requires_grad=True)
+    expected = kl(*wide, "sqrtsoftplus") if prediction < 100 > target else divergence(*wide, "sqrtsoftplus")
+    (slope,) = torch.autograd.grad(expected.sum(), wide[1])
+    narrow = [x.detach().float() for x in wide]
+    scale = float(score(narrow[0], "sqrtsoftplus") + score(narrow[1], "sqrtsoftplus"))
+    rounding = 16 * torch.finfo(torch.float32).eps
+    tolerance = {"rtol": rounding, "atol": rounding * scale}
+    torch.testing.assert_close(divergence(*narrow, "sqrtsoftplus").double(), expected.detach(), **tolerance)
+    torch.testing.assert_close(divergence_gradient(*narrow, "sqrtsoftplus").double(), slope, **tolerance)
+
+
+@pytest.mark.skipif(not knows_score_function("sqrtsoftplus"), reason="no router of this release has these scores")
+def test_sqrtsoftplus_scores_are_megatrons() -> None:
+    logits = 4.0 * torch.randn(64, E, generator=torch.Generator().manual_seed(0))
+    own = score(logits, "sqrtsoftplus")
+    map_SE, shares_SE = compute_routing_scores_for_aux_loss(logits, E, "sqrtsoftplus")[:2]
+    assert map_SE.all()
+    torch.testing.assert_close(own / own.sum(-1, keepdim=True), shares_SE)
+
+
+def test_sqrtsoftplus_is_not_blind_to_a_common_scale() -> None:
+    """Beside an expert bias the scale of the scores decides which experts are chosen; their shares do not tell it."""
+    target = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
+    prediction = torch.log(torch.expm1((2.0 * score(target, "sqrtsoftplus")).square()))  # the logits of twice the scores
+    torch.testing.assert_close(score(prediction, "sqrtsoftplus"), 2.0 * score(target, "sqrtsoftplus"))
+    assert divergence(target, prediction, "sqrtsoftplus") > 0.1
+    assert (divergence_gradient(target, prediction, "sqrtsoftplus") > 0.0).all()
 
 
 def test_unknown_names_are_refused() -> None:

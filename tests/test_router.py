@@ -24,8 +24,10 @@ def explicit_probs(router: Any, hidden_TH: Tensor, ids_TK: Tensor) -> Tensor:
     """Gate weights [T, E] of given experts, written out from Megatron-Core's definitions; differentiable."""
     config = router.config
     logits = hidden_TH @ router.weight.t()
-    if config.moe_router_score_function == "sigmoid":
-        chosen = torch.sigmoid(logits).gather(1, ids_TK)  # without the expert bias, which takes part in the selection only
+    if config.moe_router_score_function != "softmax":
+        sigmoid = config.moe_router_score_function == "sigmoid"
+        scores = torch.sigmoid(logits) if sigmoid else torch.nn.functional.softplus(logits).sqrt()
+        chosen = scores.gather(1, ids_TK)  # without the expert bias, which takes part in the selection only
         if config.moe_router_topk > 1:
             chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     elif config.moe_router_pre_softmax:

@@ -25,11 +25,12 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.replay import ReplaySession
 from megatron_pr2.routes import RouteTable
+from megatron_pr2.seam import knows_score_function
 from tests.ids import random_ids
 
 HIDDEN, EXPERTS, TOPK, LAYERS = 32, 8, 2, 2
 
-# Every kind of selection that Megatron-Core's TopKRouter knows.
+# Every kind of selection that this release's TopKRouter knows.
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "pre-softmax": {"moe_router_pre_softmax": True},
@@ -46,6 +47,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "fp32-router": {"moe_router_dtype": "fp32"},
     "top-1": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
 }
+if knows_score_function("sqrtsoftplus"):
+    ROUTERS["sqrtsoftplus"] = {"moe_router_score_function": "sqrtsoftplus"}
+    ROUTERS["sqrtsoftplus-bias"] = {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True}
 
 
 def preset(name: str, **overrides: Any) -> PR2Config:
