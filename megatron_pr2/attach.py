@@ -40,6 +40,7 @@ from megatron_pr2.intake import take_in
 from megatron_pr2.live_layout import check_live_layout
 from megatron_pr2.measure import Measurement
 from megatron_pr2.micro_batch import MicroBatch, listed
+from megatron_pr2.model_settings import check_config
 from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
 from megatron_pr2.predictor import RoutePredictor, merge_gate
 from megatron_pr2.replay import Observer, Predict, ReplaySession
@@ -49,7 +50,7 @@ from megatron_pr2.routes import RouteTable
 from megatron_pr2.scalars import Scalars
 from megatron_pr2.seam import check_release, check_unpatched
 from megatron_pr2.sequences import ReplaySequence, RolloutReport, sampled_tokens
-from megatron_pr2.sites import check_config, give_back, unwrapped, upgrade_routers
+from megatron_pr2.sites import give_back, unwrapped, upgrade_routers
 from megatron_pr2.strategies import make_predictor
 from megatron_pr2.token_check import TokenCheck
 from megatron_pr2.tokens import TokenIndex

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.moe.router import Router, TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.decoder_layers import DecoderLayers, hybrid_pattern
 from megatron_pr2.errors import AttachError
 from megatron_pr2.groups import gathered, pipeline_group
+from megatron_pr2.model_settings import check_not_captured
 from megatron_pr2.router import PredictiveTopKRouter
 
 logger = logging.getLogger(__name__)
@@ -101,45 +101,6 @@ def check_all_found(layers: set[int], moe_layers: Sequence[int]) -> None:
         )
 
 
-def check_config(config: TransformerConfig) -> None:
-    """Refuses settings of the model under which replay would be wrong or impossible.
-
-    Raises:
-        AttachError: naming the setting and what to set it to.
-    """
-    if not config.num_moe_experts:
-        raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
-    if config.moe_expert_capacity_factor is not None:
-        raise AttachError(
-            f"moe_expert_capacity_factor={config.moe_expert_capacity_factor} drops tokens from experts, also from replayed ones; "
-            "set it to None for RL"
-        )
-    if config.overlap_moe_expert_parallel_comm:
-        raise AttachError(
-            "overlap_moe_expert_parallel_comm=True runs layers of two micro-batches interleaved, outside the chunk's forward; "
-            "replay cannot follow it: set it to False"
-        )
-    # Settings of later releases are asked for by name: what 0.16 does not have must not be overlooked there.
-    for name in ("moe_router_force_load_balancing", "moe_router_force_biased"):
-        if (value := getattr(config, name, None)) not in (None, False):
-            raise AttachError(f"{name}={value} replaces router logits by noise (for benchmarks); switch it off")
-    for name in ("moe_n_hash_layers", "moe_num_hash_layers"):
-        if value := getattr(config, name, None):
-            raise AttachError(f"{name}={value}: hash layers choose experts by token id, and have no route to replay; set it to 0")
-    if getattr(config, "hybrid_context_parallel", False):
-        raise AttachError(
-            "hybrid_context_parallel=True changes the context-parallel size from sequence to sequence, and with it which rank "
-            "computes which token; replay cannot follow it: set it to False"
-        )
-    scopes = {getattr(scope, "name", str(scope)) for scope in config.cuda_graph_scope or ()}
-    if config.cuda_graph_impl != "none" and (not scopes or scopes & {"moe", "moe_router", "moe_preprocess", "full_iteration"}):
-        captured = ",".join(sorted(scopes)) or "the whole layer"
-        raise AttachError(
-            f"cuda_graph_impl={config.cuda_graph_impl!r} with cuda_graph_scope={captured} captures the routers: a captured router "
-            "repeats the routes of the micro-batch that it was captured with; set cuda_graph_scope to others (attn, mlp)"
-        )
-
-
 def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite], DecoderLayers]:
     """Turns every decoder router into a PredictiveTopKRouter in place.
 
@@ -157,8 +118,9 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
         raise AttachError(f"{said_by} of the model has no MoE layer: nothing to route; attach() needs a MoE model")
     found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)
     seen: dict[int, str] = {}
-    for _, name, router in found:
+    for chunk, name, router in found:
         check_router(name, router)
+        check_not_captured(unwrapped(chunks[chunk]), name)
         layer = router.layer_number - 1
         if layer not in layers.moe:
             raise AttachError(f"{name}: layer_number {router.layer_number} is not a MoE layer of {said_by}")

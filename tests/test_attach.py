@@ -79,47 +79,6 @@ def test_models_without_experts_and_no_model() -> None:
         attach([], PR2_CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("overlap_moe_expert_parallel_comm", True, "overlap_moe_expert_parallel_comm=True"),
-        ("moe_router_force_load_balancing", True, "moe_router_force_load_balancing=True replaces router logits by noise"),
-        ("hybrid_context_parallel", True, "hybrid_context_parallel=True changes the context-parallel size"),
-        ("cuda_graph_impl", "local", "cuda_graph_impl='local' with cuda_graph_scope=the whole layer captures the routers"),
-    ],
-)
-def test_settings_that_replay_cannot_follow(setting: str, value: Any, message: str) -> None:
-    chunk = toy.ToyChunk(toy.toy_config())
-    setattr(chunk.config, setting, value)
-    with pytest.raises(AttachError, match=message):
-        attach(chunk, PR2_CONFIG)
-    assert type(toy.routers(chunk)[0]) is TopKRouter
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("moe_router_force_biased", 0.5, "moe_router_force_biased=0.5 replaces router logits by noise"),
-        ("moe_n_hash_layers", 3, "moe_n_hash_layers=3: hash layers choose experts by token id"),
-        ("moe_num_hash_layers", 3, "moe_num_hash_layers=3: hash layers choose experts by token id"),
-    ],
-)
-def test_settings_that_later_releases_have_are_refused(setting: str, value: Any, message: str) -> None:
-    config = toy.toy_config()
-    setattr(config, setting, value)
-    chunk = toy.ToyChunk(config)
-    with pytest.raises(AttachError, match=message):
-        attach(chunk, PR2_CONFIG)
-    setattr(config, setting, type(value)())  # off, and nothing was changed
-    attach(chunk, PR2_CONFIG)
-
-
-def test_graphs_without_the_routers_are_fine() -> None:
-    chunk = toy.ToyChunk(toy.toy_config())
-    chunk.config.cuda_graph_impl, chunk.config.cuda_graph_scope = "transformer_engine", ["attn"]
-    attach(chunk, PR2_CONFIG)
-
-
 def wrong_layout_job(kind: str) -> str:
     from megatron_pr2 import host
 
