@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,8 @@ from megatron_pr2 import host
 from megatron_pr2.bridge_base import Chunks, is_multi_token_prediction, owns_weights
 from megatron_pr2.bridge_models import adapted_bridge_class, bridge_config, config_overrides
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.model_chunks import build_chunks
 from megatron_pr2.rollout.base import ModelShape
-
-logger = logging.getLogger(__name__)
 
 _EXPERTS = ".mlp.experts.linear_fc"
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -42,7 +38,7 @@ class MBridge:
 
     def __init__(self, source: Any, shape: ModelShape | None, dtype: torch.dtype, extra: Mapping[str, Any]) -> None:
         config = bridge_config(source)
-        overrides = {**config_overrides(config, shape), **extra}
+        overrides = {"fp16": dtype is torch.float16, **config_overrides(config, shape), **extra}
         if host.is_enabled():
             overrides.update(host.config_overrides())
         self.inner = adapted_bridge_class(source.model_type, overrides)(config, dtype=dtype)
@@ -50,17 +46,7 @@ class MBridge:
 
     def build(self, *, wrap_with_ddp: bool, ddp_config: Mapping[str, Any]) -> Chunks:
         """The model chunks."""
-        # mbridge prints (parameter counts); a library must not.
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            chunks: Chunks = self.inner.get_model(
-                wrap_with_ddp=wrap_with_ddp,
-                fp16=self.dtype is torch.float16,
-                bf16=self.dtype is torch.bfloat16,
-                ddp_config=dict(ddp_config),
-            )
-        for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
-            logger.debug("mbridge: %s", line)
-        return chunks
+        return build_chunks(self.inner._model_provider([]), wrap_with_ddp=wrap_with_ddp, ddp_config=ddp_config)
 
     def parameter_names(self, chunks: Chunks) -> set[str]:
         """Names by mbridge's own mapping."""

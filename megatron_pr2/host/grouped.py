@@ -134,6 +134,7 @@ class HostColumnParallelGroupedLinear(HostGroupedLinear):
         is_expert: bool,
         tp_comm_buffer_name: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             num_gemms,
@@ -163,6 +164,7 @@ class HostRowParallelGroupedLinear(HostGroupedLinear):
         is_expert: bool,
         tp_comm_buffer_name: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             num_gemms,

@@ -51,6 +51,7 @@ class HostLinear(torch.nn.Module):
         tp_comm_buffer_name: str | None = None,
         is_expert: bool = False,
         tp_group: torch.distributed.ProcessGroup | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         if parallel_mode != "duplicated" or bias or skip_weight_param_allocation:

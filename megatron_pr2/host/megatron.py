@@ -26,6 +26,14 @@ def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
     return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _share_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Fills the storage of an output that was released with what was computed again; every view of it sees the numbers."""
+    source = recomputed.untyped_storage()
+    storage = output.untyped_storage()
+    storage.resize_(source.nbytes())
+    storage.copy_(source)
+
+
 def _communicate_shapes(self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
     """P2PCommunicator._communicate_shapes in the order of its unbatched sends and receives."""
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
@@ -98,6 +106,9 @@ def patch_megatron(patches: PatchSet) -> None:
     patches.set(random, "FP8GlobalStateManager", _NoFP8)
     patches.set(random, "fp8_autocast", lambda **kwargs: contextlib.nullcontext())
     patches.set(random, "activation_recompute_forward", lambda **kwargs: contextlib.nullcontext())
+    # Later releases share storages by a C++ extension that they compile on first use; the host copies, and needs no compiler.
+    if hasattr(random, "_get_share_storage"):
+        patches.set(random, "_get_share_storage", lambda: _share_storage)
     # Used without Transformer Engine, but defined only with it (megatron-core 0.16.1); None selects torch.mm.
     patches.set(moe_utils, "te_general_gemm", None)
     # all_to_all needs its split sizes as numbers, not as tensors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from typing import Any
@@ -23,6 +24,8 @@ _NOISE = (
     "Transformer Engine and Apex are not installed",
     "When using sequence parallelism it is recommended to set the environment variable",
     "When using async grad allreduce it is recommended to set the environment variable",
+    # A docstring of Megatron's, found when it is compiled for the first time.
+    "invalid escape sequence",
 )
 
 _active: PatchSet | None = None
@@ -56,6 +59,7 @@ def enable() -> None:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
         torchvision_ops.install()
+        _import_quietly("torch.utils.cpp_extension")
         # Imported here and not above: what they import of Megatron warns on import.
         from megatron_pr2.host.megatron import patch_megatron
         from megatron_pr2.host.spec import patch_specs
@@ -69,6 +73,17 @@ def enable() -> None:
         raise
     _active, _filters = patches, saved_filters
     logger.info("Megatron-Core runs on the CPU of this process (gloo, plain torch modules)")
+
+
+def _import_quietly(module: str) -> None:
+    """Imports a module of torch that logs there that a CUDA toolkit is installed and no GPU: here that is meant so."""
+    log = logging.getLogger(module)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        importlib.import_module(module)
+    finally:
+        log.setLevel(level)
 
 
 def disable() -> None:

@@ -11,6 +11,7 @@ is the way in for what looks at module classes before `attach` can run: FSDP wra
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -29,8 +30,8 @@ def with_pr2_routers(spec: Any, *, require_moe: bool = True) -> Any:
     Args:
         spec: what get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs, get_gpt_layer_local_spec,
             get_gpt_layer_with_transformer_engine_spec, get_moe_module_spec and their like return: TransformerBlockSubmodules, a
-            ModuleSpec, or a list of these. Layers that share one spec share the copy. The spec of multi-token-prediction heads
-            comes back as it is: they run live.
+            ModuleSpec, a functools.partial of MoELayer, or a list of these. Layers that share one spec share the copy. The spec
+            of multi-token-prediction heads comes back as it is: they run live.
         require_moe: refuse a spec without MoE layers. Set it to False for the spec of one pipeline stage, which may have only dense
             ones.
 
@@ -71,9 +72,11 @@ class _Transform:
             return _copy(spec, layer_specs=self.apply(list(spec.layer_specs or ()), f"{where}.layer_specs"))
         if isinstance(spec, ModuleSpec):
             return self._module(spec, where)
+        if isinstance(spec, functools.partial) and _builds_moe(spec):
+            return self._partial(spec, where)
         raise AttachError(
-            f"{where}: {type(spec).__name__} is no spec of a GPT decoder; expected TransformerBlockSubmodules, a ModuleSpec or a "
-            "list of ModuleSpecs, as megatron.core.models.gpt.gpt_layer_specs returns them"
+            f"{where}: {type(spec).__name__} is no spec of a GPT decoder; expected TransformerBlockSubmodules, a ModuleSpec, a "
+            "partial of MoELayer or a list of these, as megatron.core.models.gpt.gpt_layer_specs returns them"
         )
 
     def _module(self, spec: ModuleSpec, where: str) -> ModuleSpec:
@@ -82,21 +85,26 @@ class _Transform:
         if isinstance(inner, MoESubmodules | TransformerBlockSubmodules):
             return _copy(spec, submodules=self.apply(inner, f"{where}.submodules"))
         if _builds_moe(spec):
-            raise AttachError(
-                f"{where}: {_name(spec.module)} is a MoE layer with {type(inner).__name__} as submodules; expected MoESubmodules, "
-                "whose `router` names the class to build; without it build the model first and call attach()"
-            )
+            raise _unreachable(where, spec.module, inner)
         mlp = getattr(inner, "mlp", None)
-        if isinstance(mlp, ModuleSpec):
+        if isinstance(mlp, ModuleSpec) or (isinstance(mlp, functools.partial) and _builds_moe(mlp)):
             changed = self.apply(mlp, f"{where}.submodules.mlp")
             # A dense layer has nothing to change and stays the same object.
             return spec if changed is mlp else _copy(spec, submodules=_copy(inner, mlp=changed))
         if _builds_moe(mlp):
             raise AttachError(
-                f"{where}.submodules.mlp: {_name(mlp)} without a ModuleSpec; expected ModuleSpec(module=MoELayer, "
-                "submodules=MoESubmodules(...))"
+                f"{where}.submodules.mlp: {_name(mlp)} without submodules; expected ModuleSpec(module=MoELayer, submodules="
+                "MoESubmodules(...)) or functools.partial(MoELayer, submodules=MoESubmodules(...))"
             )
         return spec
+
+    def _partial(self, spec: functools.partial[Any], where: str) -> functools.partial[Any]:
+        """A MoE layer as later releases write it: the class with its submodules bound."""
+        inner = spec.keywords.get("submodules")
+        if not isinstance(inner, MoESubmodules):
+            raise _unreachable(where, spec.func, inner)
+        changed = self.apply(inner, f"{where}.submodules")
+        return spec if changed is inner else functools.partial(spec.func, *spec.args, **{**spec.keywords, "submodules": changed})
 
     def _moe(self, submodules: MoESubmodules, where: str) -> MoESubmodules:
         if not hasattr(submodules, "router"):
@@ -122,6 +130,13 @@ def _copy(spec: Any, **changes: Any) -> Any:
     for name, value in changes.items():
         setattr(copied, name, value)
     return copied
+
+
+def _unreachable(where: str, module: Any, inner: Any) -> AttachError:
+    return AttachError(
+        f"{where}: {_name(module)} is a MoE layer with {type(inner).__name__} as submodules; expected MoESubmodules, "
+        "whose `router` names the class to build; without it build the model first and call attach()"
+    )
 
 
 def _builds_moe(builder: Any) -> bool:
