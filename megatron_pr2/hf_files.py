@@ -1,10 +1,11 @@
-"""Files of a Hugging Face checkpoint: names of its tensors, and writing a directory so that it is whole or not there."""
+"""Files of a Hugging Face checkpoint: its tensors, and writing a directory so that it is whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import os
 import shutil
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_pr2.errors import ConfigError
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 # What belongs to a model besides config and weights.
@@ -34,28 +36,102 @@ _COMPANIONS = (
 
 
 class TensorIndex:
-    """Names of the tensors in the safetensors files of a directory.
+    """The tensors in the safetensors files of a directory: where each lies, and reading them.
+
+    Which files count is Transformers' choice: `model.safetensors` alone, else what the index names; without either, all
+    *.safetensors files. It is what mbridge reads checkpoints through: its own readers want an index for DeepSeek, set torch's
+    default dtype on the way, and read every *.safetensors file of a directory without an index.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: from every method, if the files are not one whole model that all readers understand alike.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
 
     def names(self) -> list[str]:
-        """All tensor names, from the index if there is one."""
-        index = self.directory / INDEX_NAME
-        if index.is_file():
-            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = sorted(self.directory.glob("*.safetensors"))
+        """All tensor names."""
+        return list(self._files)
+
+    def load_some_hf_weight(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors on the CPU, as they are in the files; the name is mbridge's.
+
+        Raises:
+            ConfigError: also for an FP8 tensor, which means nothing without its scales.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in dict.fromkeys(names):
+            if name not in self._files:
+                raise ConfigError(f"{self.directory}: no tensor {name!r} in its safetensors files")
+            by_file.setdefault(self._files[name], []).append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            with _opened(file) as opened:
+                for name in wanted:
+                    tensors[name] = opened.get_tensor(name)
+                    if tensors[name].element_size() == 1 and tensors[name].is_floating_point():
+                        raise ConfigError(
+                            f"{file}: {name!r} is {tensors[name].dtype}, which is not read; expected a checkpoint in bf16, fp16 "
+                            "or fp32 (load it dequantized in Transformers and save it)"
+                        )
+        return tensors
+
+    def load_one_hf_weight(self, name: str) -> torch.Tensor:
+        """One tensor of :meth:`load_some_hf_weight`."""
+        return self.load_some_hf_weight([name])[name]
+
+    @functools.cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of every tensor."""
+        single, index = self.directory / SINGLE_NAME, self.directory / INDEX_NAME
+        indexed = self._indexed(index) if index.is_file() else {}
+        if single.is_file() and set(indexed.values()) - {single}:
+            raise ConfigError(
+                f"{self.directory} has {SINGLE_NAME} and an index of other files: Transformers reads the one, engines may read the "
+                "others; remove what is old"
+            )
+        if indexed:
+            return indexed
+        files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
         if not files:
             raise ConfigError(f"{self.directory}: no *.safetensors files; convert older formats with Transformers first")
-        names: list[str] = []
+        found: dict[str, Path] = {}
         for file in files:
-            with safe_open(file, framework="pt") as opened:
-                names.extend(opened.keys())
-        return names
+            with _opened(file) as opened:
+                for name in opened.keys():  # noqa: SIM118, not a mapping
+                    if name in found:
+                        raise ConfigError(
+                            f"{self.directory}: {name!r} is in {found[name].name} and in {file.name}, and no {INDEX_NAME} says "
+                            "which counts; keep one set of files"
+                        )
+                    found[name] = file
+        return found
+
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        try:
+            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: self.directory / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); expected a JSON object with "
+                "'weight_map', from tensor names to files"
+            ) from error
+        if not files:
+            raise ConfigError(f"{index}: its 'weight_map' is empty")
+        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
+            raise ConfigError(
+                f"{self.directory} lacks {len(absent)} of the files that its index names, first {absent[0]}; finish the download"
+            )
+        return files
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ConfigError(f"{file} cannot be read ({error}); download or write it anew") from error
 
 
 def write_checkpoint(
@@ -145,7 +221,7 @@ def _write_weights(directory: Path, weights: Iterable[tuple[str, torch.Tensor]],
         files.append((file, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(files) == 1:
-        files[0][0].rename(directory / "model.safetensors")
+        files[0][0].rename(directory / SINGLE_NAME)
         return
     weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(files, start=1):
