@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_pr2 import host
 from megatron_pr2.bridge_base import Chunks, is_multi_token_prediction, owns_weights
-from megatron_pr2.bridge_models import adapted_bridge_class, bridge_config, config_overrides
+from megatron_pr2.bridge_models import adapted_bridge_class
+from megatron_pr2.bridge_settings import bridge_config, config_overrides
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.model_chunks import build_chunks
 from megatron_pr2.rollout.base import ModelShape

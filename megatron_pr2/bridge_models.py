@@ -1,16 +1,13 @@
-"""What mbridge 0.15.1 leaves out per model family, as a subclass of its bridge: configs of Transformers 5 and routing settings."""
+"""What mbridge 0.15.1 leaves out per model family, as a subclass of its bridge; settings come from bridge_settings.py."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from typing import Any
 
-import torch
-
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rollout.base import ModelShape
+from megatron_pr2.hf_files import TensorIndex
 
 # Dense layers of models whose mbridge mapping only knows MoE layers (Qwen: decoder_sparse_step, mlp_only_layers).
 _DENSE_MAPPING = {
@@ -23,71 +20,6 @@ _DENSE_MAPPING = {
 }
 
 
-def bridge_config(source: Any) -> Any:
-    """A copy of a Transformers config with the attributes that mbridge reads and Transformers 5 no longer has.
-
-    Raises:
-        ConfigError: a rotary scaling that the bridge would silently ignore.
-    """
-    config = copy.deepcopy(source)
-    rope = dict(getattr(source, "rope_parameters", None) or {})
-    if "rope_theta" in rope:
-        config.rope_theta = rope["rope_theta"]
-    kind = rope.get("rope_type", "default")
-    if kind != "default" and source.model_type != "deepseek_v3":
-        raise ConfigError(
-            f"rope_type={kind!r} of model_type={source.model_type!r}: mbridge would ignore the scaling; expected 'default'"
-        )
-    if getattr(config, "head_dim", None) is None and getattr(config, "kv_lora_rank", None) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    return config
-
-
-def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
-    """TransformerConfig fields that follow from the Hugging Face config and that mbridge leaves out or gets wrong.
-
-    Args:
-        config: of :func:`bridge_config`.
-        shape: None for dense models.
-    """
-    if shape is None:
-        return {}
-    overrides: dict[str, Any] = {}
-    if len(shape.moe_layers) < shape.num_hidden_layers:
-        # Only where layers differ: Megatron saves a model with a list layer by layer, one without as stacked layers.
-        overrides["moe_layer_freq"] = [int(index in shape.moe_layers) for index in range(shape.num_hidden_layers)]
-    if config.model_type in ("qwen2_moe", "qwen3_moe"):
-        # Softmax over the selected experts only is what normalizing the selected probabilities gives.
-        overrides["moe_router_pre_softmax"] = not config.norm_topk_prob
-        overrides["add_qkv_bias"] = getattr(config, "qkv_bias", getattr(config, "attention_bias", False))
-        overrides["moe_shared_expert_gate"] = config.model_type == "qwen2_moe"
-    elif config.model_type == "mixtral":
-        overrides["moe_router_pre_softmax"] = False
-    elif config.model_type == "deepseek_v3":
-        overrides.update(_deepseek_overrides(config))
-    return overrides
-
-
-def _deepseek_overrides(config: Any) -> dict[str, Any]:
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    overrides: dict[str, Any] = {
-        # The multi-token prediction head takes no part in reinforcement learning.
-        "mtp_num_layers": None,
-        "rope_type": "yarn" if rope.get("rope_type") == "yarn" else "rope",
-    }
-    if rope.get("rope_type") == "yarn":
-        overrides["rotary_scaling_factor"] = rope["factor"]
-        for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"):
-            if rope.get(name) is not None:
-                overrides[name] = rope[name]
-    elif rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type={rope['rope_type']!r} of model_type='deepseek_v3': expected 'default' or 'yarn'")
-    if (config.n_group or 1) > 1:
-        overrides["moe_router_num_groups"] = config.n_group
-        overrides["moe_router_group_topk"] = config.topk_group
-    return overrides
-
-
 class _AdaptedBridge:
     """Mixed in before mbridge's class of a model family; see :func:`adapted_bridge_class`."""
 
@@ -95,7 +27,6 @@ class _AdaptedBridge:
     hf_config: Any
     config: Any
     TransformerConfigClass: type
-    dtype: torch.dtype
     _DIRECT_MAPPING: dict[str, str]
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,20 +43,25 @@ class _AdaptedBridge:
             # On the instance: the mapping is shared by all bridges of the family.
             self._DIRECT_MAPPING = {**self._DIRECT_MAPPING, "output_layer.weight": "model.embed_tokens.weight"}
 
-    def _get_safetensor_io(self, weights_path: str) -> Any:
-        from mbridge.core.safetensor_io import SafeTensorIO
+    def _get_safetensor_io(self, weights_path: str) -> TensorIndex:
+        return TensorIndex(weights_path)
 
-        if self.dtype is torch.bfloat16:
-            # DeepSeek's reads FP8 checkpoints.
-            return super()._get_safetensor_io(weights_path)  # type: ignore[misc]
-        return SafeTensorIO(weights_path)
+    def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+        # Some families write these names out again, and forget tied embeddings.
+        if mcore_weights_name in self._DIRECT_MAPPING:
+            return [self._DIRECT_MAPPING[mcore_weights_name]]
+        return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)  # type: ignore[misc]
 
 
 @functools.cache
 def _registry() -> dict[str, type]:
     import mbridge  # noqa: F401, registers its bridges
-    from mbridge.core.bridge import _MODEL_REGISTRY
+    from mbridge.core.bridge import _MODEL_REGISTRY, register_model
 
+    from megatron_pr2.bridge_olmoe import OlmoeBridge
+
+    if "olmoe" not in _MODEL_REGISTRY:
+        register_model("olmoe")(OlmoeBridge)
     return _MODEL_REGISTRY
 
 

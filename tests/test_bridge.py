@@ -330,7 +330,7 @@ def test_what_cannot_be_loaded_is_named(checkpoint: Path, tmp_path: Path) -> Non
     assert "is not a mixture-of-experts model" in run(_load_error, dense, {})[0]
     unknown = tmp_path / "unknown"
     unknown.mkdir()
-    config = tiny_config("qwen3_moe").to_dict() | {"model_type": "olmoe", "num_experts": 16}
+    config = tiny_config("qwen3_moe").to_dict() | {"model_type": "flex_olmo", "num_experts": 16}
     (unknown / "config.json").write_text(json.dumps(config))
     assert "mbridge knows" in run(_load_error, unknown, {})[0]
     scaled = tmp_path / "scaled"

@@ -41,6 +41,13 @@ def tiny_config(family: str, **changes: Any) -> Any:
         groups = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
         sizes = SIZES | MOE | latent | groups | {"num_key_value_heads": 4, "num_nextn_predict_layers": 0}
         return transformers.DeepseekV3Config(**(sizes | changes))
+    if family == "glm4_moe":
+        shared = {"n_routed_experts": 16, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}
+        sizes = SIZES | MOE | gqa | shared | {"head_dim": 16, "use_qk_norm": True, "num_nextn_predict_layers": 0}
+        return transformers.Glm4MoeConfig(**(sizes | changes))
+    if family == "olmoe":
+        sizes = SIZES | gqa | {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 32}
+        return transformers.OlmoeConfig(**(sizes | changes))
     if family == "qwen3":
         return transformers.Qwen3Config(**(SIZES | gqa | {"head_dim": 16} | changes))
     raise ValueError(family)
