@@ -32,6 +32,8 @@ SGLANG_0519 := $(VENV_0519)/.sglang-0519-$(HASH)
 VERL := $(VENV_VERL)/.verl-$(HASH)
 
 export OMP_NUM_THREADS := 1
+# uv leaves compiling to the first import; where writing is forbidden, every process would compile all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 export MEGATRON_PR2_SGLANG_0519 := $(abspath $(VENV_0519)/bin/python)
 
