@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 from megatron_pr2 import host
+from megatron_pr2.errors import ConfigError
+from megatron_pr2.rollout.sglang_python import VARIABLE, find_python
 from tests.distributed import close_pools
 
 settings.register_profile("megatron_pr2", deadline=None, max_examples=60)
@@ -20,6 +23,23 @@ def idle_workers_end() -> Iterator[None]:
     """A module's pools end with it: idle workers hold gloo threads that poll, and later modules need the cores."""
     yield
     close_pools()
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """The interpreter that SGLang's servers run in; without such an environment the test is skipped, unless one was named."""
+    try:
+        return find_python()
+    except ConfigError as error:
+        if os.environ.get(VARIABLE):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def servers_have_an_environment(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("sglang"):
+        request.getfixturevalue("sglang_python")
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,6 @@ def test_a_tool_of_ones_own_lies_beside_the_yaml(example: tuple[Path, list[dict[
 def test_the_example_runs_with_sglang(
     host_platform: None, example: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    pytest.importorskip("sglang")
     directory, records = example
     (record,) = train(tmp_path / "run", "steps=1", f"model.cache={directory / 'warmstart'}", "rollout.engine=sglang")
     assert record["routes"]["missing"] == 0

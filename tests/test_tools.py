@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -52,7 +51,6 @@ def test_bench_routes_decodes_the_same() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.sglang
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers are of a CPU engine")
 def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: Path) -> None:
     """Engine and trainer compute in bf16: some experts differ before replay, all are replayed, and the gap shrinks."""

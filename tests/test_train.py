@@ -164,8 +164,10 @@ def test_every_preset_runs(preset: str, tiny_checkpoint: Path, prompts: Path, tm
 
 @pytest.mark.sglang
 def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
-    """Real SGLang: killed in the middle of a run, which goes on; and I7 after a restart with a predictor that has learned."""
-    pytest.importorskip("sglang")
+    """Real SGLang: killed in the middle of a run, which goes on; and I7 after a restart with a predictor that has learned.
+
+    Then Transformers loads the checkpoint as a user would.
+    """
     run = tmp_path / "run"
     arguments = [*settings(tiny_checkpoint, prompts, run), "rollout.engine=sglang", "checkpoint_every=1"]
     process = start(*arguments, "steps=4")
@@ -189,6 +191,10 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
     assert logged[4]["handshake"]["route_agreement"] == 1.0
     assert logged[4]["handshake"]["logprob_max"] < 1e-4
     assert all(r["routes"]["missing"] == 0 for r in logged)
+    code = f"from transformers import AutoModelForCausalLM; print(AutoModelForCausalLM.from_pretrained({str(run / 'final')!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Qwen3MoeForCausalLM" in done.stdout
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not beside the repository")

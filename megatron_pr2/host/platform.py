@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.host import torchvision_ops
 from megatron_pr2.host.cuda import patch_cuda
 from megatron_pr2.host.patches import PatchSet
 
@@ -58,7 +57,6 @@ def enable() -> None:
     try:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
-        torchvision_ops.install()
         _import_quietly("torch.utils.cpp_extension")
         # Imported here and not above: what they import of Megatron warns on import.
         from megatron_pr2.host.megatron import patch_megatron

@@ -21,6 +21,7 @@ from megatron_pr2.rl.prompts import load_environment
 from megatron_pr2.rl.task import TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.rollout.sglang_python import find_python
 
 # The arithmetic problems of a run without data.
 MADE_UP = 2048
@@ -80,6 +81,10 @@ def _check_engine(config: TrainConfig, model: SimpleNamespace | None, longest: i
         _check_answers(url)
     if not settings.urls and model is not None:
         _check_context(settings, model, longest)
+    if not settings.urls:
+        find_python(settings.python)
+    if settings.router == "own":
+        find_python(settings.python, module="sglang_router")
 
 
 def _check_answers(url: str) -> None:

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_pr2.errors import RolloutError
 
@@ -66,7 +67,12 @@ class ChildProcess:
         log_path: where its output goes; a temporary file from start() on if None. A further start appends.
         secrets: strings that describe_log() replaces.
         noise: lines with one of these in them are left out of describe_log().
+
+    Attributes:
+        popen: starts the process, as subprocess.Popen does; the tests have one that forks a process with SGLang imported.
     """
+
+    popen: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
 
     def __init__(
         self, name: str, *, log_path: str | Path | None = None, secrets: Sequence[str] = (), noise: Sequence[str] = ()
@@ -118,7 +124,7 @@ class ChildProcess:
             # PR_SET_PDEATHSIG fires when the *thread* that forked ends: this one lives exactly as long as the process.
             try:
                 with log_path.open("ab") as log:
-                    process = subprocess.Popen(
+                    process = self.popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
                     )
             except Exception as error:  # a TypeError of Popen, say, which nobody would hear of: start() waits

@@ -62,7 +62,7 @@ class CollectiveEngine:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
         ranks: list[Any] = [None] * self._world
-        dist.all_gather_object(ranks, (data_parallel_rank, hasattr(engine, "begin_push") and getattr(engine, "takes_parts", True)))
+        dist.all_gather_object(ranks, (data_parallel_rank, hasattr(engine, "begin_push")))
         self._dp_of_rank: list[int] = [dp for dp, _ in ranks]
         # The others wait here while rank 0 generates or starts servers, longer than the 30 minutes of a group by default. One that
         # dies closes its connections, which the others notice at once.

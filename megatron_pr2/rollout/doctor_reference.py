@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.host import torchvision_ops
 from megatron_pr2.rollout.base import ModelShape, Probe
 from megatron_pr2.routes import RouteTable
 
@@ -23,7 +22,6 @@ def read_shape(model: Path) -> ModelShape:
     """
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} is no model directory: it holds no config.json")
-    torchvision_ops.install()
     from transformers import AutoConfig
 
     from megatron_pr2.model_shape import model_shape
@@ -55,7 +53,6 @@ def score(model: Path, token_ids: Sequence[int], shape: ModelShape, dtype: torch
     Raises:
         ConfigError: the checkpoint cannot be loaded, or its experts are not called as Transformers 5 does.
     """
-    torchvision_ops.install()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as progress
 

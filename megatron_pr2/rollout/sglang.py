@@ -54,7 +54,6 @@ class SGLangEngine:
 
     Attributes:
         replicas: the servers.
-        takes_parts: whether other processes may send weights too (see CollectiveEngine.update_owned_weights).
         weight_version: of the last push; 0 for an own server's checkpoint, -1 if an attached server does not name a number.
         on_progress: called now and then while generating, from another thread.
     """
@@ -68,7 +67,6 @@ class SGLangEngine:
         self.shape = shape
         self._servers = SGLangServers(config, shape)
         self.replicas = self._servers.replicas
-        self.takes_parts = config.push != "tensor"
         self.weight_version = -1
         self.on_progress: Callable[[Progress], None] | None = None
         self.spill = RouteSpill(config.route_bytes, config.spill_directory)
@@ -99,7 +97,7 @@ class SGLangEngine:
         Raises:
             RolloutError: as start().
         """
-        if self._servers.fleet is None or self.config.push == "tensor":
+        if self._servers.fleet is None:
             self._stop()
             self.start()
         else:

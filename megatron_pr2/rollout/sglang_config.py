@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rollout.sglang_python import find_python, package_environment
 
 # Flags that SGLangServer sets itself; a second value would silently win or contradict what the engine checks.
 _OWN_FLAGS = (
@@ -75,8 +75,8 @@ class SGLangConfig:
         tp_size, ep_size: tensor and expert parallelism of the own server.
         max_running_requests: requests that the own server decodes together.
         max_total_tokens: KV cache of the own server in tokens; None leaves it to SGLang (required on CPU).
-        python: interpreter that the own server runs in, e.g. of an environment that holds another SGLang release; this one if None.
-            That environment needs SGLang and torch, not Megatron-Core; this package is found through PYTHONPATH.
+        python: interpreter that own servers and an own router run in; where None looks for it says sglang_python.find_python.
+            Its environment needs SGLang and torch, not Megatron-Core; this package is found through PYTHONPATH.
         bind: address that the own server listens on; other machines reach it only if this is not a loopback address, which
             `api_key_file` is required for.
         first_gpu: index of the first GPU of the own server (SGLang's --base-gpu-id); it takes the tp_size from there on.
@@ -84,8 +84,8 @@ class SGLangConfig:
         env: further environment variables for the own server.
         log_path: log file of the own server; a temporary file if None.
         api_key_file: file with the API key. An own server without one gets a random key. Never put on a command line or in a log.
-        push: how weights get in: "distributed" (a process group of each sender and the servers), "disk" (a directory that all
-            processes and servers see; whole models only), or "tensor" (one engine inside the trainer's process).
+        push: how weights get in: "distributed" (a process group of each sender and the servers) or "disk" (a directory that all
+            processes and servers see; whole models only).
         push_directory: where "disk" writes; the system's temporary directory if None.
         weight_backend: backend of the weight update group: "nccl", "gloo" or "auto" (nccl on CUDA). NCCL needs the server's GPU
             to be another one than the trainer's; gloo also works on a shared GPU.
@@ -143,8 +143,6 @@ class SGLangConfig:
             raise ConfigError("sglang: set exactly one of model_path (own servers) and urls (attach to running servers)")
         if self.push != "distributed" and self.urls:
             raise ConfigError(f"sglang.push={self.push!r} is for own servers; running ones get their weights by push='distributed'")
-        if self.push == "tensor" and (self.engines != 1 or self.router != "none"):
-            raise ConfigError("sglang.push='tensor' is one engine in this process: engines=1 and router='none' are needed")
         if len(set(self.urls)) != len(self.urls):
             raise ConfigError(f"sglang.urls={list(self.urls)}: the same server is named twice")
         if self.urls and self.engines != 1:
@@ -159,13 +157,13 @@ class SGLangConfig:
             )
         if self.first_gpu < 0:
             raise ConfigError(f"sglang.first_gpu={self.first_gpu}: expected the index of a GPU, 0 or more")
-        if self.python is not None and shutil.which(self.python) is None:
-            raise ConfigError(f"sglang.python={self.python!r}: no such executable; name the interpreter, e.g. .venv/bin/python")
+        if self.python is not None:
+            find_python(self.python)
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("weight_backend", ("auto", "nccl", "gloo")),
             ("interrupt", ("abort", "in_place")),
-            ("push", ("distributed", "disk", "tensor")),
+            ("push", ("distributed", "disk")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -232,9 +230,7 @@ class SGLangConfig:
 
 def server_environment(config: SGLangConfig) -> dict[str, str]:
     """Environment of the own server: this process's, made to find this package, to stay on loopback and off the network."""
-    package_root = str(Path(__file__).resolve().parents[2])
     env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, env.get("PYTHONPATH"))))
     if is_loopback(config.bind):
         env["GLOO_SOCKET_IFNAME"] = "lo"
     if config.model_path is not None and Path(config.model_path).is_dir():
@@ -244,5 +240,4 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
         env.pop(name, None)
     for name in [name for name in env if name.startswith(("TORCHELASTIC_", "PET_"))]:
         env.pop(name)
-    env.update(config.env)
-    return env
+    return package_environment({**env, **config.env})

@@ -41,7 +41,8 @@ class Front:
         if url == "own":
             log = f"{config.log_path}.router" if config.log_path else None
             self._url_of = {replica.index: replica.url for replica in self._replicas}
-            self._router = SGLangRouter(list(self._url_of.values()), api_key=key, bind=config.bind, log_path=log)
+            urls = list(self._url_of.values())
+            self._router = SGLangRouter(urls, api_key=key, python=config.python, bind=config.bind, log_path=log)
             self._router.start()
             url = self._router.url
         self._http = HttpClient(url, api_key=key, why_dead=self._why_dead, loop=self._loop, **config.client_settings())

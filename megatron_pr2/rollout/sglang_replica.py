@@ -19,7 +19,6 @@ from megatron_pr2.rollout.base import ModelShape, Probe
 from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_http import HttpClient, LoopThread
 from megatron_pr2.rollout.sglang_info import check_server_info
-from megatron_pr2.rollout.sglang_inprocess import InProcessServer
 from megatron_pr2.rollout.sglang_push import FLUSH, PushSession, PushTarget, push_target
 from megatron_pr2.rollout.sglang_routes import parse_body
 from megatron_pr2.rollout.sglang_server import SGLangServer
@@ -51,7 +50,7 @@ class SGLangReplica:
         self.index = index
         self.config = config
         self.shape = shape
-        self.server = _own_server(config, api_key) if url is None else None
+        self.server = SGLangServer(config, api_key) if url is None else None
         self.labels = [""]
         self.unusable: str | None = "it was not started"
         self.load = 0
@@ -116,11 +115,11 @@ class SGLangReplica:
         assert self._target is not None
         return self._target
 
-    def start(self, loop: LoopThread | None) -> None:
+    def start(self, loop: LoopThread) -> None:
         """Starts the own server, or attaches; returns when a probe came back with valid routes.
 
         Args:
-            loop: where its client runs; an engine in this process brings its own.
+            loop: where its client runs.
 
         Raises:
             RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
@@ -146,13 +145,10 @@ class SGLangReplica:
             self.server.stop()
         self.unusable = "it was stopped"
 
-    def _connect(self, loop: LoopThread | None) -> None:
+    def _connect(self, loop: LoopThread) -> None:
         config = self.config
         settings = config.client_settings()
-        if isinstance(self.server, InProcessServer):
-            self._http = self.server.client(why_dead=self.why_dead, **settings)
-        else:
-            self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
+        self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
         info = self.get("/server_info")
         check_server_info(info, self.name)
         self._session = PushSession(self._http)
@@ -184,8 +180,6 @@ class SGLangReplica:
         """None while the server runs and answers, else the reason with the last log lines."""
         if self.server is not None and not self.server.alive():
             return self.server.describe_end()
-        if isinstance(self.server, InProcessServer):
-            return None
         try:
             # Outside the client's pool, which may be exhausted; /health needs no key.
             # SGLang's /health generates a token, which a paused server does not do; any answer shows that a paused one lives.
@@ -251,7 +245,3 @@ class SGLangReplica:
         body = http.run(http.body("POST", "/generate", wire.score_payload(token_ids), where="score", max_bytes=limit))
         logprobs, routes = wire.parse_score(parse_body(body, "score"), token_ids, self.shape, "score")
         return Probe(self.name, logprobs, routes)
-
-
-def _own_server(config: SGLangConfig, api_key: str | None) -> SGLangServer | InProcessServer:
-    return InProcessServer(config) if config.push == "tensor" else SGLangServer(config, api_key)

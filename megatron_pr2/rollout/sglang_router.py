@@ -14,12 +14,10 @@ What a client has to know of the router (measured with 0.3.2; SGLang 0.5.23 and 
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ import httpx
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.child_process import ChildProcess, base_url, free_port
+from megatron_pr2.rollout.sglang_python import check_module, find_python, package_environment
 from megatron_pr2.rollout.sglang_router_launch import API_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -46,6 +45,7 @@ class SGLangRouter:
     Args:
         worker_urls: base URLs of the servers behind it, all with the same key.
         api_key: what clients have to present to the router, and what it presents to the servers; None if they want none.
+        python: interpreter of an environment with sglang-router; found by find_python() if None.
         policy: how a server is chosen: "cache_aware" (the one that has seen the beginning of the prompt, unless it has more to do
             than the others), "round_robin" or "random".
         bind: IP address to listen on, or "localhost". An address beyond this machine needs an api_key.
@@ -58,7 +58,7 @@ class SGLangRouter:
         worker_urls: the servers behind it.
 
     Raises:
-        ConfigError: an argument is not as described, or sglang-router is not installed.
+        ConfigError: an argument is not as described, or there is no environment with sglang-router.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class SGLangRouter:
         worker_urls: Sequence[str],
         *,
         api_key: str | None,
+        python: str | None = None,
         policy: str = "cache_aware",
         bind: str = "127.0.0.1",
         log_path: str | Path | None = None,
@@ -80,8 +81,8 @@ class SGLangRouter:
         if start_timeout_s <= 0 or request_timeout_s <= 0:
             raise ConfigError(f"router: {start_timeout_s=}, {request_timeout_s=}: expected positive numbers of seconds")
         self._address = _checked_address(bind, api_key)
-        if importlib.util.find_spec("sglang_router") is None:
-            raise ConfigError("router: the package sglang-router is not installed; pip install sglang-router==0.3.2")
+        self._python = find_python(python, module="sglang_router")
+        check_module(self._python, "sglang_router", "pip install sglang-router==0.3.2 there, or use router='none'")
         self.policy = policy
         self.url = ""
         self._api_key = api_key
@@ -162,7 +163,7 @@ class SGLangRouter:
         began = time.monotonic()
         port = free_port()
         self.url = base_url(str(self._address), port)
-        command = [sys.executable, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
+        command = [self._python, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
         self._process.start(command, _environment(self._api_key))
         try:
             self._wait_for(set(self.worker_urls), began + self._start_timeout_s)
@@ -275,11 +276,10 @@ def _checked_address(bind: str, api_key: str | None) -> ipaddress.IPv4Address | 
 def _environment(api_key: str | None) -> dict[str, str]:
     """This process's environment, with the key and without what would lead the router out of this cluster."""
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH"))))
     # For every model that a server names by a hub id it downloads a tokenizer, which requests made of token ids do not need, and no
     # setting turns that off: so the hub is an address where nobody listens.
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"
     env["NO_COLOR"] = "1"
     if api_key:
         env[API_KEY_VARIABLE] = api_key
-    return env
+    return package_environment(env)

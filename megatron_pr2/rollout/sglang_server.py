@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import httpx
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.child_process import ChildProcess, base_url, free_port
 from megatron_pr2.rollout.sglang_config import SGLangConfig, is_loopback, server_environment
+from megatron_pr2.rollout.sglang_python import check_module, find_python
 from megatron_pr2.rollout.sglang_refusals import refusals, settings_from_flags
 
 logger = logging.getLogger(__name__)
@@ -88,13 +88,13 @@ class SGLangServer:
             # trainer's time on shared cores.
             flags += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--chunked-prefill-size", "512"]
             flags += ["--sleep-on-idle"]
-        return [config.python or sys.executable, "-m", LAUNCHER, *flags, *config.extra_flags]
+        return [find_python(config.python), "-m", LAUNCHER, *flags, *config.extra_flags]
 
     def start(self) -> None:
         """Starts the server and returns when it is healthy.
 
         Raises:
-            ConfigError: the model directory holds no safetensors.
+            ConfigError: the model directory holds no safetensors, or there is no environment with SGLang.
             RolloutError: it ended or was not healthy in time; the message holds its last log lines. Nothing is left running.
         """
         if self.alive():
@@ -107,6 +107,7 @@ class SGLangServer:
             port = free_port(bind)
         except OSError as error:
             raise ConfigError(f"sglang.bind={bind!r} is no address of this machine: {error.strerror or error}") from error
+        check_module(find_python(self.config.python), "sglang", "`make sglang` makes an environment that has it")
         self.url = base_url(bind, port)
         began = time.monotonic()
         try:

@@ -15,7 +15,6 @@ from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_fleet import Fleet
 from megatron_pr2.rollout.sglang_front import Front
 from megatron_pr2.rollout.sglang_http import LoopThread
-from megatron_pr2.rollout.sglang_inprocess import InProcessServer
 from megatron_pr2.rollout.sglang_replica import SGLangReplica
 
 logger = logging.getLogger(__name__)
@@ -115,8 +114,6 @@ class SGLangServers:
         assert loop is not None
         failures: list[RolloutError] = []
         gone = [r for r in self.replicas if not r.connected or r.index in fleet.lost]
-        if any(isinstance(replica.server, InProcessServer) for replica in gone):
-            raise RolloutError("the in-process engine died, and its event loop with it: call restart()")
 
         def revive(replica: SGLangReplica) -> None:
             replica.stop()
@@ -142,11 +139,6 @@ class SGLangServers:
 
     def _start_all(self) -> LoopThread:
         """Starts the replicas side by side; returns the loop that their clients run on."""
-        server = self.replicas[0].server
-        if isinstance(server, InProcessServer):  # it brings its own loop
-            self.replicas[0].start(None)
-            assert server.loop is not None
-            return server.loop
         self._loop = loop = LoopThread()
         _together([lambda r=r: r.start(loop) for r in self.replicas])  # type: ignore[misc]
         return loop

@@ -1,8 +1,7 @@
-"""How new weights get into the servers of an engine: through process groups, by disk, or as tensors of the same process.
+"""How new weights get into the servers of an engine: through process groups or by disk.
 
     distributed   every sender broadcasts its buckets to the servers; no rank and no disk ever holds the whole model
     disk          every sender writes its part to a directory that all servers read; for servers that no process group reaches
-    tensor        into an engine that lives in this process, through shared memory or CUDA handles
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_disk import DiskPush, DiskSender, DiskTarget
 from megatron_pr2.rollout.sglang_http import HttpClient
-from megatron_pr2.rollout.sglang_inprocess import InProcessServer, TensorSender
 from megatron_pr2.rollout.sglang_push import PushTarget, WeightSender
 from megatron_pr2.rollout.sglang_replica import SGLangReplica
 
@@ -40,21 +38,7 @@ class WeightUpdate(Protocol):
         """Lets go of what is kept between updates."""
 
 
-class _Sessions:
-    """What the ways through open sessions share."""
-
-    def finish(self, replicas: Sequence[SGLangReplica], label: str, *, flush_cache: bool) -> None:
-        """Closes the sessions, drops caches and stamps the version."""
-        for replica in replicas:
-            replica.session.finish(label, flush_cache=flush_cache)
-
-    def abandon(self, replicas: Sequence[SGLangReplica]) -> None:
-        """Closes the sessions as far as the servers still can."""
-        for replica in replicas:
-            replica.session.abandon()
-
-
-class DistributedUpdate(_Sessions):
+class DistributedUpdate:
     """Buckets by broadcast."""
 
     def __init__(self, client: Callable[[PushTarget], HttpClient]) -> None:
@@ -72,6 +56,16 @@ class DistributedUpdate(_Sessions):
     def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Broadcasts this process's tensors."""
         return self._sender.push(weights)
+
+    def finish(self, replicas: Sequence[SGLangReplica], label: str, *, flush_cache: bool) -> None:
+        """Closes the sessions, drops caches and stamps the version."""
+        for replica in replicas:
+            replica.session.finish(label, flush_cache=flush_cache)
+
+    def abandon(self, replicas: Sequence[SGLangReplica]) -> None:
+        """Closes the sessions as far as the servers still can."""
+        for replica in replicas:
+            replica.session.abandon()
 
     def close(self) -> None:
         """Leaves the process groups."""
@@ -110,31 +104,8 @@ class DiskUpdate:
         self._push.abandon()
 
 
-class TensorUpdate(_Sessions):
-    """Tensors of this process."""
-
-    def __init__(self, server: InProcessServer, bucket_bytes: int) -> None:
-        self._sender = TensorSender(server, bucket_bytes)
-
-    def begin(self, replicas: Sequence[SGLangReplica]) -> list[PushTarget]:
-        """Opens the session; there is no target that another process could reach."""
-        for replica in replicas:
-            replica.session.begin()
-        return []
-
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Hands the tensors over."""
-        return self._sender.push(weights)
-
-    def close(self) -> None:
-        """Nothing is kept."""
-
-
 def make_update(config: SGLangConfig, replicas: Sequence[SGLangReplica]) -> WeightUpdate:
     """The way that `config.push` names."""
-    server = replicas[0].server
-    if isinstance(server, InProcessServer):
-        return TensorUpdate(server, config.weight_bucket_bytes)
     if config.push == "disk":
         return DiskUpdate(config)
     return DistributedUpdate(lambda target: next(replica.http for replica in replicas if replica.url == target.url))

@@ -7,10 +7,6 @@ from typing import Any
 
 import torch
 
-from megatron_pr2.host import torchvision_ops
-
-torchvision_ops.install()
-
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.launch import _alone, _claim
 from megatron_pr2.rl.preflight import check
+from megatron_pr2.rollout.sglang_python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +130,7 @@ def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Pat
         (["rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:{port}]"], "nothing answers there"),
         (["rollout.engine=sglang", "rollout.router=http://127.0.0.1:{port}"], "nothing answers there"),
         (["rollout.engine=sglang", "rollout.sglang.api_key_file={tmp}/none"], "api_key_file"),
+        (["rollout.engine=sglang", "rollout.sglang.python={tmp}/none"], "no such executable"),
         (["rollout.engine=sglang", "rollout.sglang.spill_directory={file}/spill"], "rollout.sglang.spill_directory=.*is a file"),
     ],
 )
@@ -155,9 +158,22 @@ def test_prompts_longer_than_an_own_servers_context(model: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="130 tokens, and the model's max_position_embeddings is 128"):
         check(load_config(None, given))
     longer = "rollout.sglang.extra_flags=['--context-length','512']"
-    check(load_config(None, [*given, longer]))
+    check(load_config(None, [*given, longer, f"rollout.sglang.python={sys.executable}"]))
     with pytest.raises(ConfigError, match="max_total_tokens is 100"):
         check(load_config(None, [*given, longer, "rollout.sglang.max_total_tokens=100"]))
+
+
+def test_own_servers_need_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    given = [f"run={tmp_path / 'run'}", f"model.cache={tmp_path}/cache", "rollout.engine=sglang"]
+    with pytest.raises(ConfigError, match=r"no environment with sglang was found.*make sglang"):
+        check(load_config(None, given))
+    with socket.create_server(("127.0.0.1", 0)) as up:
+        url = f"rollout.urls=[http://127.0.0.1:{up.getsockname()[1]}]"
+        with pytest.raises(ConfigError, match="no environment with sglang_router was found"):
+            check(load_config(None, [*given, url, "rollout.router=own"]))
 
 
 def test_a_directory_is_one_runs(tmp_path: Path) -> None:

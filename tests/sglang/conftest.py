@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from megatron_pr2.host import torchvision_ops
 from megatron_pr2.rollout.base import ModelShape
+from megatron_pr2.rollout.child_process import ChildProcess
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.sglang.preload import Preloaded
 
-# Transformers imports torchvision, which may be a CUDA build beside a CPU torch.
-torchvision_ops.install()
+if TYPE_CHECKING:
+    from tests.sglang.plain_server import PlainServer
 
 SHAPE = ModelShape(num_hidden_layers=4, moe_layers=(0, 1, 2, 3), num_experts=16, topk=4, vocab_size=260)
 
@@ -96,16 +97,33 @@ def own_server(path: str, log: Path, **changes: object) -> SGLangConfig:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
-    """A running engine on the tiny model; tests that change its weights restore them with `fresh`."""
-    if importlib.util.find_spec("sglang") is None:
-        pytest.skip("sglang is not installed")
+def preloaded(sglang_python: str) -> Iterator[Preloaded]:
+    """Servers on CPU that are forks of a process which has imported SGLang; for tests that start one."""
     if torch.cuda.is_available():
         pytest.skip("these tests compare with fp32 on CPU; hide the GPU with CUDA_VISIBLE_DEVICES=''")
+    preloaded = Preloaded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChildProcess, "popen", preloaded)
+        yield preloaded
+    preloaded.close()
+
+
+@pytest.fixture(scope="session")
+def engine(preloaded: Preloaded, tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    """A running engine on the tiny model; tests that change its weights restore them with `fresh`."""
     engine = SGLangEngine(own_server(tiny.path, tmp_path_factory.mktemp("log") / "sglang.log"), SHAPE)
     engine.start()
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def plain(preloaded: Preloaded, tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
+    """A server without an engine around it, for tests that replace all of its weights."""
+    from tests.sglang.plain_server import plain_server
+
+    with plain_server(tiny.path, tmp_path_factory.mktemp("log") / "sglang.log") as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.rollout.child_process import log_tail
 from megatron_pr2.rollout.sglang_channel import buckets
 from megatron_pr2.rollout.sglang_config import SGLangConfig, server_environment
+from megatron_pr2.rollout.sglang_python import package_path
 from megatron_pr2.rollout.sglang_server import LOG_NOISE, SGLangServer
 from megatron_pr2.rollout.sglang_wire import parse_release, parse_version
 
@@ -58,7 +60,7 @@ def test_api_key_comes_from_a_file_and_stays_off_the_command_line(tmp_path: Path
     with pytest.raises(ConfigError, match="is empty"):
         SGLangConfig(model_path="m", api_key_file=str(key)).read_api_key()
     key.write_text("s3cret\n")
-    server = SGLangServer(SGLangConfig(model_path="m", api_key_file=str(key)))
+    server = SGLangServer(SGLangConfig(model_path="m", python=sys.executable, api_key_file=str(key)))
     assert server.api_key == "s3cret"
     assert not any("s3cret" in word for word in server.command(1))
     random = [SGLangServer(SGLangConfig(model_path="m")).api_key for _ in range(2)]
@@ -68,13 +70,14 @@ def test_api_key_comes_from_a_file_and_stays_off_the_command_line(tmp_path: Path
 
 def test_command_line_on_cpu_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command = SGLangServer(SGLangConfig(model_path="m", extra_flags=("--chunked-prefill-size", "64"))).command(31)
+    config = SGLangConfig(model_path="m", python=sys.executable, extra_flags=("--chunked-prefill-size", "64"))
+    command = SGLangServer(config).command(31)
     joined = " ".join(command)
     for part in ("--host 127.0.0.1 --port 31", "--device cpu", "torch_native", "--enable-return-routed-experts"):
         assert part in joined
     assert command[-2:] == ["--chunked-prefill-size", "64"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    command = SGLangServer(SGLangConfig(model_path="m", max_total_tokens=None)).command(31)
+    command = SGLangServer(SGLangConfig(model_path="m", python=sys.executable, max_total_tokens=None)).command(31)
     assert "torch_native" not in command
     assert "--max-total-tokens" not in command
     assert command[command.index("--device") + 1] == "cuda"
@@ -87,7 +90,7 @@ def test_environment_finds_this_package_and_hides_the_trainers_rendezvous(monkey
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     env = server_environment(SGLangConfig(model_path=str(tmp_path), env={"EXTRA": "1"}))
-    assert env["PYTHONPATH"].split(os.pathsep) == [str(Path(__file__).parents[2]), "/somewhere"]
+    assert env["PYTHONPATH"].split(os.pathsep) == [package_path(), "/somewhere"]
     assert not {"MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID"} & set(env)
     assert (env["EXTRA"], env["HF_HUB_OFFLINE"], env["GLOO_SOCKET_IFNAME"]) == ("1", "1", "lo")
     assert "HF_HUB_OFFLINE" not in server_environment(SGLangConfig(model_path="org/model"))

@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pr2.host import torchvision_ops
-from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims
-
-ROOT = Path(__file__).parents[2]
+from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
+from megatron_pr2.rollout.sglang_python import package_environment
 
 
-def run_python(code: str, *path: Path, **env: str) -> str:
+def run_python(code: str, *path: Path, python: str = sys.executable, **env: str) -> str:
     """Output of a fresh interpreter; fails the test if it fails."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))} | env,
+        [python, "-c", code],
+        env=package_environment(os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | env),
         capture_output=True,
         text=True,
         timeout=300,
@@ -37,8 +35,7 @@ def run_python(code: str, *path: Path, **env: str) -> str:
 def test_torchvision_schemas_are_needed_for_cuda_builds_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, needed: bool
 ) -> None:
-    if torch.version.cuda is not None:
-        pytest.skip("with a CUDA build of torch nothing is needed")
+    monkeypatch.setattr(torch.version, "cuda", None)  # of a CPU build
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -50,10 +47,11 @@ def test_torchvision_schemas_are_needed_for_cuda_builds_only(
     assert torchvision_ops.needed() is needed
 
 
-def test_torchvision_imports_with_the_schemas_and_they_can_be_removed() -> None:
+@pytest.mark.sglang
+def test_torchvision_imports_with_the_schemas_and_they_can_be_removed(sglang_python: str) -> None:
     code = """
 import torch
-from megatron_pr2.host import torchvision_ops as ops
+from megatron_pr2.rollout.sglang_cpu import torchvision_ops as ops
 if not ops.needed():
     print("not needed")
 else:
@@ -64,9 +62,7 @@ else:
     assert ops._library is None
     print("imported")
 """
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    assert run_python(code) in ("imported", "not needed")
+    assert run_python(code, python=sglang_python) in ("imported", "not needed")
 
 
 def test_kernel_stub_imports_and_raises_when_called() -> None:
@@ -100,9 +96,8 @@ def test_nothing_is_touched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.sglang
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 @pytest.mark.parametrize("cpu_engine", ["1", "0"])
-def test_hooks_are_applied_once_by_launcher_and_entry_point_together(tmp_path: Path, cpu_engine: str) -> None:
+def test_hooks_are_applied_once_by_launcher_and_entry_point_together(sglang_python: str, tmp_path: Path, cpu_engine: str) -> None:
     """Where the package is installed, both register; and only for SGLang's CPU engine."""
     if torch.cuda.is_available():
         pytest.skip("the adapters refuse to work where there is CUDA")
@@ -124,7 +119,8 @@ print(sorted({len(each) for each in HookRegistry._hooks.values()}), len(HookRegi
 """
     expected = "[1] 7" if cpu_engine == "1" else "[] 0"
     # The other plugin of the package, where it is installed, is none of this test's business.
-    assert run_python(code, tmp_path, SGLANG_USE_CPU_ENGINE=cpu_engine, SGLANG_PLUGINS="megatron_pr2_cpu") == expected
+    env = {"SGLANG_USE_CPU_ENGINE": cpu_engine, "SGLANG_PLUGINS": "megatron_pr2_cpu"}
+    assert run_python(code, tmp_path, python=sglang_python, **env) == expected
 
 
 class TopK(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_every_field_is_documented_with_its_default() -> None:
 @pytest.mark.parametrize("cuda", [False, True])
 def test_every_flag_that_is_set_is_explained(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    command = SGLangServer(SGLangConfig(model_path="m")).command(1)
+    command = SGLangServer(SGLangConfig(model_path="m", python=sys.executable)).command(1)
     explained = " ".join(cells[0] for cells in table("Flags that own servers get"))
     for flag in (word for word in command if word.startswith("--")):
         if flag not in ("--model-path", "--port", "--log-level-http"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
@@ -23,8 +21,7 @@ from tests.sglang.test_engine import assert_matches, make_requests
 pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU"),
+    pytest.mark.usefixtures("preloaded"),
 ]
 
 

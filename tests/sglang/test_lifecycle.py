@@ -18,11 +18,12 @@ from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.child_process import PARENT_VARIABLE
 from megatron_pr2.rollout.sglang import SGLangEngine
+from megatron_pr2.rollout.sglang_python import package_environment
 from megatron_pr2.rollout.sglang_server import SGLangServer
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("preloaded")]
 
 
 def group_members(pgid: int) -> dict[int, str]:
@@ -152,6 +153,7 @@ def test_start_that_takes_too_long(tiny: TinyModel, tmp_path: Path) -> None:
 
 TRAINER = """
 import sys, threading
+from megatron_pr2.rollout.sglang_python import package_environment
 from megatron_pr2.rollout.sglang_server import SGLangServer
 from tests.sglang.conftest import own_server
 server = SGLangServer(own_server(sys.argv[1], sys.argv[2]))
@@ -185,10 +187,10 @@ def test_server_dies_with_a_trainer_that_is_killed(tiny: TinyModel, tmp_path: Pa
     assert not survivors
 
 
-def test_a_launcher_whose_trainer_is_already_gone_does_not_start(tiny: TinyModel) -> None:
+def test_a_launcher_whose_trainer_is_already_gone_does_not_start(sglang_python: str, tiny: TinyModel) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), PARENT_VARIABLE: "1"},
+        [sglang_python, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path],
+        env=package_environment(os.environ | {PARENT_VARIABLE: "1"}),
         capture_output=True,
         text=True,
         timeout=300,

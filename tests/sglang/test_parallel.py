@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
@@ -16,8 +14,7 @@ from tests.sglang.test_engine import assert_matches, make_requests
 pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU"),
+    pytest.mark.usefixtures("preloaded"),
 ]
 
 

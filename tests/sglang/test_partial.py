@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +21,7 @@ from tests.sglang.test_engine import assert_matches, make_requests
 
 pytestmark = [
     pytest.mark.sglang,
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU"),
+    pytest.mark.usefixtures("preloaded"),
 ]
 
 

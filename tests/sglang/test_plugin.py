@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pr2.rollout.sglang_plugin import decode_rid, encode_rid, request_routes
+from tests.sglang.preload import Preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-"
@@ -106,16 +106,12 @@ def test_importing_the_plugin_imports_nothing_else() -> None:
 
 @pytest.mark.sglang
 @pytest.mark.parametrize(("allowed", "loaded"), [("", True), ("megatron_pr2_routes", True), ("another", False)])
-def test_sglang_finds_and_applies_it(tmp_path: Path, allowed: str, loaded: bool) -> None:
+def test_sglang_finds_and_applies_it(
+    preloaded: Preloaded, sglang_python: str, tmp_path: Path, allowed: str, loaded: bool
+) -> None:
     """Through the entry point group and SGLang's own loader, on SGLang's own request class."""
-    if importlib.util.find_spec("sglang") is None:
-        pytest.skip("sglang is not installed")
     code = textwrap.dedent("""
         import json
-        import torch
-        from megatron_pr2.rollout.sglang_cpu import shims
-        if not torch.cuda.is_available():
-            shims.install()
         from sglang.srt.plugins import load_plugins
         load_plugins()
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -126,9 +122,8 @@ def test_sglang_finds_and_applies_it(tmp_path: Path, allowed: str, loaded: bool)
             found.append([request.rid, request.return_routed_experts, request.routed_experts_start_len])
         print(json.dumps(found))
     """)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(write_distribution(tmp_path)), str(ROOT)))}
-    env |= {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_PLUGINS": allowed, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    env = os.environ | {"SGLANG_PLUGINS": allowed, "PYTHONPATH": str(write_distribution(tmp_path))}
+    returned, output = preloaded.run(sglang_python, code, env)
+    assert returned == 0, output[-2000:]
     wish = ["pr2.a.r2.", True, 2] if loaded else ["pr2.a.r2.", False, 0]
-    assert json.loads(done.stdout.splitlines()[-1]) == [wish, ["pr2.a.x.", False, 0], ["other", False, 0]]
+    assert json.loads(output.splitlines()[-1]) == [wish, ["pr2.a.x.", False, 0], ["other", False, 0]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.sglang_disk import DiskPush, DiskSender, DiskTarget
 from megatron_pr2.rollout.sglang_push import PushSession
 from tests.sglang.conftest import TinyModel
-from tests.sglang.plain_server import PlainServer, other_model, plain_server
+from tests.sglang.plain_server import PlainServer, other_model
 
 
 class Loads:
@@ -133,28 +131,18 @@ def test_failures_name_the_place(model: tuple[Path, dict[str, torch.Tensor]], tm
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.fixture(scope="module")
-def server(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
-    if importlib.util.find_spec("sglang") is None:
-        pytest.skip("sglang is not installed")
-    if torch.cuda.is_available():
-        pytest.skip("compares with fp32 on CPU")
-    with plain_server(tiny.path, tmp_path_factory.mktemp("log") / "sglang.log") as server:
-        yield server
-
-
 @pytest.mark.sglang
-def test_a_real_server_loads_the_directory(server: PlainServer, tiny: TinyModel, tmp_path: Path) -> None:
+def test_a_real_server_loads_the_directory(plain: PlainServer, tiny: TinyModel, tmp_path: Path) -> None:
     other = other_model(tiny, tmp_path / "other", seed=1)
     for label, model in (("a", other), ("b", tiny)):
         push = DiskPush(tiny.path, tmp_path, shard_bytes=64 << 10)
         target = push.begin()
         send(target, load_file(f"{model.path}/model.safetensors"), parts=3)
-        push.finish([PushSession(server.http)], label, flush_cache=True)
-        assert server.version() == label
-        server.assert_serves(model, label)
+        push.finish([PushSession(plain.http)], label, flush_cache=True)
+        assert plain.version() == label
+        plain.assert_serves(model, label)
         assert not Path(target.directory).exists()
     # A directory that the server cannot load leaves it as it was.
     with pytest.raises(RolloutError, match="/update_weights_from_disk was refused"):
-        PushSession(server.http).load_directory(str(tmp_path / "nowhere"))
-    server.assert_serves(tiny, "b")
+        PushSession(plain.http).load_directory(str(tmp_path / "nowhere"))
+    plain.assert_serves(tiny, "b")

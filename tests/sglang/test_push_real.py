@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -19,19 +18,17 @@ from megatron_pr2.rollout.sglang_http import HttpClient
 from megatron_pr2.rollout.sglang_push import PushSession, PushTarget, WeightSender
 from tests.distributed import pool
 from tests.sglang.conftest import TinyModel
-from tests.sglang.plain_server import PlainServer, other_model, plain_server
+from tests.sglang.plain_server import PlainServer, other_model
 
 pytestmark = [
     pytest.mark.sglang,
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU"),
+    pytest.mark.usefixtures("preloaded"),
 ]
 
 
 @pytest.fixture(scope="module")
-def server(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
-    with plain_server(tiny.path, tmp_path_factory.mktemp("log") / "sglang.log") as server:
-        yield server
+def server(plain: PlainServer) -> PlainServer:
+    return plain
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.sglang_config import SGLangConfig
 from megatron_pr2.rollout.sglang_info import check_server_info, weight_group_size
 from megatron_pr2.rollout.sglang_refusals import RUNNERS_PAST_CAPTURE, refusals, settings_from_flags
 from megatron_pr2.rollout.sglang_server import SGLangServer
-from tests.sglang.conftest import TinyModel
+from tests.sglang.conftest import TinyModel, own_server
 from tests.sglang.fake_server import FakeServer
+from tests.sglang.preload import Preloaded
 from tests.sglang.test_versions import interpreter_of_0519
-
-ROOT = Path(__file__).parents[2]
 
 # Flags, the setting that they mean, and a word of the reason.
 REFUSED = [
@@ -114,32 +110,23 @@ def test_the_weight_group_counts_the_ranks() -> None:
 
 @pytest.mark.sglang
 @pytest.mark.parametrize("release", ["0.5.19", "0.5.23"])
-def test_the_servers_own_process_refuses_what_sglang_resolved(release: str, tiny: TinyModel) -> None:
+def test_the_servers_own_process_refuses_what_sglang_resolved(
+    preloaded: Preloaded, sglang_python: str, release: str, tiny: TinyModel, tmp_path: Path
+) -> None:
     """An abbreviated flag, which the first check does not see, as it does not see what SGLang chooses by itself."""
-    if torch.cuda.is_available():
-        pytest.skip("started on CPU")
-    python = sys.executable if release == "0.5.23" else interpreter_of_0519()
-    done = subprocess.run(
-        [
-            python, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path, "--device", "cpu",
-            "--moe-runner-b", "triton_kernel", "--enable-return-routed-experts",
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "refused before the start" in done.stderr.splitlines()[-1]
-    assert "moe_runner_backend=triton_kernel" in done.stderr.splitlines()[-1]
+    python = sglang_python if release == "0.5.23" else interpreter_of_0519()
+    server = SGLangServer(own_server(tiny.path, tmp_path / "log", python=python, extra_flags=("--moe-runner-b", "triton_kernel")))
+    with pytest.raises(RolloutError, match="SGLang server ended with code 1") as refused:
+        server.start()
+    last = str(refused.value).splitlines()[-1]
+    assert "refused before the start" in last
+    assert "moe_runner_backend=triton_kernel" in last
 
 
 @pytest.mark.sglang
-def test_the_names_are_those_of_this_release() -> None:
+def test_the_names_are_those_of_this_release(preloaded: Preloaded, sglang_python: str) -> None:
     """A setting or runner that SGLang renames must not slip through under its new name."""
-    pytest.importorskip("sglang")
     code = """
-from megatron_pr2.rollout.sglang_cpu import launch
 from megatron_pr2.rollout import sglang_refusals
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
@@ -151,9 +138,7 @@ except TypeError:
 print(sorted({rule.name for rule in sglang_refusals._RULES} - fields))
 print(sorted(set(sglang_refusals.RUNNERS_PAST_CAPTURE) - {backend.value for backend in MoeRunnerBackend}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-2:] == ["[]", "[]"]
+    returned, output = preloaded.run(sglang_python, code, os.environ)
+    assert returned == 0, output[-2000:]
+    assert output.splitlines()[-2:] == ["[]", "[]"]
     assert len(RUNNERS_PAST_CAPTURE) == 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 import signal
 import threading
@@ -12,22 +11,20 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from megatron_pr2.rollout.sglang_plugin import encode_rid
 from megatron_pr2.rollout.sglang_router import SGLangRouter
 from megatron_pr2.rollout.sglang_server import SGLangServer
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
+from tests.sglang.preload import Preloaded
 from tests.sglang.test_plugin import write_distribution
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
-pytest.importorskip("sglang_router")
 
 KEY = "sk-router-test"
 PROMPT = [5, 17, 99, 200, 3, 44, 71, 128, 250, 9, 33, 64]
@@ -35,15 +32,13 @@ LONG = 400  # tokens: seconds of work
 
 
 @pytest.fixture(scope="module")
-def engines(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SGLangServer]]:
+def engines(preloaded: Preloaded, tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SGLangServer]]:
     """Each answers with its own weight version, "engine0" or "engine1", so that answers tell who gave them."""
-    if importlib.util.find_spec("sglang") is None or torch.cuda.is_available():
-        pytest.skip("needs SGLang, and no GPU")
     folder = tmp_path_factory.mktemp("engines")
     key_file = folder / "key"
     key_file.write_text(KEY)
     # As in an environment in which this package is installed.
-    path = os.pathsep.join((str(write_distribution(folder / "installed")), str(Path(__file__).resolve().parents[2])))
+    path = str(write_distribution(folder / "installed"))
     engines = [
         SGLangServer(own_server(tiny.path, folder / f"{i}.log", api_key_file=str(key_file), env={"PYTHONPATH": path}))
         for i in range(2)
@@ -200,17 +195,17 @@ def test_an_abort_at_every_engine_stops_this_request_alone(engines: list[SGLangS
 class ImpatientRouter(SGLangRouter):
     """Finds out soon."""
 
-    health_path = SGLangRouter(["http://127.0.0.1:1"], api_key=None).settings(1, 2)["health_check_endpoint"]
+    health: ClassVar[dict[str, Any]] = {}
 
     def settings(self, port: int, metrics_port: int) -> dict[str, Any]:
-        soon = {"health_check_interval_secs": 1, "health_check_timeout_secs": 3, "health_check_endpoint": self.health_path}
-        return super().settings(port, metrics_port) | soon
+        soon = {"health_check_interval_secs": 1, "health_check_timeout_secs": 3}
+        return super().settings(port, metrics_port) | soon | self.health
 
 
 class ImpatientRouterWithSGLangsHealth(ImpatientRouter):
     """What the router does unless it is told otherwise."""
 
-    health_path = "/health"
+    health: ClassVar[dict[str, Any]] = {"health_check_endpoint": "/health"}
 
 
 def test_an_engine_that_is_paused_for_an_update_stays_registered(engines: list[SGLangServer]) -> None:

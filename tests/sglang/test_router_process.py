@@ -20,7 +20,7 @@ from megatron_pr2.rollout.sglang_router import SGLangRouter
 from megatron_pr2.rollout.sglang_wire import Ask, generate_payload
 from tests.sglang.fake_server import FakeServer, serve
 
-pytest.importorskip("sglang_router")
+pytestmark = pytest.mark.sglang
 
 KEY = "sk-router-process-test"
 
@@ -34,7 +34,7 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 
 @pytest.fixture(scope="module")
-def router(fakes: list[FakeServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangRouter]:
+def router(sglang_python: str, fakes: list[FakeServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangRouter]:
     log = tmp_path_factory.mktemp("router") / "router.log"
     with pytest.MonkeyPatch.context() as patch:
         # A proxy of the environment, which a router that believed in it could not get past.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_a_server_for_other_machines_needs_a_key(tmp_path: Path) -> None:
     for address in ("0.0.0.0", "::", "192.0.2.7"):
         with pytest.raises(ConfigError, match=r"sglang\.bind=.*api_key_file"):
             SGLangConfig(model_path="m", bind=address)
-        command = SGLangServer(SGLangConfig(model_path="m", bind=address, api_key_file=str(key))).command(31)
+        config = SGLangConfig(model_path="m", python=sys.executable, bind=address, api_key_file=str(key))
+        command = SGLangServer(config).command(31)
         assert command[command.index("--host") + 1] == address
     assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "10.0.0.1", "example.org")] == [
         True, True, True, True, False, False,
@@ -62,7 +64,7 @@ def test_a_server_for_other_machines_needs_a_key(tmp_path: Path) -> None:
 def test_an_address_that_is_not_ours(tmp_path: Path, tiny: TinyModel) -> None:
     key = tmp_path / "key"
     key.write_text("s3cret")
-    server = SGLangServer(SGLangConfig(model_path=tiny.path, bind="192.0.2.7", api_key_file=str(key)))
+    server = SGLangServer(SGLangConfig(model_path=tiny.path, python=sys.executable, bind="192.0.2.7", api_key_file=str(key)))
     with pytest.raises(ConfigError, match=r"sglang\.bind='192\.0\.2\.7' is no address of this machine"):
         server.start()
     assert server.pid is None
@@ -217,7 +219,7 @@ def test_a_directory_without_weights(tmp_path: Path) -> None:
 
 def test_safetensors_are_the_only_format_that_is_asked_for(tiny: TinyModel) -> None:
     check_weight_files(tiny.path)
-    command = SGLangServer(SGLangConfig(model_path=tiny.path)).command(1)
+    command = SGLangServer(SGLangConfig(model_path=tiny.path, python=sys.executable)).command(1)
     assert command[command.index("--load-format") + 1] == "safetensors"
     with pytest.raises(ConfigError, match="--load-format is set by the engine"):
         SGLangConfig(model_path="m", extra_flags=("--load-format", "auto"))

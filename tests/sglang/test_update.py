@@ -1,12 +1,7 @@
-"""The other ways for weights into an engine: by disk, and by tensor into an engine of the same process."""
+"""The other way for weights into an engine: by disk."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +14,6 @@ from megatron_pr2.rollout.sglang_config import SGLangConfig
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
-ROOT = Path(__file__).parents[2]
-
 
 def merged_model(tiny: TinyModel, seed: int) -> dict[str, torch.Tensor]:
     """All weights of the checkpoint, with merged gates."""
@@ -30,9 +23,7 @@ def merged_model(tiny: TinyModel, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.sglang
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU")
+@pytest.mark.usefixtures("preloaded")
 def test_by_disk(tiny: TinyModel, tmp_path: Path) -> None:
     directory = tmp_path / "pushes"
     directory.mkdir()
@@ -55,39 +46,12 @@ def test_by_disk(tiny: TinyModel, tmp_path: Path) -> None:
     assert not list(directory.iterdir())
 
 
-@pytest.mark.sglang
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with fp32 on CPU")
-def test_by_tensor(tiny: TinyModel, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    merged = tiny.merged_gates(43)
-    save_file(merged, tmp_path / "gates.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sglang.tensor_script", tiny.path, str(tmp_path / "gates.safetensors"), str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (first, second, third), refused = pickle.loads((tmp_path / "result.pickle").read_bytes())
-    assert_matches(first, tiny)
-    assert_matches(second, tiny, merged)
-    assert_matches(third, tiny)
-    assert [response.weight_version for response in third] == [3] * 8
-    assert "no tensors were given" in refused
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"push": "disk", "model_path": None, "urls": ("http://127.0.0.1:1",)}, "push='disk' is for own servers"),
-        ({"push": "tensor", "engines": 2}, "engines=1 and router='none' are needed"),
-        ({"push": "tensor", "router": "own"}, "engines=1 and router='none' are needed"),
-        ({"push": "pigeon"}, "expected one of distributed, disk, tensor"),
+        ({"push": "pigeon"}, "expected one of distributed, disk"),
+        ({"push": "tensor"}, "expected one of distributed, disk"),
     ],
 )
 def test_ways_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:

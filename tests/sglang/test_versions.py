@@ -1,7 +1,7 @@
 """Both supported releases of SGLang, each against Transformers: what the package relies on is there and right in either.
 
-The older one runs in an environment of its own (`make sglang-0.5.19`), without Megatron-Core: set MEGATRON_PR2_SGLANG_0519 to its
-interpreter, or build it where the Makefile does.
+The older one runs in an environment of its own (`make sglang-0.5.19`): VENV-sglang-0.5.19 for this interpreter's VENV, or what
+MEGATRON_PR2_SGLANG_0519 names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,25 +21,25 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_info import TESTED_RELEASES
+from megatron_pr2.rollout.sglang_python import package_environment
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
 pytestmark = pytest.mark.sglang
 
-ROOT = Path(__file__).parents[2]
 VARIABLE = "MEGATRON_PR2_SGLANG_0519"
 
 
 def interpreter_of_0519() -> str:
     """The interpreter of the 0.5.19 environment; skips the test where there is none."""
     named = os.environ.get(VARIABLE)
-    python = Path(named) if named else ROOT / ".venv-sglang-0.5.19/bin/python"
+    python = Path(named or f"{sys.prefix}-sglang-0.5.19/bin/python")
     if not python.exists():
+        assert not named, f"{VARIABLE}={named}: no such file"
         pytest.skip(f"no environment with SGLang 0.5.19 at {python}; build it with 'make sglang-0.5.19' or set {VARIABLE}")
     return str(python)
 
@@ -60,8 +61,7 @@ def release(request: pytest.FixtureRequest, tiny: TinyModel, tmp_path_factory: p
         yield request.getfixturevalue("engine")
         return
     python = interpreter_of_0519()
-    if torch.cuda.is_available():
-        pytest.skip("these tests compare with fp32 on CPU; hide the GPU with CUDA_VISIBLE_DEVICES=''")
+    request.getfixturevalue("preloaded")
     folder = tmp_path_factory.mktemp("old")
     model = shutil.copytree(tiny.path, folder / "model")
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(str(folder / "it ran"))))
@@ -204,7 +204,7 @@ print([name for name in sys.modules if name.startswith("megatron_pr2.rollout.sgl
 """
     done = subprocess.run(
         [interpreter_of_0519(), "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=package_environment(os.environ | {"CUDA_VISIBLE_DEVICES": ""}),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_pr2.host import torchvision_ops
-from megatron_pr2.rollout.sglang_cpu import kernel_stub
+from megatron_pr2.rollout.sglang_cpu import kernel_stub, torchvision_ops
 
 
 def install() -> tuple[str, ...]:
-    """Installs what is missing, before SGLang (or, for torchvision, Transformers) is imported.
+    """Installs what is missing, before SGLang, and Transformers with it, is imported.
 
     Returns:
         Names of the shims installed by this call; empty with CUDA, where nothing is touched, and on a second call.
