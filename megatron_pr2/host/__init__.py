@@ -10,7 +10,7 @@ It is a platform, not an option of the algorithm: one explicit call per process,
 
 from __future__ import annotations
 
-from megatron_pr2.host.platform import adapt_config, config_overrides, disable, enable, is_enabled
+from megatron_pr2.host.platform import adapt_config, config_overrides, disable, enable, enable_training, is_enabled
 from megatron_pr2.host.runtime import init, shutdown
 
-__all__ = ["adapt_config", "config_overrides", "disable", "enable", "init", "is_enabled", "shutdown"]
+__all__ = ["adapt_config", "config_overrides", "disable", "enable", "enable_training", "init", "is_enabled", "shutdown"]

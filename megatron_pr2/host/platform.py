@@ -29,6 +29,7 @@ _NOISE = (
 
 _active: PatchSet | None = None
 _filters: list[Any] | None = None
+_training = False
 
 
 def is_enabled() -> bool:
@@ -73,6 +74,26 @@ def enable() -> None:
     logger.info("Megatron-Core runs on the CPU of this process (gloo, plain torch modules)")
 
 
+def enable_training() -> None:
+    """:func:`enable`, and the same for Megatron-LM's `megatron.training`, which the megatron-core package has from 0.17.1 on.
+
+    Then `initialize_megatron()`, `setup_model_and_optimizer()`, `train_step()`, `save_checkpoint()` and what they call run on
+    the CPU, with `--distributed-backend gloo` and a model whose config went through :func:`adapt_config`. Calling it again changes
+    nothing; :func:`disable` undoes it, too.
+
+    Raises:
+        ConfigError: CUDA is available, or there is no megatron.training of the same release as megatron.core.
+    """
+    global _training
+    enable()
+    if _training or _active is None:
+        return
+    from megatron_pr2.host.training import patch_training
+
+    patch_training(_active)
+    _training = True
+
+
 def _import_quietly(module: str) -> None:
     """Imports a module of torch that logs there that a CUDA toolkit is installed and no GPU: here that is meant so."""
     log = logging.getLogger(module)
@@ -86,13 +107,14 @@ def _import_quietly(module: str) -> None:
 
 def disable() -> None:
     """Undoes :func:`enable` exactly. Models that were built in between must not be used any more."""
-    global _active, _filters
+    global _active, _filters, _training
     if _active is None:
         return
     _active.undo()
     if _filters is not None:
         warnings.filters[:] = _filters  # type: ignore[index]
     _active = _filters = None
+    _training = False
 
 
 def config_overrides() -> dict[str, Any]:

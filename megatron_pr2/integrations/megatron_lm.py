@@ -162,8 +162,8 @@ def _config_from(args: argparse.Namespace) -> Any:
         from megatron.training.arguments import core_transformer_config_from_args
     except ImportError as error:
         raise AttachError(
-            "pr2_layer_spec(args) without a config needs Megatron-LM's megatron.training, which the megatron-core wheel does not "
-            f"have ({error}); pass the model's TransformerConfig as config"
+            "pr2_layer_spec(args) without a config needs Megatron-LM's megatron.training, which the megatron-core package has from "
+            f"0.17.1 on ({error}); pass the model's TransformerConfig as config"
         ) from error
     return core_transformer_config_from_args(args)
 

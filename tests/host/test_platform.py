@@ -18,6 +18,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.host import platform
 from megatron_pr2.host.patches import PatchSet
 from tests.distributed import pool
+from tests.releases import HAS_TRAINING
 
 
 def _watched() -> dict[tuple[str, str], Any]:
@@ -42,6 +43,9 @@ def _watched() -> dict[tuple[str, str], Any]:
     owners["SharedExpertMLP"] = importlib.import_module("megatron.core.transformer.moe.shared_experts").SharedExpertMLP
     language = importlib.import_module("megatron.core.models.common.language_module.language_module")
     owners["LanguageModule"] = language.LanguageModule
+    if HAS_TRAINING:
+        names = ("megatron.training.initialize", "megatron.training.arguments")
+        owners.update({name: importlib.import_module(name) for name in names})
     return {(owner, name): value for owner, module in owners.items() for name, value in vars(module).items()}
 
 
@@ -50,9 +54,10 @@ def _toggle() -> dict[str, Any]:
     host.disable()
     filters = list(warnings.filters)
     before = _watched()
-    host.enable()
+    enable = host.enable_training if HAS_TRAINING else host.enable
+    enable()
     enabled = _watched()
-    host.enable()
+    enable()
     again = _watched()
     device = (str(torch.zeros(1, device="cuda").device), torch.ones(1).type(), host.is_enabled())
     host.disable()

@@ -1,38 +1,53 @@
-"""examples/pretrain_gpt_pr2.py on the CPU: alone, on two processes, and with Megatron-LM's set-up functions."""
+"""examples/pretrain_gpt_pr2.py by the megatron.training of the megatron-core package, on the CPU: alone and on two processes."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.distributed import pool
+from megatron_pr2.errors import ConfigError
+from tests.distributed import WorkerError, pool
 from tests.integrations.test_megatron_lm import actions
+from tests.releases import HAS_TRAINING
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/pretrain_gpt_pr2.py"
 History = list[dict[str, float]]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script as a user starts it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+needs_training = pytest.mark.skipif(not HAS_TRAINING, reason="megatron-core before 0.17.1 has no megatron.training")
+
+
+def run(*arguments: str, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    """The script as a user starts it.
+
+    Args:
+        processes: by torchrun; 0 for python alone.
+    """
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "WORLD_SIZE"):
         environment.pop(name, None)
-    command = [sys.executable, str(SCRIPT), *arguments]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *torchrun, str(SCRIPT), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+def last_row(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def example() -> Any:
-    """The script as a module; it finds its neighbour as it does when it is started."""
+    """The script as a module."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         return importlib.import_module(SCRIPT.stem)
@@ -41,17 +56,27 @@ def example() -> Any:
 
 
 def train_job(*arguments: str) -> History:
-    return example().main(["--pr2-cpu", *arguments])
+    """The script in a worker of the pool, which has a process group."""
+    import torch.distributed as dist
+    from megatron.training.training import destroy_global_state
+
+    sys.argv = [str(SCRIPT), "--pr2-cpu", *arguments]
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    try:
+        return example().main()
+    finally:
+        destroy_global_state()
 
 
 # ---- as a command --------------------------------------------------------------------------------------------------------
 
 
+@needs_training
 def test_it_trains_with_routes_that_were_recorded_once() -> None:
-    done = run("--pr2-cpu", "--pr2-preset", "r2", "--train-iters", "6")
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" |")[0] for line in done.stderr.splitlines()] == [f"iteration {i}/6" for i in range(1, 7)]
-    last = json.loads(done.stdout)
+    done = run("--pr2-cpu", "--pr2-preset", "r2", "--train-iters", "24")
+    last = last_row(done)
+    rollouts = re.findall(r"^(iteration \d+/24) \| lm loss", done.stdout, re.MULTILINE)
+    assert rollouts == [f"iteration {i}/24" for i in range(4, 25, 4)]
     assert last["lm loss"] < 2.5  # from log(64) = 4.16
     # 16 sequences of 32 tokens, each in one update of four.
     assert last["replayed rows"] == 16 * 32
@@ -59,37 +84,47 @@ def test_it_trains_with_routes_that_were_recorded_once() -> None:
     assert 0.3 < last["pr2/agreement"] < 1.0
 
 
-def test_help_teaches_every_flag() -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    text = " ".join(done.stdout.split())
-    for name in ("--pr2-cpu", "--pr2-mini-steps", "--num-experts", "--moe-router-topk", "--expert-model-parallel-size"):
-        assert name in text
+def test_help_teaches_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    example().main()
+    text = " ".join(capsys.readouterr().out.split())
     for action in actions().values():
         assert action.option_strings[0] in text
+    assert "--pr2-cpu" in text
     assert "Routes are those of the weights before the first" in text
     assert "torchrun --nproc-per-node 2 examples/pretrain_gpt_pr2.py --pr2-cpu" in text
 
 
+@needs_training
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pr2-cpu"], "--pr2-preset pr2: its routes come from a rollout engine, and pretraining has none"),
-        (["--pr2-cpu", "--pr2-preset", "r2", "--global-batch-size", "12"], "expected a multiple of 8 = --pr2-mini-steps 4"),
-        (["--pr2-preset", "r2"], "Megatron-LM is not importable"),
+        ([], "--pr2-preset pr2: its routes come from a rollout engine, and pretraining has none"),
+        (["--pr2-preset", "r2", "--train-iters", "6"], "--train-iters 6: expected a multiple of --pr2-mini-steps 4"),
+        (["--pr2-preset", "r2", "--rotary-percent", "0.5"], "--rotary-percent: this example does not pass them on"),
     ],
 )
-def test_errors_say_what_to_do(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_flags_that_it_refuses(arguments: list[str], message: str) -> None:
+    with pytest.raises(WorkerError) as refused:
+        pool(1).run(train_job, *arguments)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--pr2-cpu"]])
+def test_a_megatron_core_without_megatron_training(
+    host_platform: None, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("megatron.training.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "megatron.training", None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--pr2-preset", "r2", *arguments])
+    with pytest.raises(ConfigError, match=r"megatron.training is not importable.*has it from release 0\.17\.1 on"):
+        example().main()
 
 
 # ---- on several processes ------------------------------------------------------------------------------------------------
 
-SHORT = ("--train-iters", "3", "--pr2-sample-fraction", "1.0")
+SHORT = ("--train-iters", "12", "--pr2-sample-fraction", "1.0")
 PREDICTED = ("--pr2-preset", "pr2", "--pr2-routes", "actor", "--no-pr2-hold-back", *SHORT)
 
 
@@ -103,6 +138,7 @@ def alone() -> History:
     return history
 
 
+@needs_training
 def test_predicted_routes_are_recorded_and_learned_from(alone: History) -> None:
     assert [row["replayed rows"] for row in alone] == [512.0] * 3
     assert alone[0]["pr2/lift"] == 0.0  # nothing was learned before the first batch was recorded
@@ -111,11 +147,13 @@ def test_predicted_routes_are_recorded_and_learned_from(alone: History) -> None:
     assert alone[-1]["lm loss"] < alone[0]["lm loss"] - 1.0
 
 
+@needs_training
 def test_live_routes_are_not_replayed() -> None:
-    (history,) = pool(1).run(train_job, "--pr2-preset", "grpo", "--train-iters", "1")
+    (history,) = pool(1).run(train_job, "--pr2-preset", "grpo", "--train-iters", "4")
     assert history[0]["replayed rows"] == 0.0
 
 
+@needs_training
 @pytest.mark.parametrize(
     "layout",
     [
@@ -132,6 +170,7 @@ def test_two_processes_give_the_numbers_of_one(alone: History, layout: tuple[str
             assert row == pytest.approx(expected, rel=2e-3, abs=1e-3)
 
 
+@needs_training
 @pytest.mark.parametrize("layout", ["--expert-model-parallel-size", "--pipeline-model-parallel-size"])
 def test_layouts_that_start_from_other_weights(layout: str) -> None:
     """Megatron-Core seeds experts and stages by rank, so only the ranks can be compared."""
@@ -143,79 +182,17 @@ def test_layouts_that_start_from_other_weights(layout: str) -> None:
     assert rows == ([256.0, 256.0] if "expert" in layout else [512.0, 512.0])
 
 
-# ---- by Megatron-LM ------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-class StandIn:
-    """The functions of Megatron-LM (core_v0.16) that the script calls, on the host: their names, arguments and results."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
-        self.args: argparse.Namespace | None = None
-        self.calls: list[str] = []
-
-    def initialize_megatron(self, extra_args_provider: Any = None, args_defaults: Any = None) -> None:
-        import pretrain_gpt_cpu
-
-        self.calls.append("initialize_megatron")
-        parser = pretrain_gpt_cpu.add_megatron_args(argparse.ArgumentParser())
-        self.args = extra_args_provider(parser).parse_args(self.arguments)
-
-    def get_args(self) -> argparse.Namespace:
-        assert self.args is not None, "get_args() before initialize_megatron()"
-        return self.args
-
-    def core_transformer_config_from_args(self, args: argparse.Namespace, config_class: Any = None) -> Any:
-        import pretrain_gpt_cpu
-
-        self.calls.append("core_transformer_config_from_args")
-        return pretrain_gpt_cpu.transformer_config(args)
-
-    def setup_model_and_optimizer(self, model_provider: Any, model_type: Any, checkpointing_context: Any = None) -> Any:
-        import pretrain_gpt_cpu
-
-        self.calls.append(f"setup_model_and_optimizer {model_type.name}")
-
-        def builder(_: argparse.Namespace, pre_process: bool, post_process: bool, config: Any) -> Any:
-            return model_provider(pre_process=pre_process, post_process=post_process, vp_stage=None)
-
-        return *pretrain_gpt_cpu.set_up(self.get_args(), builder), self
-
-    def step(self, increment: int) -> None:
-        """Of the learning rate's scheduler."""
-        self.calls.append(f"scheduler {increment}")
-
-    def modules(self) -> dict[str, ModuleType]:
-        names = {
-            "megatron.training": ["get_args"],
-            "megatron.training.initialize": ["initialize_megatron"],
-            "megatron.training.training": ["setup_model_and_optimizer"],
-            "megatron.training.arguments": ["core_transformer_config_from_args"],
-        }
-        found = {}
-        for name, functions in names.items():
-            found[name] = ModuleType(name)
-            for function in functions:
-                setattr(found[name], function, getattr(self, function))
-        return found
-
-
-def megatron_lm_job() -> tuple[History, list[str]]:
-    stand_in = StandIn([*PREDICTED])
-    module = example()
-    sys.modules.update(stand_in.modules())
-    try:
-        return module.main([]), stand_in.calls
-    finally:
-        for name in stand_in.modules():
-            del sys.modules[name]
-
-
-def test_the_same_script_on_megatron_lm(alone: History) -> None:
-    """What it is given by Megatron-LM gives the same training; Megatron-LM itself is not installable here."""
-    ((history, calls),) = pool(1).run(megatron_lm_job)
-    assert numbers(history) == numbers(alone)
-    assert calls[:3] == [
-        "initialize_megatron", "setup_model_and_optimizer encoder_or_decoder", "core_transformer_config_from_args"
-    ]  # fmt: skip
-    assert calls[3:] == ["scheduler 4"] * 12
+@needs_training
+def test_a_run_by_torchrun_goes_on_from_megatron_lms_checkpoint(tmp_path: Path) -> None:
+    """On two processes: what two runs of 8 and 4 updates give is what one of 12 gives, to the last bit."""
+    layout = ("--expert-model-parallel-size", "2")
+    whole = last_row(run("--pr2-cpu", *PREDICTED, *layout, "--save", str(tmp_path), "--save-interval", "8", processes=2))
+    newest = tmp_path / "latest_checkpointed_iteration.txt"
+    assert newest.read_text() == "12"
+    newest.write_text("8")
+    for resumed in pool(2).run(train_job, *PREDICTED, *layout, "--load", str(tmp_path)):
+        assert resumed == [whole]
+    assert whole["pr2/lift"] != 0.0  # W_p was loaded, too
