@@ -8,11 +8,13 @@ killed rank, and a failure of rank 0 outside of its writer (a full disk under co
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,13 +26,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_pr2.errors import CheckpointError
 
@@ -60,16 +62,14 @@ def write(state: dict[str, Any], directory: Path) -> None:
     together(lambda: validate_sharding_integrity(everyones))
     together(lambda: _write_common(same_everywhere, directory) if rank == 0 else None)
     by_key = together(lambda: _by_key(sharded))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            dcp.save(
+    with _quiet():
+        together(
+            lambda: dcp.save(
                 by_key,
                 storage_writer=dcp.FileSystemWriter(directory),
                 planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             )
-    except CheckpointException as error:
-        raise CheckpointError(_failures(error)) from error
+        )
     together(lambda: _write_format(directory) if rank == 0 else None)
 
 
@@ -83,13 +83,11 @@ def read(template: dict[str, Any], directory: Path) -> dict[str, Any]:
         CheckpointError: on every rank, if any rank cannot read its part.
     """
     common(directory)
-    try:
-        with warnings.catch_warnings():
-            # Mcore calls torch by names that torch gives up.
-            warnings.simplefilter("ignore", FutureWarning)
-            return dict(dist_checkpointing.load(template, str(directory), validate_access_integrity=False))
-    except CheckpointException as error:
-        raise CheckpointError(_failures(error)) from error
+    # Before Mcore, so that a damaged index is one sentence and not torch's search for another one.
+    together(lambda: _Files(directory).read_metadata())
+    with _quiet():
+        # Some releases read without communication, so that only the rank that fails knows.
+        return dict(together(lambda: dist_checkpointing.load(template, str(directory), validate_access_integrity=False)))
 
 
 def common(directory: Path) -> dict[str, Any]:
@@ -98,7 +96,8 @@ def common(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: on every rank, if any rank cannot read it.
     """
-    return dict(together(lambda: dist_checkpointing.load_common_state_dict(str(directory))))
+    with _quiet():
+        return dict(together(lambda: dist_checkpointing.load_common_state_dict(str(directory))))
 
 
 def shapes(directory: Path) -> Shapes:
@@ -111,11 +110,22 @@ def shapes(directory: Path) -> Shapes:
     return {key: tuple(tensor.global_shape) for key, tensor in tensors.items()}
 
 
+class _Files(dcp.FileSystemReader):
+    """Reads the metadata once. Mcore's own such reader keeps it for the process, even when the directory is replaced."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
 class RowReader:
     """Reads rows of tensors whose first axis is cut unevenly; each rank on its own, without communication."""
 
     def __init__(self, directory: Path) -> None:
-        self._files = CachedMetadataFileSystemReader(directory)
+        self._files = _Files(directory)
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Global shape of a tensor; None if the checkpoint does not hold it."""
@@ -155,22 +165,38 @@ def uneven_shard(key: str, part: Tensor, offset: tuple[int, ...], shape: tuple[i
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does what this rank has to do, without communication, and waits for the others.
+    """Does what this rank has to do and waits for the others.
+
+    Args:
+        action: either communicates with nobody, or tells a failure to every rank itself, as torch.distributed.checkpoint does.
 
     Raises:
         CheckpointError: on every rank, if it failed on any.
     """
     result: Any = None
-    failure = None
+    failure: dict[int, str] = {}
     try:
         result = action()
+    except CheckpointException as error:  # a BaseException
+        failure = {rank: _described(failed[0]) for rank, failed in error.failures.items()}
     except Exception as error:
-        failure = f"rank {dist.get_rank()}: {_described(error)}"
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if failures := [f for f in failures if f]:
-        raise CheckpointError("; ".join(failures))
+        failure = {dist.get_rank(): _described(error)}
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, failure)
+    if failures := _by_rank(told):
+        raise CheckpointError("; ".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
     return cast(T, result)
+
+
+def _by_rank(told: list[dict[int, str]]) -> dict[int, str]:
+    """The ranks' failures by rank, each once.
+
+    torch tells every rank of every failure by its number; where it does not communicate, a rank of its own as number 0. If all
+    ranks were told the same, it is taken for the former.
+    """
+    if all(each == told[0] for each in told):
+        return told[0]
+    return {rank: "; ".join(each.values()) for rank, each in enumerate(told) if each}
 
 
 def synced(path: Path) -> None:
@@ -212,8 +238,18 @@ def _write_format(directory: Path) -> None:
     synced(directory)
 
 
-def _failures(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {_described(failure[0])}" for rank, failure in sorted(error.failures.items()))
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Mcore and torch say of each other and of files that every release of Mcore can read."""
+    log = logging.getLogger("megatron.core.dist_checkpointing.strategies.common")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _described(error: BaseException) -> str:

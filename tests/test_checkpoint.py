@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import signal
@@ -121,18 +122,19 @@ def failing_job(directory: Path, how: str) -> tuple[str, Any]:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("shards", "rank 1: OSError: [Errno 28] No space left"),
-        ("index", "rank 0: OSError: [Errno 28] No space left"),
-        ("common", "rank 0: OSError: [Errno 28] No space left"),
-        ("format", "rank 0: OSError: [Errno 28] No space left"),
-        ("rename", "rank 0: OSError: [Errno 5] Input/output"),
-        ("twice", "rank 0: CheckpointingException: Invalid access pattern"),
+        ("shards", r"rank 1: OSError: \[Errno 28\] No space left"),
+        ("index", r"rank 0: OSError: \[Errno 28\] No space left"),
+        ("common", r"rank 0: OSError: \[Errno 28\] No space left"),
+        ("format", r"rank 0: OSError: \[Errno 28\] No space left"),
+        ("rename", r"rank 0: OSError: \[Errno 5\] Input/output"),
+        # Later releases of Megatron-Core put a heading before it.
+        ("twice", r"rank 0: CheckpointingException: (?:.*\n)*.*Invalid access pattern for .*weights\.rows"),
         ("pickle", "rank 0: AttributeError: Can't pickle local object"),
     ],
 )
 def test_a_failure_on_one_rank_is_raised_on_all_and_the_previous_checkpoint_is_whole(tmp_path: Path, how: str, words: str) -> None:
     for raised, found in pool(2).run(failing_job, tmp_path, how, timeout=60):
-        assert raised.startswith(f"checkpoint {tmp_path}/step_000002 could not be written ({words}")
+        assert re.match(rf"checkpoint {re.escape(str(tmp_path))}/step_000002 could not be written \({words}", raised), raised
         assert "earlier checkpoints are intact" in raised
         assert found[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
