@@ -115,5 +115,5 @@ def select_experts(router: TopKRouter, logits_TE: Tensor) -> Tensor:
         return selected.ids
     raise AttachError(
         "topk_routing_with_score_function() did not ask router_replay for its experts: this release of Megatron-Core routes "
-        "otherwise than 0.16, which selection and replay rely on"
+        "otherwise than those that selection and replay rely on"
     )

@@ -1,12 +1,13 @@
 """What PR2 needs of Megatron-Core's router, looked for when it attaches: by what is there, not by a version number.
 
-Checked against megatron-core 0.16.0 and 0.16.1 (docs/megatron_lm.md says what other releases have). A release whose router routes
-otherwise, or a router that something in the process has patched, would replay nothing without a word; both are refused.
+A release whose router routes otherwise, or a router that something in the process has patched, would replay nothing without a word;
+both are refused. A release that has everything, but that nobody tried (megatron_pr2/releases.py), is attached to with a warning.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 
 import torch
 from megatron.core.package_info import __version__ as megatron_version
@@ -14,6 +15,9 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_pr2.errors import AttachError
+from megatron_pr2.releases import TRIED, is_tried
+
+logger = logging.getLogger(__name__)
 
 SELECTION = (
     "topk", "use_pre_softmax", "num_groups", "group_topk", "score_function", "expert_bias", "router_replay",
@@ -24,6 +28,8 @@ ROUTER_METHODS = ("__init__", "forward", "gating", "routing")
 def check_release() -> None:
     """Megatron-Core's selection asks `router_replay` for its experts, and its router has the methods that PR2 extends.
 
+    Warns on rank 0 of a release that was not tried.
+
     Raises:
         AttachError: it has not; naming what is absent.
     """
@@ -32,7 +38,12 @@ def check_release() -> None:
     absent += [f"TopKRouter.{name}" for name in ROUTER_METHODS if not hasattr(TopKRouter, name)]
     if absent:
         raise AttachError(
-            f"megatron-core {megatron_version} has no {', '.join(absent)}, through which routes are replayed; use 0.16"
+            f"megatron-core {megatron_version} has no {', '.join(absent)}, through which routes are replayed; use one of the "
+            f"releases that it was tried on: {', '.join(TRIED)}"
+        )
+    if not is_tried(megatron_version) and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        logger.warning(
+            "megatron-core %s has what replay needs, but was not tried; tried were %s", megatron_version, ", ".join(TRIED)
         )
 
 

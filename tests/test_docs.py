@@ -317,7 +317,9 @@ def test_the_ten_lines_run_and_learn(tiny_checkpoint: Path, tmp_path: Path) -> N
 def test_the_minimal_example_is_short_and_runs() -> None:
     example = ROOT / "examples/attach_minimal.py"
     assert len(example.read_text(encoding="utf-8").splitlines()) < 60
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # What is on the path already may be another release of Megatron-Core.
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(example)], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     pattern = r"^rollout batch \d: \{'agreement': 0\.\d+, 'lift': 0\.0, 'hold_back/beta': 0\.0\}$"

@@ -1,6 +1,6 @@
 """Megatron-Core on a machine without a GPU.
 
-``enable()`` lets unmodified megatron-core 0.16 build and train GPT models on CPU with gloo: calls to ``torch.cuda`` become
+``enable()`` lets unmodified Megatron-Core build and train GPT models on CPU with gloo: calls to ``torch.cuda`` become
 no-ops or go to the CPU, and whatever Megatron would take from Transformer Engine (``use_transformer_engine=True``) is built
 from plain torch modules whose parameters carry the same names, so that weight bridges and checkpoints see one naming.
 

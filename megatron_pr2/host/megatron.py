@@ -1,4 +1,4 @@
-"""The few places where Megatron-Core 0.16 itself assumes a GPU or Transformer Engine."""
+"""The few places where Megatron-Core itself assumes a GPU or Transformer Engine."""
 
 from __future__ import annotations
 

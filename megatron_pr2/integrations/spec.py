@@ -1,4 +1,4 @@
-"""PredictiveTopKRouter through the layer spec: `MoESubmodules.router`, Megatron-Core's own seam (0.16 and later).
+"""PredictiveTopKRouter through the layer spec: `MoESubmodules.router`, Megatron-Core's own seam.
 
     spec = with_pr2_routers(get_gpt_decoder_block_spec(config, use_transformer_engine=True))
     model = GPTModel(config, spec, ...)
@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_pr2.errors import AttachError
+from megatron_pr2.releases import TRIED
 from megatron_pr2.router import PredictiveTopKRouter
 
 
@@ -109,8 +110,8 @@ class _Transform:
     def _moe(self, submodules: MoESubmodules, where: str) -> MoESubmodules:
         if not hasattr(submodules, "router"):
             raise AttachError(
-                f"{where}: MoESubmodules of this Megatron-Core has no `router` (0.15 and earlier), and its routers no replay seam; "
-                "megatron-core 0.16 or later is needed"
+                f"{where}: MoESubmodules of this Megatron-Core has no `router`, and its routers no replay seam; use one of the "
+                f"releases that it was tried on: {', '.join(TRIED)}"
             )
         router = submodules.router
         self.routers += 1
