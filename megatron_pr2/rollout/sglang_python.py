@@ -41,7 +41,8 @@ def find_python(named: str | None = None, *, module: str = "sglang") -> str:
         if shutil.which(python) is None:
             raise ConfigError(f"{setting}={python!r}: no such executable; name the interpreter, e.g. .venv-sglang/bin/python")
         return python
-    if importlib.util.find_spec(module) is not None:
+    # A directory of that name beside the user would be found too, as a package without an origin.
+    if getattr(importlib.util.find_spec(module), "origin", None) is not None:
         return sys.executable
     beside = f"{sys.prefix}-sglang/bin/python"
     if shutil.which(beside) is not None:
@@ -62,7 +63,7 @@ def check_module(python: str, module: str, install: str) -> None:
     Raises:
         ConfigError: the package is not there, or the interpreter does not run.
     """
-    code = f"import importlib.util, sys; sys.exit(3 if importlib.util.find_spec({module!r}) is None else 0)"
+    code = f"import importlib.util as u, sys; sys.exit(3 * (getattr(u.find_spec({module!r}), 'origin', None) is None))"
     try:
         done = subprocess.run(
             [python, "-c", code], env=package_environment(os.environ), capture_output=True, text=True, timeout=_CHECK_S, check=False

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_first_place_that_has_one(places: dict[str, str], monkeypatch: pytes
     monkeypatch.delenv(VARIABLE)
     assert find_python() == places[".venv-sglang"]
     asked: list[str] = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name) or "here")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name) or SimpleNamespace(origin="here"))
     assert find_python() == sys.executable
     assert find_python(module="sglang_router") == sys.executable
     assert asked == ["sglang", "sglang_router"]
@@ -67,6 +68,19 @@ def test_no_place_has_one(places: dict[str, str], tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="no environment with sglang was found"):
         server.start()
     assert server.pid is None
+
+
+def test_a_directory_of_that_name_is_no_package(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    (tmp_path / "nobody_has_this").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("nobody_has_this") is not None
+    assert find_python(module="nobody_has_this") == places[".venv-sglang"]
+    with pytest.raises(ConfigError, match="is not installed"):
+        check_module(sys.executable, "nobody_has_this", "do this")
 
 
 def test_what_is_named_must_run(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
