@@ -78,6 +78,8 @@ class MBridge:
     def export_owned_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         """Shards are gathered tensor by tensor within a tensor-parallel group, and nothing is sent between other ranks.
 
+        But for models that keep the experts of a layer in one tensor (gpt-oss): the first expert-parallel rank owns it.
+
         Raises:
             ConfigError: at the first step and on every rank, for experts that are cut over ranks while the rest is not.
         """
@@ -88,22 +90,37 @@ class MBridge:
                 "experts' shards; use the same size for both"
             )
         with torch.no_grad():
-            for name, parameter in self._named_tensors(chunks):
-                experts = _EXPERTS in name
-                if not owns_weights(experts=experts):
-                    continue
-                if experts:
-                    shards = _gathered(parameter, states.etp_group, states.etp_size)
-                elif getattr(parameter, "tensor_model_parallel", False):
-                    shards = _gathered(parameter, states.tp_group, states.tp_size)
+            yield from getattr(self.inner, "joined", iter)(self._owned(chunks))
+
+    def _owned(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
+        states = self.inner.mpu
+        for name, parameter in self._named_tensors(chunks):
+            experts = _EXPERTS in name
+            if not owns_weights(experts=experts):
+                continue
+            if experts:
+                shards = _gathered(parameter, states.etp_group, states.etp_size)
+            elif getattr(parameter, "tensor_model_parallel", False):
+                shards = _gathered(parameter, states.tp_group, states.tp_size)
+            else:
+                shards = [parameter] if states.tp_rank == 0 else None
+            if shards is None:  # a peer has it
+                continue
+            whole = shards[0] if len(shards) == 1 else self.inner._weight_merge_across_tp(name, shards, parameter)
+            del shards
+            for hf_name, tensor in zip(*self.inner._weight_to_hf_format(name, whole), strict=True):
+                if "#" in hf_name:
+                    yield from self._of_every_rank(hf_name, tensor)
                 else:
-                    shards = [parameter] if states.tp_rank == 0 else None
-                if shards is None:  # a peer has it
-                    continue
-                whole = shards[0] if len(shards) == 1 else self.inner._weight_merge_across_tp(name, shards, parameter)
-                del shards
-                for hf_name, tensor in zip(*self.inner._weight_to_hf_format(name, whole), strict=True):
                     yield hf_name, tensor.detach()
+
+    def _of_every_rank(self, name: str, part: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """An expert's part of a tensor, and on the first expert-parallel rank those of its peers; name is `<tensor>#<expert>`."""
+        states = self.inner.mpu
+        tensor, _, expert = name.partition("#")
+        step = self.config.num_moe_experts // states.ep_size
+        for rank, each in enumerate(_gathered(part, states.ep_group, states.ep_size) or ()):
+            yield f"{tensor}#{int(expert) + rank * step}", each
 
     def _named_tensors(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         """(Megatron name with global layer and expert numbers, this rank's shard), in an order that tensor-parallel peers share."""

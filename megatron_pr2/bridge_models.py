@@ -58,10 +58,12 @@ def _registry() -> dict[str, type]:
     import mbridge  # noqa: F401, registers its bridges
     from mbridge.core.bridge import _MODEL_REGISTRY, register_model
 
+    from megatron_pr2.bridge_gpt_oss import GptOssBridge
     from megatron_pr2.bridge_olmoe import OlmoeBridge
 
-    if "olmoe" not in _MODEL_REGISTRY:
-        register_model("olmoe")(OlmoeBridge)
+    for name, bridge in (("olmoe", OlmoeBridge), ("gpt_oss", GptOssBridge)):
+        if name not in _MODEL_REGISTRY:
+            register_model(name)(bridge)
     return _MODEL_REGISTRY
 
 

@@ -30,8 +30,8 @@ def bridge_config(source: Any) -> Any:
         if name in rope:
             setattr(config, name, rope[name])
     kind = rope.get("rope_type", "default")
-    if kind != "default" and family != "deepseek_v3":
-        raise ConfigError(f"rope_type={kind!r} of model_type={family!r}: mbridge would ignore the scaling; expected 'default'")
+    if kind != "default" and not (kind == "yarn" and family in ("deepseek_v3", "gpt_oss")):
+        raise ConfigError(f"rope_type={kind!r} of model_type={family!r}: the scaling would be ignored; expected 'default'")
     if getattr(config, "head_dim", None) is None and getattr(config, "kv_lora_rank", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
@@ -71,6 +71,8 @@ def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
         overrides["moe_shared_expert_intermediate_size"] = shared or None
     elif config.model_type == "deepseek_v3":
         overrides |= _deepseek_overrides(config)
+    elif config.model_type == "gpt_oss":
+        _check_gpt_oss(config)
     return overrides
 
 
@@ -79,7 +81,7 @@ def _router_overrides(config: Any) -> dict[str, Any]:
     family, topk = config.model_type, config.num_experts_per_tok
     # Mixtral has no such setting: it normalizes.
     normalized = getattr(config, "norm_topk_prob", True)
-    if normalized and topk == 1 and family in (*_SOFTMAX, *_SIGMOID, "mixtral"):
+    if normalized and topk == 1 and family in (*_SOFTMAX, *_SIGMOID, "mixtral", "gpt_oss"):
         raise ConfigError(
             f"num_experts_per_tok=1 with normalized weights (model_type={family!r}): each weight is 1 whatever the router says; "
             "Megatron-Core has no such router"
@@ -126,9 +128,20 @@ def _deepseek_overrides(config: Any) -> dict[str, Any]:
         for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"):
             if rope.get(name) is not None:
                 overrides[name] = rope[name]
-    elif rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type={rope['rope_type']!r} of model_type='deepseek_v3': expected 'default' or 'yarn'")
     return overrides
+
+
+def _check_gpt_oss(config: Any) -> None:
+    """The bridge builds what every published checkpoint has."""
+    rope = config.rope_parameters
+    expected = {"attention_bias": True, "swiglu_alpha": 1.702}
+    for name, value in expected.items():
+        if (given := getattr(config, name, value)) != value:
+            raise ConfigError(f"{name}={given!r} of model_type='gpt_oss': Megatron-Core has {value!r} only")
+    if rope.get("attention_factor") is not None:
+        raise ConfigError(
+            f"attention_factor={rope['attention_factor']!r} of model_type='gpt_oss': Megatron-Core takes it from YaRN's factor"
+        )
 
 
 def _window_overrides(config: Any) -> dict[str, Any]:

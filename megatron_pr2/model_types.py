@@ -9,7 +9,7 @@ from __future__ import annotations
 # Mixture-of-experts language models; what the libraries know besides (dense models, models that see) has no router to replay, or
 # inputs that the trainer does not have.
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
-    "mbridge": ("deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+    "mbridge": ("deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
 }
 
 

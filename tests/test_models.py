@@ -33,7 +33,8 @@ EPS = torch.finfo(torch.float32).eps
 # A logit is a sum over the hidden size, of what as many sums in each layer have added up: rounding grows at most like this.
 LAYERS = 3
 TERMS = SIZES["hidden_size"] * LAYERS
-NORMS = ("q_layernorm.weight", "k_layernorm.weight")
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+VECTORS = ("q_layernorm.weight", "k_layernorm.weight", "core_attention.softmax_offset", "router.bias", "linear_proj.bias")
 SETTINGS = (
     "steps=1", "rollout.prompts=2", "rollout.responses=4", "rollout.max_new_tokens=4", "algorithm.mini_steps=2",
     "algorithm.micro_batch_size=2", "optimizer.lr=0.01", "pr2.sample_fraction=1.0", "pr2.hold_back=false",
@@ -71,6 +72,7 @@ MODELS = (
     Model("GLM-4.5-Air", "glm4_moe", "the same without q/k norms", {"attention_bias": True, "use_qk_norm": False}),
     Model("GLM-4.5 without attention bias", "glm4_moe", "the same without attention bias", {"attention_bias": False}),
     Model("OLMoE", "olmoe", "weights not normalized; q/k norms over whole projections"),
+    Model("gpt-oss", "gpt_oss", "biases of routers and experts; clamped activation; attention sinks, sliding windows; YaRN"),
 )
 
 
@@ -215,33 +217,66 @@ def test_the_whole_loop(model: Model, tokens: Tensor, tmp_path: Path) -> None:
     assert float((done["after"] - done["before"]).abs().max()) > bound
 
 
-def losses_and_norm_gradients(path: Path, layout: dict[str, int], tokens: Tensor) -> tuple[Tensor, Tensors]:
-    """Loss of each token [B, S], and the gradient of every q/k norm, whole."""
+def spread(path: Path, layout: dict[str, int], tokens: Tensor) -> dict[str, Any]:
+    """Loss of each token [B, S], gradients of this rank's attention and router vectors, and both exports, under a layout."""
     from megatron.core.distributed import finalize_model_grads
 
-    from megatron_pr2.bridge import load_model
+    from megatron_pr2.bridge import export_weights, load_model
 
     host.init(**layout)
-    _, chunks = load_model(path, dtype=torch.float32, ddp_config={"use_distributed_optimizer": False})
+    bridge, chunks = load_model(path, dtype=torch.float32, ddp_config={"use_distributed_optimizer": False})
     loss_BS = chunks[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None, labels=tokens.roll(-1, dims=1))
     loss_BS.mean().backward()
     finalize_model_grads(chunks)
-    norms = {name: weight for name, weight in chunks[0].named_parameters() if name.endswith(NORMS)}
-    return loss_BS.detach(), {name: weight.main_grad.clone() for name, weight in norms.items()}
+    return {
+        "loss": loss_BS.detach(),
+        "gradients": {name: weight.main_grad.clone() for name, weight in chunks[0].named_parameters() if name.endswith(VECTORS)},
+        "whole": copied(export_weights(bridge, chunks)),
+        "owned": copied(bridge.export_owned_weights(chunks)),
+    }
 
 
-def test_tensor_parallel_ranks_share_a_norm_over_their_heads(tokens: Tensor, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "model", Model("OLMoE", "olmoe", "", {"clip_qkv": 0.7}))
-    expected_loss, expected = pool(1).run(losses_and_norm_gradients, path, {}, tokens)[0]
-    reference_logits_BSV, *_ = reference(path, tokens)
+@pytest.mark.parametrize(
+    ("family", "changes", "vectors"),
+    [("olmoe", {"clip_qkv": 0.7}, 2 * LAYERS), ("gpt_oss", {}, 3 * LAYERS)],
+)
+def test_what_tensor_and_expert_parallel_ranks_share(
+    family: str, changes: dict[str, Any], vectors: int, tokens: Tensor, tmp_path: Path
+) -> None:
+    path = checkpoint(tmp_path / "model", Model(family, family, "", changes))
+    (alone,) = pool(1).run(spread, path, {}, tokens)
     labels = tokens.roll(-1, dims=1).unsqueeze(-1)
-    close(expected_loss, -reference_logits_BSV.log_softmax(-1).gather(-1, labels).squeeze(-1))
-    assert len(expected) == 2 * LAYERS
-    for loss, gradients in pool(2).run(losses_and_norm_gradients, path, {"tensor": 2, "expert": 2, "expert_tensor": 1}, tokens):
-        close(loss, expected_loss)
-        for name, gradient in expected.items():
-            assert gradient.abs().min() > 0, name
-            close(gradients[name], gradient)
+    close(alone["loss"], -reference(path, tokens)[0].log_softmax(-1).gather(-1, labels).squeeze(-1))
+    assert len(alone["gradients"]) == vectors
+    ranks = pool(2).run(spread, path, {"tensor": 2, "expert": 2, "expert_tensor": 1}, tokens)
+    for rank, shared in enumerate(ranks):
+        close(shared["loss"], alone["loss"])
+        for name, gradient in alone["gradients"].items():
+            assert gradient.abs().max() > 0, name
+            own = shared["gradients"][name]
+            close(own, gradient if own.shape == gradient.shape else gradient.chunk(2)[rank])
+    original = load_file(path / "model.safetensors")
+    owned = [name for shared in ranks for name in shared["owned"]]
+    assert sorted(owned) == sorted(original)
+    for shared in (alone, *ranks):
+        assert shared["whole"].keys() == original.keys()
+        for name, tensor in [*shared["whole"].items(), *shared["owned"].items()]:
+            assert torch.equal(tensor, original[name]), name
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"sliding_window": 6}),
+        ("qwen3_moe", {"sliding_window": 6, "use_sliding_window": True}),
+        ("qwen2_moe", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_sliding_windows(family: str, changes: dict[str, Any], tokens: Tensor, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model", Model(family, family, "", changes))
+    labels = tokens.roll(-1, dims=1).unsqueeze(-1)
+    (alone,) = pool(1).run(spread, path, {}, tokens)
+    close(alone["loss"], -reference(path, tokens)[0].log_softmax(-1).gather(-1, labels).squeeze(-1))
 
 
 def from_bf16(path: Path) -> Tensors:
@@ -275,6 +310,11 @@ def test_deepseek_in_bf16_from_one_file_and_from_many(shard: str, tmp_path: Path
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("glm4_moe", {"num_experts_per_tok": 1}, "each weight is 1"),
         ("mixtral", {"num_experts_per_tok": 1}, "each weight is 1"),
+        ("gpt_oss", {"num_experts_per_tok": 1}, "each weight is 1"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=False"),
+        ("gpt_oss", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor=2.0"),
+        ("qwen3_moe", {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
         ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type='linear'"),
         ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not read"),

@@ -1,4 +1,5 @@
-"""Core attention of the host: causal attention for padded batches, packed sequences, GQA, MLA and context parallelism.
+"""Core attention of the host: causal attention for padded batches, packed sequences, GQA, MLA and context parallelism, with
+sliding windows and attention sinks (a logit per head that takes part in the softmax and stands for no key).
 
 Shape suffixes: S local sequence positions, B sequences of a padded batch, T local tokens of a packed batch, N heads of this
 rank, G key/value heads of this rank, D channels.
@@ -10,13 +11,23 @@ who may look at whom; the gradient of the gather is a reduce-scatter.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import divide
 
 from megatron_pr2.errors import ConfigError
 
@@ -48,11 +59,13 @@ def zigzag_positions(local_length: int, cp_size: int, cp_rank: int) -> torch.Ten
 
 
 class HostAttention(torch.nn.Module):
-    """Stands in for ``TEDotProductAttention``; no parameters.
+    """Stands in for ``TEDotProductAttention``; its only parameter is ``softmax_offset`` [N], the sinks, where they are learned.
 
     Raises:
-        ConfigError: a setting that only Transformer Engine's attention has (sliding window, attention sink, qk-clip).
+        ConfigError: a setting that only Transformer Engine's attention has (qk-clip).
     """
+
+    softmax_offset: torch.Tensor | None
 
     def __init__(
         self,
@@ -69,8 +82,6 @@ class HostAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         unsupported = {
-            "window_size": config.window_size is not None,
-            "softmax_type": config.softmax_type != "vanilla",
             "qk_clip": config.qk_clip,
             "log_max_attention_logit": config.log_max_attention_logit,
         }
@@ -83,6 +94,32 @@ class HostAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # Keys before the query that it sees; what is after it is hidden anyway.
+        self.window = config.window_size[0] if windowed and config.window_size[0] >= 0 else None
+        self._add_sinks(config, groups)
+
+    def _add_sinks(self, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        if config.softmax_type == "vanilla":
+            self.register_parameter("softmax_offset", None)
+            return
+        self._tp_group = groups.tp
+        offset = torch.zeros(divide(config.num_attention_heads, groups.tp.size()), dtype=config.params_dtype)
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", offset, persistent=False)
+            return
+        self.softmax_offset = torch.nn.Parameter(offset)
+        set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
+        if config.perform_initialization:
+            config.init_method(self.softmax_offset)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """The key that Transformer Engine's module has: learned sinks, by tensor-parallel rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        if not state:
+            return {}
+        groups = {"tp_group": self._tp_group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
 
     def forward(
         self,
@@ -112,6 +149,8 @@ class HostAttention(torch.nn.Module):
         if attention_bias is not None:
             raise ConfigError("attention_bias: the host's attention has none")
         causal = (self.attn_mask_type if attn_mask_type is None else attn_mask_type) in _CAUSAL
+        if self.window is not None and not causal:
+            raise ConfigError(f"attn_mask_type={attn_mask_type}: windows of attention are causal on the host")
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
             return self._padded(query, key, value, attention_mask, causal)
         if not causal:
@@ -131,13 +170,11 @@ class HostAttention(torch.nn.Module):
         if self.cp_group is not None and (attention_mask is not None or not causal):
             raise ConfigError("context parallelism on the host: attention must be causal and attention_mask None")
         local_length = query.shape[0]
-        positions, allowed = self._masks(local_length)
+        allowed = self._allowed(local_length) if causal and not (self._plain and attention_mask is None) else None
         if self.cp_group is not None:
             key, value = self._gather(key), self._gather(value)
         if attention_mask is not None:
-            allowed = ~attention_mask.bool()
-            if causal:
-                allowed = allowed & (positions[:, None] >= positions[None, :])
+            allowed = ~attention_mask.bool() if allowed is None else allowed & ~attention_mask.bool()
         # [S, B, heads, D] -> [B, heads, S, D]
         q_BNSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output_BNSD = self._attend(q_BNSD, k_BGSD, v_BGSD, allowed, causal)
@@ -156,7 +193,7 @@ class HostAttention(torch.nn.Module):
             key, value = (self._gather(tensor).unflatten(0, (cp_size, -1)).transpose(0, 1) for tensor in (key, value))
         outputs = []
         for q_TND, k_TGD, v_TGD in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            _, allowed = self._masks(q_TND.shape[0])
+            allowed = None if self._plain else self._allowed(q_TND.shape[0])
             if self.cp_group is not None:
                 k_TGD, v_TGD = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (k_TGD, v_TGD))
             q_BNSD, k_BGSD, v_BGSD = (tensor.transpose(0, 1)[None] for tensor in (q_TND, k_TGD, v_TGD))
@@ -167,19 +204,28 @@ class HostAttention(torch.nn.Module):
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.cp_group)
 
-    def _masks(self, local_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's global positions [S] and, under context parallelism, who may see whom [S, cp * S]."""
+    @property
+    def _plain(self) -> bool:
+        """Whether causal attention needs no mask of its own."""
+        return self.cp_group is None and self.window is None
+
+    def _allowed(self, local_length: int) -> torch.Tensor:
+        """Which keys of a sequence each query of this rank may see, [S, cp * S]."""
         if self.cp_group is None:
-            return torch.arange(local_length), None
-        size = self.cp_group.size()
-        everyone = [zigzag_positions(local_length, size, rank) for rank in range(size)]
-        mine = everyone[self.cp_group.rank()]
-        return mine, mine[:, None] >= torch.cat(everyone)[None, :]
+            queries = keys = torch.arange(local_length)
+        else:
+            size = self.cp_group.size()
+            everyone = [zigzag_positions(local_length, size, rank) for rank in range(size)]
+            queries, keys = everyone[self.cp_group.rank()], torch.cat(everyone)
+        distance = queries[:, None] - keys[None, :]
+        return distance >= 0 if self.window is None else (distance >= 0) & (distance <= self.window)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None, causal: bool
     ) -> torch.Tensor:
         """[B, heads, length, channels] each; ``allowed`` None means plain causal (or full) attention."""
+        if self.softmax_offset is not None:
+            return self._attend_with_sinks(self.softmax_offset, query, key, value, allowed, causal)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -190,3 +236,25 @@ class HostAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    def _attend_with_sinks(
+        self,
+        sinks_N: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scale = 1.0 / math.sqrt(query.shape[-1]) if self.softmax_scale is None else self.softmax_scale
+        scores = query @ key.transpose(-1, -2) * scale
+        if allowed is None and causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        sinks = sinks_N.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        # A sink takes its share of the weight, and adds nothing.
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        return F.dropout(weights, self.dropout, self.training) @ value

@@ -39,16 +39,21 @@ class HostGroupedLinear(torch.nn.Module):
         config: TransformerConfig,
         init_method: InitMethod,
         bias: bool,
+        skip_bias_add: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        if bias:
-            raise ConfigError("add_bias_linear=True: the host's grouped experts have no bias; set add_bias_linear=False")
         groups = ProcessGroupCollection.use_mpu_process_groups() if pg_collection is None else pg_collection
         self.config = config
         self.num_gemms = num_gemms
         self.partition_dim = partition_dim
+        self.use_bias, self.skip_bias_add = bias, skip_bias_add
         self._pg_collection = groups
+        if bias and groups.expt_tp.size() > 1:
+            raise ConfigError(
+                f"add_bias_linear=True with expert_tensor_parallel_size={groups.expt_tp.size()}: each rank would add the whole "
+                "bias; set expert_tensor_parallel_size=1"
+            )
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], groups.expt_tp.size())
         for index in range(num_gemms):
@@ -58,6 +63,10 @@ class HostGroupedLinear(torch.nn.Module):
             # Expert gradients are reduced over the expert data-parallel group, not over all data-parallel ranks.
             weight.allreduce = config.expert_model_parallel_size <= 1
             self.register_parameter(f"weight{index}", weight)
+            if bias:
+                offset = torch.nn.Parameter(torch.zeros(output_size, dtype=config.params_dtype))
+                offset.allreduce = weight.allreduce
+                self.register_parameter(f"bias{index}", offset)
         # A distributed checkpoint holds one (empty) extra state per expert, a module has one.
         self._register_load_state_dict_pre_hook(self._drop_extra_states)
         if config.perform_initialization:
@@ -78,12 +87,18 @@ class HostGroupedLinear(torch.nn.Module):
                 shard = whole.chunk(etp.size(), dim=self.partition_dim)[etp.rank()]
                 self.get_parameter(f"weight{expert - first}").data.copy_(shard)
 
-    def forward(self, input_: torch.Tensor, m_splits: Any) -> tuple[torch.Tensor, None]:
-        """Rows [sum(m_splits), in], sorted by local expert -> [sum(m_splits), out]; experts without rows are part of the graph."""
+    def forward(self, input_: torch.Tensor, m_splits: Any) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Rows [sum(m_splits), in], sorted by local expert -> [sum(m_splits), out]; experts without rows are part of the graph.
+
+        Returns:
+            The rows, and with ``skip_bias_add`` the biases [out] of the local experts, which the caller adds.
+        """
         rows = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else [int(split) for split in m_splits]
         parts = input_.split(rows)
-        outputs = [F.linear(part, self.get_parameter(f"weight{index}")) for index, part in enumerate(parts)]
-        return torch.cat(outputs), None
+        biases = [self.get_parameter(f"bias{index}") for index in range(self.num_gemms)] if self.use_bias else None
+        added = [None] * self.num_gemms if biases is None or self.skip_bias_add else biases
+        outputs = [F.linear(part, self.get_parameter(f"weight{index}"), added[index]) for index, part in enumerate(parts)]
+        return torch.cat(outputs), biases if self.skip_bias_add else None
 
     def get_extra_state(self) -> None:
         """Transformer Engine's modules have one; an empty one keeps the checkpoint keys equal."""
@@ -101,8 +116,11 @@ class HostGroupedLinear(torch.nn.Module):
         for index in range(self.num_gemms):
             expert = ep.rank() * self.num_gemms + index
             offset = (len(sharded_offsets), expert, ep.size() * self.num_gemms)
+            state = {f"{index}.weight": self.get_parameter(f"weight{index}"), f"{index}._extra_state": None}
+            if self.use_bias:
+                state[f"{index}.bias"] = self.get_parameter(f"bias{index}")
             local = make_sharded_tensors_for_checkpoint(
-                {f"{index}.weight": self.get_parameter(f"weight{index}"), f"{index}._extra_state": None},
+                state,
                 "",
                 {f"{index}.weight": self.partition_dim},
                 sharded_offsets if single_shards else (*sharded_offsets, offset),
@@ -111,6 +129,8 @@ class HostGroupedLinear(torch.nn.Module):
             )
             replace_prefix_for_sharding(local, f"{index}.", f"{expert}.{prefix}" if single_shards else prefix)
             sharded[f"{prefix}weight{index}"] = local[f"{index}.weight"]
+            if self.use_bias:
+                sharded[f"{prefix}bias{index}"] = local[f"{index}.bias"]
             sharded[f"{prefix}_extra_state{index or ''}"] = local[f"{index}._extra_state"]
         for entry in sharded.values():
             # Copies of an expert live along the expert data-parallel group.
@@ -144,6 +164,7 @@ class HostColumnParallelGroupedLinear(HostGroupedLinear):
             config=config,
             init_method=init_method,
             bias=bias,
+            skip_bias_add=skip_bias_add,
             pg_collection=pg_collection,
         )
 
@@ -174,5 +195,6 @@ class HostRowParallelGroupedLinear(HostGroupedLinear):
             config=config,
             init_method=init_method,
             bias=bias,
+            skip_bias_add=skip_bias_add,
             pg_collection=pg_collection,
         )

@@ -44,6 +44,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
     if family == "olmoe":
         sizes = SIZES | gqa | {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 32}
         return transformers.OlmoeConfig(**(sizes | changes))
+    if family == "gpt_oss":
+        sizes = SIZES | gqa | {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 32, "head_dim": 16}
+        return transformers.GptOssConfig(**(sizes | {"sliding_window": 6} | changes))
     if family == "qwen3":
         return transformers.Qwen3Config(**(SIZES | gqa | {"head_dim": 16} | changes))
     raise ValueError(family)

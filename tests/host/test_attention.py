@@ -1,4 +1,4 @@
-"""The host's core attention against the textbook formula: causal, padded, packed, grouped heads, context parallel."""
+"""The host's attention against the textbook formula: causal, padded, packed, grouped heads, context parallel, windows, sinks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ from tests.distributed import pool
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 Case = dict[str, torch.Tensor]
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+EXTRAS = pytest.mark.parametrize("extra", [{}, {"window": 3}, {"sinks": SINKS}, {"window": 3, "sinks": SINKS}])
 
 
-def _textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention of one sequence: [S, N, D], [S, G, D], [S, G, Dv] -> [S, N * Dv]."""
+def _textbook(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None = None, window: int | None = None
+) -> torch.Tensor:
+    """Causal attention of one sequence: [S, N, D], [S, G, D], [S, G, Dv] -> [S, N * Dv].
+
+    Args:
+        sinks: [N], a logit per head without a value.
+        window: how many tokens before its own a query sees.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = torch.einsum("snd,tnd->nst", query, key) / math.sqrt(query.shape[-1])
     future = torch.ones(len(query), len(query), dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    if window is not None:
+        future = future | torch.ones_like(future).tril(-window - 1)
+    exponentials = scores.masked_fill(future, float("-inf")).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    weights = exponentials / (total if sinks is None else total + sinks.exp()[:, None, None])
     return torch.einsum("nst,tnd->snd", weights, value).flatten(1)
 
 
@@ -43,33 +56,40 @@ def _inputs(lengths: tuple[int, ...], *, heads: int = 4, groups: int = 2, v_chan
     ]
 
 
-def _expected(cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
+def _expected(cases: list[Case], **extra: Any) -> list[tuple[torch.Tensor, ...]]:
     """Per sequence: output and gradients of query, key and value."""
     results = []
     for case in cases:
         leaves = [case[name].clone().requires_grad_() for name in ("query", "key", "value")]
-        output = _textbook(*leaves)
+        output = _textbook(*leaves, **extra)
         output.backward(case["upstream"])
         results.append((output.detach(), *(leaf.grad for leaf in leaves)))
     return results
 
 
-def _attention(cp_group: Any = None, **changes: Any) -> Any:
+def _attention(cp_group: Any = None, *, sinks: torch.Tensor | None = None, window: int | None = None, **changes: Any) -> Any:
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_pr2.host.attention import HostAttention
 
     fields = {
-        "window_size": None,
-        "softmax_type": "vanilla",
+        "window_size": None if window is None else (window, 0),
+        "window_attn_skip_freq": None,
+        "softmax_type": "vanilla" if sinks is None else "learnable",
+        "num_attention_heads": 4,
+        "params_dtype": torch.float64,
+        "perform_initialization": False,
         "qk_clip": False,
         "log_max_attention_logit": False,
         "attention_dropout": 0.0,
         "context_parallel_size": 1 if cp_group is None else cp_group.size(),
     }
     config = SimpleNamespace(**(fields | changes))
-    groups = SimpleNamespace(cp=cp_group)
-    return HostAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)  # type: ignore[arg-type]
+    groups = SimpleNamespace(cp=cp_group, tp=SimpleNamespace(size=lambda: 1))
+    attention = HostAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)  # type: ignore[arg-type]
+    if sinks is not None:
+        attention.softmax_offset.data.copy_(sinks)
+    return attention
 
 
 def _packed_params(lengths: tuple[int, ...], padded: tuple[int, ...] | None = None) -> Any:
@@ -90,23 +110,51 @@ def test_padded_batch(groups: int, v_channels: int) -> None:
         torch.testing.assert_close(output[:, index], expected)
 
 
-def test_left_padding_is_masked() -> None:
+@EXTRAS
+def test_left_padding_is_masked(extra: dict[str, Any]) -> None:
     (case,) = _inputs((9,))
     padding = 3
     names = ("query", "key", "value")
     query, key, value = (torch.cat((torch.ones(padding, *case[name].shape[1:]), case[name])) for name in names)
     forbidden = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
     forbidden[..., :padding] = True
-    output = _attention()(query[:, None], key[:, None], value[:, None], forbidden)
-    torch.testing.assert_close(output[padding:, 0], _expected([case])[0][0])
+    output = _attention(**extra)(query[:, None], key[:, None], value[:, None], forbidden)
+    torch.testing.assert_close(output[padding:, 0], _expected([case], **extra)[0][0])
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
+@EXTRAS
+def test_packed_sequences_do_not_see_each_other(extra: dict[str, Any]) -> None:
     lengths = (5, 1, 12)
     cases = _inputs(lengths)
     query, key, value = (torch.cat([case[name] for case in cases]) for name in ("query", "key", "value"))
-    output = _attention()(query, key, value, None, packed_seq_params=_packed_params(lengths))
-    torch.testing.assert_close(output, torch.cat([expected for expected, *_ in _expected(cases)]))
+    output = _attention(**extra)(query, key, value, None, packed_seq_params=_packed_params(lengths))
+    torch.testing.assert_close(output, torch.cat([expected for expected, *_ in _expected(cases, **extra)]))
+
+
+def test_sinks_learn() -> None:
+    (case,) = _inputs((9,))
+    sinks = SINKS.clone().requires_grad_()
+    arguments = [case[name] for name in ("query", "key", "value")]
+    _textbook(*arguments, sinks=sinks).backward(case["upstream"])
+    attention = _attention(sinks=SINKS)
+    attention(*(tensor[:, None] for tensor in arguments), None).backward(case["upstream"][:, None])
+    assert sinks.grad is not None
+    torch.testing.assert_close(attention.softmax_offset.grad, sinks.grad)
+
+
+def test_off_by_one_is_a_sink_of_zero_and_no_parameter() -> None:
+    (case,) = _inputs((9,))
+    attention = _attention(softmax_type="off-by-one")
+    assert not attention.state_dict()
+    output = attention(case["query"][:, None], case["key"][:, None], case["value"][:, None], None)
+    torch.testing.assert_close(output[:, 0], _expected([case], sinks=torch.zeros(4, dtype=torch.float64))[0][0])
+
+
+def test_layers_without_a_window_see_everything() -> None:
+    (case,) = _inputs((9,))
+    attention = _attention(window=2, window_attn_skip_freq=[0, 1])
+    output = attention(case["query"][:, None], case["key"][:, None], case["value"][:, None], None)
+    torch.testing.assert_close(output[:, 0], _expected([case])[0][0])
 
 
 def test_packed_padding_changes_no_token() -> None:
@@ -123,7 +171,7 @@ def test_packed_padding_changes_no_token() -> None:
         torch.testing.assert_close(output[start : start + length], expected)
 
 
-def _context_parallel(cases: list[Case], packed: bool) -> list[tuple[torch.Tensor, ...]]:
+def _context_parallel(cases: list[Case], packed: bool, extra: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
     """This rank's share of outputs and gradients, per sequence."""
     from megatron.core import parallel_state
 
@@ -131,7 +179,7 @@ def _context_parallel(cases: list[Case], packed: bool) -> list[tuple[torch.Tenso
 
     host.init(context=torch.distributed.get_world_size())
     group = parallel_state.get_context_parallel_group()
-    attention = _attention(group)
+    attention = _attention(group, **extra)
     here = [zigzag_positions(len(case["query"]) // group.size(), group.size(), group.rank()) for case in cases]
     names = ("query", "key", "value", "upstream")
     local = {name: [case[name][at] for case, at in zip(cases, here, strict=True)] for name in names}
@@ -146,14 +194,23 @@ def _context_parallel(cases: list[Case], packed: bool) -> list[tuple[torch.Tenso
     return list(zip(*(tensor.unbind(1) for tensor in tensors), strict=True))
 
 
-@pytest.mark.parametrize(("world", "packed", "lengths"), [(2, False, (8, 8)), (2, True, (8, 4, 16)), (4, True, (8, 24))])
-def test_context_parallel_forward_and_backward(world: int, packed: bool, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("world", "packed", "lengths", "extra"),
+    [
+        (2, False, (8, 8), {}),
+        (2, False, (8, 8), {"window": 3, "sinks": SINKS}),
+        (2, True, (8, 4, 16), {}),
+        (2, True, (8, 4, 16), {"window": 3, "sinks": SINKS}),
+        (4, True, (8, 24), {}),
+    ],
+)
+def test_context_parallel_forward_and_backward(world: int, packed: bool, lengths: tuple[int, ...], extra: dict[str, Any]) -> None:
     from megatron_pr2.host.attention import zigzag_positions
 
     cases = _inputs(lengths)
-    results = pool(world).run(_context_parallel, cases, packed)
+    results = pool(world).run(_context_parallel, cases, packed, extra)
     for rank, local in enumerate(results):
-        for length, mine, expected in zip(lengths, local, _expected(cases), strict=True):
+        for length, mine, expected in zip(lengths, local, _expected(cases, **extra), strict=True):
             here = zigzag_positions(length // world, world, rank)
             for name, tensor, reference in zip(("output", "query", "key", "value"), mine, expected, strict=True):
                 torch.testing.assert_close(tensor, reference[here], msg=f"rank {rank}: {name}")
@@ -170,8 +227,8 @@ def test_zigzag_holds_every_position_once() -> None:
 
 
 def test_what_the_host_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match="window_size"):
-        _attention(window_size=(8, 0))
+    with pytest.raises(ConfigError, match="qk_clip"):
+        _attention(qk_clip=True)
     (case,) = _inputs((6,))
     arguments = (case["query"], case["key"], case["value"], None)
     with pytest.raises(ConfigError, match="boundaries cover 5 tokens"):
