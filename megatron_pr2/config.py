@@ -31,7 +31,7 @@ class PR2Config:
         route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): "scatter" sends each its
             share from the first rank, "local" slices tables that every rank was given.
         predictor: what W_p comes from: "none", "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's
-            drift), "momentum" (the direction in which the policy's Adam moves the gate), or "learned+momentum".
+            drift), "momentum" (the direction in which the policy's Adam or Lion moves the gate), or "learned+momentum".
         target: what the predictor matches: "post" = KL(rho_theta || q_hat), "delta" = KL of the softmax of the logit change.
         alpha: the predictor's learning rate is alpha times the policy's current one.
         betas, eps: the predictor's Adam.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError
-from megatron_pr2.optimizer_moments import adam_updates, find_holders
+from megatron_pr2.optimizer_moments import find_holders, next_updates
 from megatron_pr2.predictor import RoutePredictor
 from megatron_pr2.sequences import ReplaySequence, last_mini_step
 from megatron_pr2.sites import RouterSite
@@ -48,7 +48,7 @@ class Forecast:
         """Takes the policy's optimizer.
 
         Raises:
-            AttachError: it does not train the gates, and somebody needs to know how they move.
+            AttachError: somebody needs to know how the gates move, and it does not train them, or in a way that is not known.
         """
         if self._config.follows:
             find_holders(optimizer, self._gates)
@@ -85,7 +85,7 @@ class Forecast:
     def gate_updates(self) -> Tensor:
         """What one more update would do to the gates, [L, E, H] fp32."""
         self.require_optimizer()
-        return adam_updates(self._optimizer, self._gates, self._shape, self._device)
+        return next_updates(self._optimizer, self._gates, self._shape, self._device)
 
     def known_horizon(self, sequences: Sequence[ReplaySequence]) -> float | None:
         """The average that sequences' own horizons are relative to, where the actor records their routes.

@@ -1,15 +1,20 @@
-"""How the policy's optimizer is moving parameters: Adam's update from Megatron-Core's optimizers, sharded or not.
+"""How the policy's optimizer is moving parameters: Adam's or Lion's update from Megatron-Core's optimizers, sharded or not.
 
-    update = -lr (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta),   m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
+    Adam  update = -lr (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta),   m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
+    Lion  update = -lr (sign(m) + weight_decay * theta)
 
-(Adam, arXiv 1412.6980, Algorithm 1, with decoupled weight decay, arXiv 1711.05101; with the L2 form the decay is part of m.) Read
-from the state that the last step left: nothing is added to the optimizer and nothing is changed in it.
+(Adam, arXiv 1412.6980, Algorithm 1, with decoupled weight decay, arXiv 1711.05101; with the L2 form the decay is part of m. Lion,
+arXiv 2302.06675, Algorithm 2, for a gradient that goes on as its mean: sign(beta1 m + (1 - beta1) m).) Read from the state that the
+last step left: nothing is added to the optimizer and nothing is changed in it.
+
+Other optimizers are refused by their class, not by their state: SOAP keeps moments of Adam's names in another basis, and Muon
+orthogonalises a momentum that a layer-wise optimizer keeps on one rank only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +27,20 @@ from megatron_pr2.errors import AttachError
 
 
 @torch.no_grad()
-def adam_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The update that Adam would make again, [len(parameters), *shape] fp32; zeros before its first step.
+def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The update that the optimizer would make again, [len(parameters), *shape] fp32; zeros before its first step.
 
     Collective over the data-parallel group of a distributed optimizer, whose ranks hold slices of the moments; of any other
     optimizer every rank holds its parameters' moments whole.
 
     Args:
         optimizer: Megatron-Core's (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, ChainedOptimizer of
-            these) or a torch.optim.Adam or AdamW.
+            these) or a torch.optim.Adam or AdamW, or a Lion.
         parameters: of the model, all of one shape.
         shape, device: of the parameters, for a rank that has none.
 
     Raises:
-        AttachError: a parameter is in none of the optimizers, or its optimizer is not Adam.
+        AttachError: a parameter is in none of the optimizers, or its optimizer is neither Adam nor Lion.
     """
     holders = find_holders(optimizer, parameters)
     flat = torch.zeros(len(parameters), math.prod(shape), dtype=torch.float32, device=device)
@@ -48,7 +53,7 @@ def adam_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
         piece = _piece(holder, parameter)
         if piece is None:
             continue
-        update = _update(piece, holder)
+        update = _rule(holder)(piece, getattr(holder, "optimizer", holder))
         flat[row, piece.span] = update.to(device).view(-1)
         known[row] = update.numel()
     for group in groups.values():
@@ -64,7 +69,7 @@ def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any
     """Which of the optimizers that a chain is made of trains each parameter.
 
     Raises:
-        AttachError: none of them does.
+        AttachError: none of them does, or one whose next update is not known here.
     """
     parts = list(_parts(optimizer))
     holders = []
@@ -76,6 +81,7 @@ def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any
                 f"the gate of MoE layer {row} of this rank is in none of the optimizers ({kinds}) given to follow(); "
                 "predictor='momentum' needs the optimizer that trains it, and routers that are not frozen"
             )
+        _rule(holder)
         holders.append(holder)
     return holders
 
@@ -98,16 +104,44 @@ class _Piece:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """The optimizers that a chain is made of."""
-    if hasattr(optimizer, "chained_optimizers"):
+    """The optimizers that a chain is made of; a layer-wise one, whose parts hold other parameters on each rank, is one."""
+    if hasattr(optimizer, "chained_optimizers") and not _is_layer_wise(optimizer):
         for each in optimizer.chained_optimizers:
             yield from _parts(each)
     else:
         yield optimizer
 
 
+def _is_layer_wise(part: Any) -> bool:
+    return any(kind.__name__ == "LayerWiseDistributedOptimizer" for kind in type(part).__mro__)
+
+
+def _rule(part: Any) -> Callable[[_Piece, Any], Tensor]:
+    """How an optimizer makes its updates.
+
+    Raises:
+        AttachError: it is not known here.
+    """
+    inner = getattr(part, "optimizer", part)
+    # One that offloads moments is made of others.
+    within = [getattr(inner, "gpu_optimizer", None), *(getattr(inner, "cpu_optimizers", None) or ())]
+    made_of = [each for each in within if each is not None] or [inner]
+    kinds = [{kind.__name__ for kind in type(each).__mro__} for each in made_of]
+    if not _is_layer_wise(part):
+        for rule, known in ((_adam, {"Adam", "AdamW", "FusedAdam"}), (_lion, {"Lion"})):
+            if all(kind & known for kind in kinds):
+                return rule
+    names = " and ".join(sorted({type(each).__name__ for each in made_of}))
+    raise AttachError(
+        f"the gates are trained by {names}: predictor='momentum' knows the next update of Adam and of Lion, not this one's (Muon "
+        "and its like take every matrix that is no embedding, gates too); use predictor='learned'"
+    )
+
+
 def _holds(part: Any, parameter: nn.Parameter) -> bool:
     """Whether an optimizer trains a parameter, also where this rank holds no piece of it."""
+    if _is_layer_wise(part):
+        return parameter.requires_grad and parameter.dim() == 2
     if isinstance(part, DistributedOptimizer):
         return any(each is parameter for buffer in getattr(part, "buffers", ()) for each in buffer.params)
     trained = _trained(parameter)
@@ -144,8 +178,22 @@ def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
     return _Piece(state, settings, slice(None), trained.detach())
 
 
-def _update(piece: _Piece, part: Any) -> Tensor:
-    """The next update of a piece if the gradient went on as its mean.
+def _lion(piece: _Piece, inner: Any) -> Tensor:
+    """Lion's next update of a piece if the gradient went on as its mean.
+
+    Raises:
+        AttachError: its weight decay is another one.
+    """
+    if (method := getattr(inner, "weight_decay_method", "decoupled")) != "decoupled":
+        raise AttachError(
+            f"Lion with weight_decay_method={method!r}: predictor='momentum' knows 'decoupled' only; use it, or predictor='learned'"
+        )
+    settings, mean = piece.settings, piece.state["exp_avg"]
+    return -settings["lr"] * (mean.float().sign() + settings["weight_decay"] * piece.weight.float().view_as(mean))
+
+
+def _adam(piece: _Piece, inner: Any) -> Tensor:
+    """Adam's next update of a piece if the gradient went on as its mean.
 
     Raises:
         AttachError: the optimizer keeps other moments than Adam's, or does not say how many updates it made.
@@ -153,10 +201,9 @@ def _update(piece: _Piece, part: Any) -> Tensor:
     state, settings = piece.state, piece.settings
     if not {"exp_avg", "exp_avg_sq"} <= set(state) or "betas" not in settings:
         raise AttachError(
-            f"the gates' optimizer keeps {sorted(state)}: predictor='momentum' reads Adam's exp_avg and exp_avg_sq; train the "
-            "routers with Adam, or use predictor='learned'"
+            f"the gates' {type(inner).__name__} keeps {sorted(state)}: predictor='momentum' reads Adam's exp_avg and exp_avg_sq; "
+            "train the routers with Adam, or use predictor='learned'"
         )
-    inner = getattr(part, "optimizer", part)
     step = _steps(state, settings, inner)
     if step is None:
         raise AttachError(

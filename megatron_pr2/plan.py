@@ -255,7 +255,7 @@ class Plan:
         pushed = np.zeros_like(self._is_other, dtype=np.int64)
         if dp == 0:
             pushed[:, 0] = gates_D
-        # A gate's update per layer, and of how many elements it is (optimizer_moments.adam_updates).
+        # A gate's update per layer, and of how many elements it is (optimizer_moments.next_updates).
         followed_D = (self._predictor_D("momentum", "momentum") + 4 * self._layers_D) * self.config.follows
         # sequences.agree_on_rollout: a bit per token.
         validity = math.ceil(tokens.sequences * self.work.seq / 8)
