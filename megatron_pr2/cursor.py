@@ -128,8 +128,10 @@ class Cursors:
                         "when it is opened, and run other forwards outside of it"
                     )
                 self._run(index, self._order[number])
+            bound = self._forward[index]
+            bound.tokens_per_sample = _tokens_per_sample(args, kwargs)
             if self._look is not None:
-                self._look(chunk, self._forward[index].micro_batch, args, kwargs)
+                self._look(chunk, bound.micro_batch, args, kwargs)
 
         return hook
 
@@ -169,6 +171,12 @@ class Cursors:
         if index is None:
             raise ReplayError(f"{type(chunk).__name__}: not one of the model chunks that PR2 was attached to")
         return index
+
+
+def _tokens_per_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """What the PackedSeqParams among a chunk's arguments say (from Megatron-Core 0.19 on): see megatron_pr2.replay."""
+    given = (getattr(each, "tokens_per_sample", None) for each in (*args, *kwargs.values()))
+    return next((int(tokens) for tokens in given if tokens is not None), None)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

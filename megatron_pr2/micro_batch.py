@@ -88,6 +88,7 @@ class BoundMicroBatch:
         routes_TLK: compact ids of the local layers on the device, from the time that the micro-batch runs.
         missing: rows [M] that the live router decides, or None if there is none.
         recorded: ids [T, K] per local layer, filled while recording.
+        tokens_per_sample: of the PackedSeqParams that the chunk runs it with, or None.
     """
 
     micro_batch: MicroBatch
@@ -96,3 +97,4 @@ class BoundMicroBatch:
     routes_TLK: Tensor | None = None
     missing: Tensor | None = None
     recorded: dict[int, Tensor] = field(default_factory=dict)
+    tokens_per_sample: int | None = None

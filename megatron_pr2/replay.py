@@ -44,14 +44,18 @@ class _SiteControl:
     def __init__(self, session: ReplaySession, site: RouterSite) -> None:
         self._session, self._site = session, site
         self._predicted: Tensor | None = None
+        self._samples = 1
 
     def observe(self, router: PredictiveTopKRouter, hidden: Tensor, logits: Tensor) -> None:
         """Shows the gate to the session's observer, once per micro-batch: not again when it is recomputed."""
         bound, recomputing = self._session.cursors.current(self._site)
+        self._samples = self._side_by_side(bound, hidden.shape)
         if recomputing:
             return
         with torch.no_grad():
-            h_TH, p_TE = hidden.detach().reshape(-1, hidden.shape[-1]), logits.detach().reshape(-1, logits.shape[-1])
+            h_TH, p_TE = (each.detach().reshape(-1, each.shape[-1]) for each in (hidden, logits))
+            if self._samples > 1:
+                h_TH, p_TE = (_transposed(each, len(each) // self._samples) for each in (h_TH, p_TE))
             self._predicted = self._session.predict(self._site, bound, h_TH, p_TE)
             if self._session.observer is not None:
                 self._session.observer(self._site, bound, h_TH, p_TE)
@@ -67,6 +71,42 @@ class _SiteControl:
                 f"layer {self._site.layer}, micro-batch {bound.micro_batch.key!r}: the router sees {scores.shape[0]} rows, the "
                 f"micro-batch's grid has {rows} on this rank; the grid given to PR2 is not what the model runs"
             )
+        if self._samples > 1:
+            in_grid_order = _transposed(scores, rows // self._samples)
+            chosen, ids = self._choose(bound, recomputing, in_grid_order, topk, num_groups, group_topk, default_compute_topk)
+            return _transposed(chosen, self._samples), _transposed(ids, self._samples)
+        return self._choose(bound, recomputing, scores, topk, num_groups, group_topk, default_compute_topk)
+
+    def _side_by_side(self, bound: BoundMicroBatch, shape: Sequence[int]) -> int:
+        """How many samples of a packed micro-batch the router has side by side, as [tokens, samples, H].
+
+        From 0.19 on Megatron-Core lays the samples of a flattened batch so where `PackedSeqParams.tokens_per_sample` is set.
+
+        Raises:
+            ReplayError: something else has another shape of input than the grid.
+        """
+        length, width = bound.local.sequence.shape
+        if len(shape) != 3 or shape[1] == width or shape[0] * shape[1] != length * width:
+            return 1  # another number of rows is refused when they are chosen for
+        if width == 1 and shape[0] == bound.tokens_per_sample:
+            return shape[1]
+        raise ReplayError(
+            f"layer {self._site.layer}, micro-batch {bound.micro_batch.key!r}: the router sees {shape[0]} x {shape[1]} rows, the "
+            f"micro-batch's grid has {length} x {width} on this rank; describe a padded batch with MicroBatch.padded and packed "
+            "sequences with MicroBatch.packed"
+        )
+
+    def _choose(
+        self,
+        bound: BoundMicroBatch,
+        recomputing: bool,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: TopK,
+    ) -> tuple[Tensor, Tensor]:
+        """(scores [T, K], expert ids [T, K]) of rows in the order of the micro-batch's grid."""
         if recomputing and self._site.local in bound.recorded:
             # What was live in the forward pass must be taken again, whatever the recomputed logits say.
             ids = bound.recorded[self._site.local].long()
@@ -92,6 +132,11 @@ class _SiteControl:
                 live = default_compute_topk(missing_ME, topk, None, None)[1]
             ids.index_copy_(0, bound.missing, live)
         return scores.gather(1, ids), ids
+
+
+def _transposed(rows_TX: Tensor, outer: int) -> Tensor:
+    """Rows [outer, inner] in the order [inner, outer]."""
+    return rows_TX.view(outer, -1, rows_TX.shape[-1]).transpose(0, 1).reshape(rows_TX.shape)
 
 
 class ReplaySession:
