@@ -22,6 +22,7 @@ from megatron_pr2 import host
 from megatron_pr2.bridge_base import Bridge, Chunks
 from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.hf_files import TensorIndex, write_checkpoint
+from megatron_pr2.latent_attention import check_query_norm
 from megatron_pr2.model_shape import model_shape
 from megatron_pr2.parallel import ParallelLayout
 
@@ -63,6 +64,7 @@ def load_model(
         raise ConfigError(f"{path}: no config.json; expected a Hugging Face model directory")
     bridge = _make_bridge(path, dtype, dict(extra_config or {}), require_moe)
     chunks = bridge.build(wrap_with_ddp=wrap_with_ddp, ddp_config=dict(ddp_config or {}))
+    check_query_norm(chunks)
     try:
         mine = bridge.parameter_names(chunks)
     except ConfigError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf_files import TensorIndex
+from megatron_pr2.latent_attention import with_plain_queries
 
 # Dense layers of models whose mbridge mapping only knows MoE layers (Qwen: decoder_sparse_step, mlp_only_layers).
 _DENSE_MAPPING = {
@@ -37,6 +38,10 @@ class _AdaptedBridge:
         known = {name: value for name, value in kwargs.items() if name in fields}
         # Into the first build already: some settings decide whether a config is valid at all.
         return super()._build_base_config(*args, **{**known, **self.overrides})  # type: ignore[misc]
+
+    def _get_transformer_layer_spec(self, *args: Any, **kwargs: Any) -> Any:
+        spec = super()._get_transformer_layer_spec(*args, **kwargs)  # type: ignore[misc]
+        return with_plain_queries(spec) if getattr(self.config, "multi_latent_attention", False) else spec
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         if getattr(self.hf_config, "tie_word_embeddings", False):
