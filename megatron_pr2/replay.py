@@ -69,7 +69,8 @@ class _SiteControl:
         if scores.shape[0] != rows:
             raise ReplayError(
                 f"layer {self._site.layer}, micro-batch {bound.micro_batch.key!r}: the router sees {scores.shape[0]} rows, the "
-                f"micro-batch's grid has {rows} on this rank; the grid given to PR2 is not what the model runs"
+                f"micro-batch's grid has {rows} on this rank; the grid given to PR2 is not what the model runs, or its "
+                "layers run it in parts (mlp_chunks_for_prefill above 1, under an inference context: set it to 1)"
             )
         if self._samples > 1:
             in_grid_order = _transposed(scores, rows // self._samples)

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_pr2.attach import attach
-from megatron_pr2.errors import AttachError
+from megatron_pr2.errors import AttachError, ReplayError
+from megatron_pr2.micro_batch import MicroBatch
 from megatron_pr2.model_settings import REFUSED
 from megatron_pr2.seam import knows_score_function
 from tests import toy
@@ -110,6 +112,17 @@ def test_score_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_pr2.model_settings.knows_score_function", lambda name: False)
     with pytest.raises(AttachError, match="'sqrtsoftplus': this release of Megatron-Core does not route by it"):
         attach(chunk, PR2_CONFIG)
+
+
+def test_layers_that_run_in_parts_are_named() -> None:
+    """As mlp_chunks_for_prefill makes them do under an inference context, which the settings alone do not tell."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, toy.preset("r2"))
+    mlp = chunk.decoder.layers[0].mlp
+    chunk.decoder.layers[0].forward = lambda h_SBH: torch.cat([mlp(part) for part in h_SBH.chunk(2)])
+    message = "the router sees 3 rows, .* has 6 on this rank; .* mlp_chunks_for_prefill above 1"
+    with pytest.raises(ReplayError, match=message), pr2.record([MicroBatch.packed([0], [6])]):
+        chunk(torch.zeros(6, 1, toy.HIDDEN))
 
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------
