@@ -120,7 +120,7 @@ def test_layers_that_run_in_parts_are_named() -> None:
     pr2 = attach(chunk, toy.preset("r2"))
     mlp = chunk.decoder.layers[0].mlp
     chunk.decoder.layers[0].forward = lambda h_SBH: torch.cat([mlp(part) for part in h_SBH.chunk(2)])
-    message = "the router sees 3 rows, .* has 6 on this rank; .* mlp_chunks_for_prefill above 1"
+    message = "the router sees 3 rows, .* has 6 on this rank; .*mlp_chunks_for_prefill above 1, .* set it to 1"
     with pytest.raises(ReplayError, match=message), pr2.record([MicroBatch.packed([0], [6])]):
         chunk(torch.zeros(6, 1, toy.HIDDEN))
 
