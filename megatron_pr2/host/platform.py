@@ -60,12 +60,16 @@ def enable() -> None:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
         _import_quietly("torch.utils.cpp_extension")
         # Imported here and not above: what they import of Megatron warns on import.
+        from megatron_pr2.host.hybrid import patch_hybrid
+        from megatron_pr2.host.mamba import patch_mamba
         from megatron_pr2.host.megatron import patch_megatron
         from megatron_pr2.host.spec import patch_specs
 
         patch_cuda(patches)
         patch_megatron(patches)
         patch_specs(patches)
+        patch_hybrid(patches)
+        patch_mamba(patches)
     except BaseException:
         patches.undo()
         warnings.filters[:] = saved_filters  # type: ignore[index]
@@ -132,6 +136,8 @@ def config_overrides() -> dict[str, Any]:
         "moe_router_fusion": False,
         # Overlap needs streams, and on one stream it only reorders.
         "moe_shared_expert_overlap": False,
+        # Mamba's fused kernel needs a GPU.
+        "use_mamba_mem_eff_path": False,
     }
 
 

@@ -27,6 +27,7 @@ class Case:
         ddp: fields of DistributedDataParallelConfig.
         delivery: PR2Config.route_delivery.
         bind: how a forward finds its micro-batch: by "order", or by "identity" (a wrapped forward step).
+        pattern: of a HybridModel with the checkpoint's weights; None for the checkpoint's GPTModel.
         routes: PR2Config.routes: "engine", or "actor" for routes that the old-log-prob pass records.
     """
 
@@ -40,6 +41,7 @@ class Case:
     delivery: str = "scatter"
     routes: str = "engine"
     bind: str = "order"
+    pattern: str | None = None
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Seen:
     Attributes:
         training: the training pass, not the old-log-prob pass.
         recomputed: outside of the model's forward.
-        layer: 0-based.
+        layer: 0-based, in Hugging Face's sense.
         rows: [T, 2] (sequence, position), -1 for padding.
         experts: [T] int64, bit e is set where expert e was selected.
     """

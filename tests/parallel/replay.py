@@ -32,6 +32,7 @@ from tests.host.training import exported_gradients
 from tests.parallel import batch
 from tests.parallel.batch import Place, Split
 from tests.parallel.case import Case, LogProbs, Result, Seen
+from tests.parallel.hybrid import load_hybrid
 
 CLIP = {"clip_low": 0.02, "clip_high": 0.03}
 
@@ -39,17 +40,18 @@ CLIP = {"clip_low": 0.02, "clip_high": 0.03}
 def run_case(path: Path, case: Case) -> Result:
     """See the module's docstring."""
     host.init(**case.layout)
-    bridge, chunks = load_model(
-        path,
-        dtype=torch.float32,
-        ddp_config={"use_distributed_optimizer": False, **case.ddp},
-        extra_config={
-            "finalize_model_grads_func": finalize_model_grads,
-            "calculate_per_token_loss": True,
-            "moe_aux_loss_coeff": 0.0,
-            **case.config,
-        },
-    )
+    ddp_config = {"use_distributed_optimizer": False, **case.ddp}
+    extra_config = {
+        "finalize_model_grads_func": finalize_model_grads,
+        "calculate_per_token_loss": True,
+        "moe_aux_loss_coeff": 0.0,
+        **case.config,
+    }
+    bridge: Any
+    if case.pattern is None:
+        bridge, chunks = load_model(path, dtype=torch.float32, ddp_config=ddp_config, extra_config=extra_config)
+    else:
+        bridge, chunks = load_hybrid(path, case.pattern, ddp_config=ddp_config, extra_config=extra_config)
     config = chunks[0].config
     if case.ddp.get("overlap_grad_reduce"):
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -104,7 +106,7 @@ class _Run:
             for site in pr2.sites:
                 site.router.weight += _noise(site, 0.03, seed=12)
         items, loss, second = self._training_pass(logprobs)
-        sums = {site.layer: _reduced(pr2, site) for site in pr2.sites}
+        sums = {site.hidden_layer: _reduced(pr2, site) for site in pr2.sites}
         _gather_shards(self.chunks)
         gradients = exported_gradients(self.bridge, self.chunks)
         grad_norm = None
@@ -114,7 +116,8 @@ class _Run:
         report = pr2.step(lr=1e-3)
         # Every rank is told of all layers.
         drift = {
-            layer: {name: values[column] for name, values in report["drift"].items()} for column, layer in enumerate(pr2.moe_layers)
+            layer: {name: values[column] for name, values in report["drift"].items()}
+            for column, layer in enumerate(pr2.layers.hidden_moe)
         }
         return Result(
             loss=loss,
@@ -233,9 +236,10 @@ class _Run:
     def _observed(self, items: Sequence[dict[str, Any]], training: bool) -> Iterator[None]:
         """Keeps what every router selects. All schedules run a chunk's micro-batches in order, forward as well as backward."""
         calls: Counter[tuple[int, bool]] = Counter()
+        hidden_layer = dict(zip(self.pr2.layers.moe, self.pr2.layers.hidden_moe, strict=True))
 
         def keep(router: TopKRouter, _: Any, outputs: tuple[Tensor, Tensor]) -> None:
-            layer, recomputed = router.layer_number - 1, not self.in_forward
+            layer, recomputed = hidden_layer[router.layer_number - 1], not self.in_forward
             item = items[calls[layer, recomputed]]
             calls[layer, recomputed] += 1
             bits = (outputs[1].long() << torch.arange(outputs[1].shape[1])).sum(1)
@@ -258,7 +262,7 @@ class _Run:
 
 def _noise(site: RouterSite, size: float, seed: int) -> Tensor:
     """A matrix like the router's weight that depends on the layer's number in the whole model alone."""
-    generator = torch.Generator().manual_seed(1000 * seed + site.layer)
+    generator = torch.Generator().manual_seed(1000 * seed + site.hidden_layer)
     return size * torch.randn(site.router.weight.shape, generator=generator)
 
 
