@@ -94,10 +94,11 @@ _OTHER_SPECS = {
 def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: int | None = None, pp_rank: int | None = None) -> Any:
     """Block spec of this pipeline stage whose MoE layers have PredictiveTopKRouters, for a model builder of Megatron-LM.
 
-    The same as Megatron-LM's own builder asks for, get_gpt_decoder_block_spec(), with other routers.
+    The same as Megatron-LM's own builder asks for, get_gpt_decoder_block_spec(), or hybrid_stack_spec with --hybrid-layer-pattern,
+    with other routers.
 
     Args:
-        args: Megatron-LM's; read are `transformer_impl`, `normalization`, `qk_l2_norm` and `spec`.
+        args: Megatron-LM's; read are `transformer_impl`, `normalization`, `qk_l2_norm`, `hybrid_layer_pattern` and `spec`.
         config: the model's TransformerConfig; None makes it from `args` as Megatron-LM does (needs megatron.training).
         vp_stage, pp_rank: of the chunk that is being built.
 
@@ -123,6 +124,8 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
         raise AttachError(
             f"--transformer-impl {implementation}: its routers are for inference; use transformer_engine or local to train"
         )
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        return with_pr2_routers(_hybrid_stack_spec())
     for name, maker in _OTHER_SPECS.items():
         if getattr(config, name, None):
             raise AttachError(
@@ -138,6 +141,17 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
         pp_rank=pp_rank,
     )
     return with_pr2_routers(spec, require_moe=False)  # a stage may have dense layers only
+
+
+def _hybrid_stack_spec() -> Any:
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    except ModuleNotFoundError as error:
+        raise AttachError(
+            f"--hybrid-layer-pattern: this Megatron-Core has no HybridModel ({error}); put with_pr2_routers() around the spec that "
+            "your model is built from (megatron_pr2.integrations.spec)"
+        ) from error
+    return hybrid_stack_spec
 
 
 def flag(name: str) -> str:

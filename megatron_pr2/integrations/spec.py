@@ -31,8 +31,8 @@ def with_pr2_routers(spec: Any, *, require_moe: bool = True) -> Any:
     Args:
         spec: what get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs, get_gpt_layer_local_spec,
             get_gpt_layer_with_transformer_engine_spec, get_moe_module_spec and their like return: TransformerBlockSubmodules, a
-            ModuleSpec, a functools.partial of MoELayer, or a list of these. Layers that share one spec share the copy. The spec
-            of multi-token-prediction heads comes back as it is: they run live.
+            ModuleSpec, a functools.partial of MoELayer, or a list of these; or the spec of a HybridModel's stack. Layers that share
+            one spec share the copy. The spec of multi-token-prediction heads comes back as it is: they run live.
         require_moe: refuse a spec without MoE layers. Set it to False for the spec of one pipeline stage, which may have only dense
             ones.
 
@@ -81,12 +81,15 @@ class _Transform:
         )
 
     def _module(self, spec: ModuleSpec, where: str) -> ModuleSpec:
-        """A module with submodules: a MoE layer, a block, or a transformer layer, dense or with a MoE layer as its `mlp`."""
+        """A module with submodules: a MoE layer, a block, a stack, or a layer, dense or with a MoE layer as its `mlp`."""
         inner = spec.submodules
         if isinstance(inner, MoESubmodules | TransformerBlockSubmodules):
             return _copy(spec, submodules=self.apply(inner, f"{where}.submodules"))
         if _builds_moe(spec):
             raise _unreachable(where, spec.module, inner)
+        if isinstance(experts := getattr(inner, "moe_layer", None), ModuleSpec):  # a HybridModel's stack has one spec per kind
+            changed = self.apply(experts, f"{where}.submodules.moe_layer")
+            return spec if changed is experts else _copy(spec, submodules=_copy(inner, moe_layer=changed))
         mlp = getattr(inner, "mlp", None)
         if isinstance(mlp, ModuleSpec) or (isinstance(mlp, functools.partial) and _builds_moe(mlp)):
             changed = self.apply(mlp, f"{where}.submodules.mlp")
