@@ -12,7 +12,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def model_shape(hf_config: Any) -> ModelShape:
-    """What engines and routers have to know of a model, from its Hugging Face config (Qwen MoE, Mixtral, DeepSeek, GLM MoE).
+    """What engines and routers have to know of a model, from its Hugging Face config (Qwen MoE, Mixtral, DeepSeek, GLM MoE,
+    Nemotron-H).
 
     Raises:
         ConfigError: the model has no routed experts, or no layer that uses them.
@@ -32,6 +33,9 @@ def model_shape(hf_config: Any) -> ModelShape:
 
 def _is_moe_layer(config: Any, index: int) -> bool:
     """The rule of the model's own code in Transformers; ``index`` is 0-based."""
+    kinds = getattr(config, "layers_block_type", None) or ()
+    if "moe" in kinds:  # Nemotron-H: a layer is attention, experts or another thing, and nothing else
+        return bool(kinds[index] == "moe")
     if index in (getattr(config, "mlp_only_layers", None) or ()):
         return False
     if index < (getattr(config, "first_k_dense_replace", None) or 0):

@@ -22,7 +22,8 @@ from megatron_pr2.attach import PR2, attach
 from megatron_pr2.checkpoint import load_sharded_state_dict, sharded_state_dict
 from megatron_pr2.decoder_layers import DecoderLayers, hybrid_pattern
 from megatron_pr2.errors import AttachError, ConfigError
-from megatron_pr2.gates import merge_gates
+from megatron_pr2.gates import GATE_NAME, merge_gates
+from megatron_pr2.model_shape import model_shape
 from megatron_pr2.parallel import ParallelLayout
 from megatron_pr2.stages import cut_layers
 from tests import toy
@@ -68,6 +69,23 @@ def test_a_model_says_what_its_pattern_is(name: str) -> None:
     assert DecoderLayers.of_model(chunk) == DecoderLayers(4, (1, 3), per_hidden_layer=2)
     setattr(chunk, name, None)  # MambaModel without a pattern
     assert hybrid_pattern(chunk) is None
+
+
+def test_hugging_faces_config_says_the_same() -> None:
+    """Nemotron-H: the engine's rows are those of the layers that its pattern calls experts, and that have a gate."""
+    transformers = pytest.importorskip("transformers")
+    pattern = "MEM*E-E"
+    config = transformers.NemotronHConfig(
+        hybrid_override_pattern=pattern, hidden_size=32, vocab_size=64, moe_intermediate_size=16, intermediate_size=16,
+        moe_shared_expert_intermediate_size=16, mamba_num_heads=8, mamba_head_dim=8, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    gates = [int(found[1]) for name, _ in model.named_parameters() if (found := GATE_NAME.search(name))]
+    layers, shape = DecoderLayers.of_pattern(pattern), model_shape(config)
+    assert list(layers.hidden_moe) == list(shape.moe_layers) == gates == [1, 4, 6]
+    assert layers.hidden_count == shape.num_hidden_layers
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------
