@@ -238,7 +238,7 @@ def spread(path: Path, layout: dict[str, int], tokens: Tensor) -> dict[str, Any]
 
 @pytest.mark.parametrize(
     ("family", "changes", "vectors"),
-    [("olmoe", {"clip_qkv": 0.7}, 2 * LAYERS), ("gpt_oss", {}, 3 * LAYERS)],
+    [("olmoe", {"clip_qkv": 0.7}, 2 * LAYERS), ("gpt_oss", {}, 3 * LAYERS), ("glm4_moe", {"attention_bias": True}, 2 * LAYERS)],
 )
 def test_what_tensor_and_expert_parallel_ranks_share(
     family: str, changes: dict[str, Any], vectors: int, tokens: Tensor, tmp_path: Path

@@ -46,7 +46,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
         return transformers.OlmoeConfig(**(sizes | changes))
     if family == "gpt_oss":
         sizes = SIZES | gqa | {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 32, "head_dim": 16}
-        return transformers.GptOssConfig(**(sizes | {"sliding_window": 6} | changes))
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "truncate": False}
+        return transformers.GptOssConfig(**(sizes | {"sliding_window": 6, "rope_parameters": yarn} | changes))
     if family == "qwen3":
         return transformers.Qwen3Config(**(SIZES | gqa | {"head_dim": 16} | changes))
     raise ValueError(family)
