@@ -19,6 +19,7 @@ from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.model_shape import model_shape
 from tests.distributed import pool
 from tests.host.models import SIZES, make_checkpoint, reference_logits, tiny_config
+from tests.rounding import assert_near
 
 Tensors = dict[str, torch.Tensor]
 EP2 = {"expert": 2}
@@ -142,13 +143,13 @@ def test_logits_of_transformers(family: str, changes: dict[str, Any], tokens: to
     expected = reference_logits(path, tokens)
     for processes, layout, packed in ((1, {}, False), (2, EP2, True), (2, TP2_EP2, False)):
         for logits in pool(processes).run(_logits, path, layout, tokens, packed):
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5, msg=f"{layout}, packed={packed}")
+            assert_near(logits, expected, 64, msg=f"{layout}, packed={packed}")
 
 
 def test_rope_theta_of_the_config_counts(tokens: torch.Tensor, tmp_path: Path) -> None:
     rope = {"rope_theta": 300.0, "rope_type": "default"}
     path = make_checkpoint(tmp_path / "theta", tiny_config("qwen3_moe", rope_parameters=rope))
-    torch.testing.assert_close(pool(1).run(_logits, path, {}, tokens)[0], reference_logits(path, tokens), rtol=0, atol=1e-5)
+    assert_near(pool(1).run(_logits, path, {}, tokens)[0], reference_logits(path, tokens), 64)
 
 
 # --- export and round trip -----------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def test_parts_that_are_not_built_are_skipped(tmp_path: Path) -> None:
 def test_dense_models_load_on_request(tokens: torch.Tensor, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "dense", tiny_config("qwen3"))
     logits = pool(1).run(_dense_logits, path, tokens)[0]
-    torch.testing.assert_close(logits, reference_logits(path, tokens), rtol=0, atol=1e-5)
+    assert_near(logits, reference_logits(path, tokens), 64)
 
 
 def _dense_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -87,11 +88,13 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 def test_the_example_trains_on_turns(example: tuple[Path, list[dict[str, Any]]]) -> None:
     directory, records = example
     warm_start = json.loads((directory / "warmstart" / "calculator_seed_0" / "warm_start.json").read_text())
-    assert warm_start["in_band"], warm_start["exact_match"]
+    rate = warm_start["exact_match"]
+    assert 0.0 < rate < 1.0, "there is nothing to learn"
+    # The same policy on other prompts: five standard errors of the two means.
+    assert abs(records[0]["reward"] - rate) < 5 * math.sqrt(0.25 / 256 + 0.25 / 256)
     for record in records:
-        assert 1.5 < record["rollout"]["turns"] < 4
-        assert 0.2 < record["reward"] < 0.8
-        assert record["truncated"] < 0.02
+        assert 1 < record["rollout"]["turns"] < 4  # guesses have one, demonstrations three or four
+        assert record["truncated"] < 0.5
         assert record["routes"]["missing"] == 0
         # Replies bear no loss: fewer sampled tokens than tokens of responses (all but the last have a feature).
         assert record["routes"]["sampled"] < 0.9 * 256 * record["response_length"]
@@ -120,7 +123,7 @@ def test_a_tool_of_ones_own_lies_beside_the_yaml(example: tuple[Path, list[dict[
     (own / "times.yaml").write_text(settings)
     cache = f"model.cache={directory / 'warmstart'}"
     (record,) = train(tmp_path / "run", "steps=1", cache, config=own / "times.yaml", search=own)
-    assert record["rollout"]["turns"] > 1.5
+    assert record["rollout"]["turns"] > 1
     assert record["reward"] < 0.5 * records[0]["reward"]
 
 

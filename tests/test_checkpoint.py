@@ -25,6 +25,7 @@ from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.batch import mini_batch_order
 from tests.distributed import pool
 from tests.loop import train, train_job
+from tests.rounding import rounding
 
 OTHERS = {"epoch": 3, "values": [1, 2.5, "x", None]}
 
@@ -276,13 +277,14 @@ def test_a_run_resumes_in_another_layout(
     settings = [*common, "steps=4", f"parallel.processes={then}", f"parallel.expert={then_expert}"]
     resumed = pool(then).run(layout_job, tiny_checkpoint, tmp_path / "run", settings, then_expert, True)[0]
     assert [record["step"] for record in resumed["records"]] == [2, 3]
+    bound = rounding(64, factor=32)  # of the first update; Adam divides by what may be small
     for record, wanted in zip(resumed["records"], expected["records"][2:], strict=True):
         assert record["reward"] == wanted["reward"]
         assert record["routes"]["sampled"] == wanted["routes"]["sampled"]
         for name in ("policy_loss", "grad_norm"):
-            assert record[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+            assert record[name] == pytest.approx(wanted[name], rel=bound, abs=bound), name
         for name in ("grad_norm", "weight_norm"):
-            assert record["predictor"][name] == pytest.approx(wanted["predictor"][name], rel=1e-4), name
+            assert record["predictor"][name] == pytest.approx(wanted["predictor"][name], rel=bound), name
     one, other = (load_file(run / "final" / "model.safetensors") for run in (tmp_path / "run", whole))
     before = load_file(tiny_checkpoint / "model.safetensors")
     for name, weight in other.items():

@@ -16,6 +16,7 @@ from megatron_pr2.metrics import COLUMNS, DriftMetrics, divergences, drift_colum
 from megatron_pr2.router import select_experts
 from megatron_pr2.scores import SCORE_FUNCTIONS, divergence, score
 from tests import toy
+from tests.rounding import assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -131,7 +132,8 @@ def test_drift_columns_by_their_definitions(function: str, topk: int) -> None:
         of_layer = [each[layer] for each in tensors]
         found = dict(zip(COLUMNS, drift_columns(*of_layer, function).tolist(), strict=True))
         expected = by_definition(*of_layer, function)
-        assert found == pytest.approx(expected, rel=2e-5, abs=2e-5)
+        bound = rounding(EXPERTS) * expected["tokens"]
+        assert found == pytest.approx(expected, rel=bound, abs=bound)
         whole = [name for name in COLUMNS if name.startswith(("tokens", "changed"))]
         assert [found[name] for name in whole] == [expected[name] for name in whole]
     assert sum(expected[name] > 0 for name in whole) >= min(topk, 2) + 1
@@ -142,13 +144,13 @@ def test_several_layers_at_once_are_the_layers_one_by_one(function: str) -> None
     tensors = drifted(4)
     together = drift_columns(*tensors, function)
     single = torch.stack([drift_columns(*(each[layer] for each in tensors), function) for layer in range(LAYERS)])
-    torch.testing.assert_close(together, single, rtol=1e-6, atol=1e-6)
+    assert_near(together, single, EXPERTS, dtype=torch.float32)
     metrics = [DriftMetrics(LAYERS, torch.device("cpu")) for _ in range(2)]
     metrics[0].add(slice(0, LAYERS), together)
     for layer in range(LAYERS):
         metrics[1].add(layer, single[layer])
     first, second = (each.read(None) for each in metrics)
-    assert all(first[name] == pytest.approx(second[name], rel=1e-6, abs=1e-6) for name in first)
+    assert all(first[name] == pytest.approx(second[name], rel=rounding(EXPERTS), abs=rounding(EXPERTS)) for name in first)
 
 
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS)
@@ -159,7 +161,7 @@ def test_divergences_are_the_predictors(function: str) -> None:
     for scale in (1.0, 50.0):
         scores, sums = divergences(p * scale, (q * scale, far * scale), function)
         expected = [divergence(p * scale, other * scale, function).sum() for other in (q, far)]
-        torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-10, atol=1e-12)
+        assert_near(sums, torch.stack(expected), 23 * EXPERTS)
         assert sums.isfinite().all()
         torch.testing.assert_close(scores, score(p * scale, function))
     with pytest.raises(ValueError, match="tanh"):
@@ -174,7 +176,8 @@ def test_small_drift_is_measured_in_single_precision(function: str) -> None:
     q = p + 0.01 * torch.randn(512, 64, generator=generator)
     _, (found,) = divergences(p, (q,), function)
     expected = divergence(p.double(), q.double(), function).sum().item()
-    assert found.item() == pytest.approx(expected, rel=1e-3)
+    assert found.item() == pytest.approx(expected, abs=512 * rounding(1))
+    assert expected > 20 * 512 * rounding(1)
 
 
 def test_drift_is_measured_in_few_operators() -> None:

@@ -25,6 +25,7 @@ from megatron_pr2.tokens import TokenIndex
 from tests import drifting, toy
 from tests.distributed import pool
 from tests.drifting import hold_back_of, simulate
+from tests.rounding import assert_near
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -334,7 +335,7 @@ def test_two_ranks_believe_what_one_process_believes(strategy: str) -> None:
     for pushed, agreement, weight in results:
         assert pushed == alone.pushed
         assert agreement == pytest.approx(alone.reports[-1][-1]["drift"]["agreement"], abs=1e-9)
-        torch.testing.assert_close(weight, alone.pr2.predictor.weight_LEH, rtol=1e-3, atol=1e-5)
+        assert_near(weight, alone.pr2.predictor.weight_LEH, drifting.SEQUENCES * drifting.LENGTH, factor=32)
 
 
 def test_without_hold_back_nothing_is_kept_or_reported() -> None:

@@ -27,6 +27,7 @@ from megatron_pr2.tokens import sample_positions
 from tests import toy
 from tests.distributed import pool
 from tests.loop import train_job
+from tests.rounding import assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -200,7 +201,7 @@ def test_i5_a_sessions_gradient_is_autograd_of_the_mean_kl(kind: str, target: st
     for layer in range(toy.LAYERS):
         expected = autograd_gradient(layer, w_LEH[layer], tokens, old, new, target, config.moe_router_score_function)
         actual = pr2.predictor.grad_sum_LEH[layer].double() / len(tokens)
-        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-6)
+        assert_near(actual, expected, len(tokens) * toy.HIDDEN, dtype=torch.float32)
         assert expected.abs().max() > 1e-3
 
 
@@ -239,10 +240,11 @@ def test_i5_two_ranks_are_one_process(second: dict[int, int]) -> None:
     expected = pr2.step(0.1)
     assert expected["predictor"]["tokens"] == len(sampled(pr2, tables, lengths)) * toy.LAYERS
     for report, weight in results:
-        torch.testing.assert_close(weight, pr2.predictor.weight_LEH, rtol=1e-3, atol=1e-5)
-        assert report["predictor"] == pytest.approx(expected["predictor"], rel=1e-4)
+        bound = rounding(sum(lengths.values()), factor=32)  # Adam divides by what may be small
+        torch.testing.assert_close(weight, pr2.predictor.weight_LEH, rtol=bound, atol=0.1 * bound)
+        assert report["predictor"] == pytest.approx(expected["predictor"], rel=bound)
         for name, values in expected["drift"].items():
-            assert report["drift"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+            assert report["drift"][name] == pytest.approx(values, rel=bound, abs=bound), name
     assert torch.equal(results[0][1], results[1][1])
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pr2.rl.losses import LOSS_COLUMNS, group_advantages, policy_loss
+from tests.rounding import rounding
 
 LOW, HIGH = 0.2, 0.28
 
@@ -43,10 +44,12 @@ def test_loss_and_statistics_are_the_loops(seed: int, rows: int, columns: int, d
     expected = loop(logprobs, old, advantages, mask)
     tensors = [torch.from_numpy(a) for a in (logprobs, old, advantages, mask)]
     loss, sums, extremes = policy_loss(*tensors, clip_low=LOW, clip_high=HIGH)
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+    bound = rounding(rows * columns)
+    scale = max(1.0, expected["ratio_squared"])  # what is added up and cancels
+    assert loss.item() == pytest.approx(expected["loss"], rel=bound, abs=bound * scale)
     for name, value in zip(LOSS_COLUMNS, sums.tolist(), strict=True):
-        assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
-    assert extremes.tolist() == pytest.approx([expected["low"], expected["high"]], rel=1e-6)
+        assert value == pytest.approx(expected[name], rel=bound, abs=bound * scale), name
+    assert extremes.tolist() == pytest.approx([expected["low"], expected["high"]], rel=rounding(16))  # exp of at most 16 or so
 
 
 def one_token(ratio: float, advantage: float) -> tuple[float, float, float]:
@@ -73,9 +76,9 @@ def one_token(ratio: float, advantage: float) -> tuple[float, float, float]:
 def test_the_range_is_asymmetric_and_one_sided(ratio: float, advantage: float, clipped: bool) -> None:
     loss, counted, gradient = one_token(ratio, advantage)
     assert counted == clipped
-    assert gradient == pytest.approx(0.0 if clipped else -advantage * ratio)
+    assert gradient == pytest.approx(0.0 if clipped else -advantage * ratio, rel=rounding(2))
     bound = (1 + HIGH) if advantage > 0 else (1 - LOW)
-    assert loss == pytest.approx(-advantage * (bound if clipped else ratio))
+    assert loss == pytest.approx(-advantage * (bound if clipped else ratio), rel=rounding(2))
 
 
 def test_tokens_without_loss_have_no_gradient_and_no_say_in_the_extremes() -> None:
@@ -84,7 +87,7 @@ def test_tokens_without_loss_have_no_gradient_and_no_say_in_the_extremes() -> No
     loss, _, extremes = policy_loss(logprobs, torch.zeros(1, 3), torch.ones(1, 3), mask, clip_low=LOW, clip_high=HIGH)
     loss.backward()
     assert logprobs.grad[0, 1:].tolist() == [0.0, 0.0]
-    assert extremes.tolist() == pytest.approx([math.exp(-1.0)] * 2)
+    assert extremes.tolist() == pytest.approx([math.exp(-1.0)] * 2, rel=rounding(2))
 
 
 def test_groups_are_normalised_on_their_own() -> None:
@@ -100,5 +103,5 @@ def test_groups_are_normalised_on_their_own() -> None:
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
 def test_groups_without_variance_carry_no_signal(reward: float) -> None:
     advantages = group_advantages(np.array([reward] * 3 + [0.0, 1.0, 0.0]), 3)
-    assert np.abs(advantages[:3]).max() < 1e-9
+    assert np.abs(advantages[:3]).max() < rounding(3, dtype=torch.float64) / 1e-6  # 1e-6 is added to the deviation
     assert np.abs(advantages[3:]).min() > 0.5

@@ -17,6 +17,7 @@ from megatron_pr2.predictor import merge_gate, shift_logits
 from megatron_pr2.scores import SCORE_FUNCTIONS, divergence, divergence_gradient, score
 from megatron_pr2.seam import knows_score_function
 from tests.distributed import pool
+from tests.rounding import assert_near, rounding
 
 S, E, H = 11, 6, 5
 
@@ -48,14 +49,14 @@ def test_closed_form_gradient_is_autograd_of_the_mean_kl(target: str, score_func
     loss = kl(p, p_old + h @ w.t(), score_function).mean() if post else kl(p - p_old, h @ w.t(), "softmax").mean()
     (expected,) = torch.autograd.grad(loss, w)
     actual = gradient_sum(h, p_old, p, shift_logits(h, w.detach()), target=target, score_function=score_function) / S
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert_near(actual, expected, S * E)
 
 
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_the_divergence_is_forward_kl(score_function: str) -> None:
     """KL(rho || q_hat), not the reverse, which one implementation shipped."""
     _, p_old, p, _ = features()
-    torch.testing.assert_close(divergence(p, p_old, score_function), kl(p, p_old, score_function), rtol=1e-12, atol=1e-14)
+    assert_near(divergence(p, p_old, score_function), kl(p, p_old, score_function), E)
     assert (divergence(p, p_old, score_function) - kl(p_old, p, score_function)).abs().min() > 1e-3
 
 
@@ -143,10 +144,11 @@ def test_step_is_adam_on_the_token_mean_of_each_layer() -> None:
         reference.grad = torch.stack(grads)
         adam.step()
         report = predictor.step(0.3, None)
-        torch.testing.assert_close(predictor.weight_LEH, reference.detach(), rtol=1e-4, atol=1e-6)
+        bound = rounding(11 + 12, factor=32)  # Adam divides by what may be small
+        torch.testing.assert_close(predictor.weight_LEH, reference.detach(), rtol=bound, atol=0.3 * bound)
         assert report["tokens"] == 11 + 12
-        assert report["grad_norm"] == pytest.approx(float(reference.grad.norm()), rel=1e-4)
-        assert report["weight_norm"] == pytest.approx(float(reference.detach().norm()), rel=1e-4)
+        assert report["grad_norm"] == pytest.approx(float(reference.grad.norm()), rel=bound)
+        assert report["weight_norm"] == pytest.approx(float(reference.detach().norm()), rel=bound)
         assert not predictor.grad_sum_LEH.any()
         assert not predictor.token_count_L.any()
 
@@ -219,8 +221,9 @@ def test_reduction_over_ranks_is_the_single_process_result(parts: list[list[tupl
         accumulate(predictor, layer, *features(torch.float32, tokens, seed=i)[:3])
     expected = predictor.step(0.1, None)
     for weight, report in results:
-        torch.testing.assert_close(weight, predictor.weight_LEH, rtol=1e-5, atol=1e-7)
-        assert report == pytest.approx(expected, rel=1e-5)
+        bound = rounding(20, factor=32)
+        torch.testing.assert_close(weight, predictor.weight_LEH, rtol=bound, atol=0.1 * bound)
+        assert report == pytest.approx(expected, rel=bound)
     assert torch.equal(results[0][0], results[1][0])
 
 

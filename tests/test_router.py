@@ -13,6 +13,7 @@ from megatron_pr2.attach import attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.router import PredictiveTopKRouter, select_experts
 from tests import toy
+from tests.rounding import assert_near
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -80,7 +81,7 @@ def test_replayed_gate_weights_and_gradients_are_the_live_routers(kind: str) -> 
         rows = torch.from_numpy(sequence >= 0)
         ids = worst[call.layer][call.number]
         expected = explicit_probs(router, call.hidden_TH, ids)
-        torch.testing.assert_close(call.probs_TE[rows], expected[rows].detach(), rtol=1e-5, atol=1e-7)
+        assert_near(call.probs_TE[rows].detach(), expected[rows].detach(), toy.HIDDEN)
         assert (call.probs_TE[rows].gather(1, ids[rows]) > 0).all()
     # The gradient of the last layer's router, from the explicit formula.
     batch, router = data[0], toy.routers(chunk)[-1]
@@ -93,8 +94,8 @@ def test_replayed_gate_weights_and_gradients_are_the_live_routers(kind: str) -> 
     ids = torch.where(rows.unsqueeze(1), worst[-1][0], live)
     output = hidden.view_as(batch.inputs_SBH) + (explicit_probs(router, hidden, ids) @ layer.values).view_as(batch.inputs_SBH)
     (expected,) = torch.autograd.grad(toy.loss(output), router.weight)
-    torch.testing.assert_close(router.weight.grad, expected, rtol=1e-4, atol=1e-6)
-    assert router.weight.grad.abs().max() > 1e-5
+    assert_near(router.weight.grad, expected, toy.HIDDEN * int(rows.sum()))
+    assert router.weight.grad.any()
 
 
 @pytest.mark.parametrize("kind", toy.ROUTERS)
@@ -145,7 +146,7 @@ def test_the_expert_bias_moves_the_selection_only() -> None:
     probs, routing_map = router(hidden)
     assert routing_map[:, 3].all()
     ids = routing_map.nonzero()[:, 1].view(6, -1)
-    torch.testing.assert_close(probs, explicit_probs(router, hidden[:, 0], ids), rtol=1e-5, atol=1e-7)
+    assert_near(probs.detach(), explicit_probs(router, hidden[:, 0], ids).detach(), toy.HIDDEN)
     assert (select_experts(router, hidden[:, 0] @ router.weight.t()) == 3).any(1).all()
 
 

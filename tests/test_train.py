@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megatron_pr2.cli import app
+from tests.rounding import LOGPROB
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +190,7 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
     assert logged[3]["predictor"]["weight_norm"] > 0
     # The handshake of the second start compares the engine's routes under W + W_p with the actor's own, in fp32.
     assert logged[4]["handshake"]["route_agreement"] == 1.0
-    assert logged[4]["handshake"]["logprob_max"] < 1e-4
+    assert logged[4]["handshake"]["logprob_max"] < LOGPROB
     assert all(r["routes"]["missing"] == 0 for r in logged)
     code = f"from transformers import AutoModelForCausalLM; print(AutoModelForCausalLM.from_pretrained({str(run / 'final')!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)

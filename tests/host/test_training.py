@@ -13,6 +13,7 @@ from megatron_pr2.bridge import export_weights, load_model
 from tests.distributed import pool
 from tests.host import training
 from tests.host.models import make_checkpoint, tiny_config
+from tests.rounding import rounding
 
 pytestmark = pytest.mark.exhaustive
 
@@ -55,13 +56,14 @@ def test_both_optimizers_and_one_process_agree(checkpoint: Path, sequences: trai
         other_losses, other_norms, other = pool(2).run(
             training.train, checkpoint, EP2, sequences, distributed_optimizer=distributed_optimizer
         )[0]
-        assert other_losses == pytest.approx(losses, abs=1e-4)
-        assert other_norms == pytest.approx(norms, rel=1e-4)
+        bound = rounding(64, factor=128)  # after several steps of Adam
+        assert other_losses == pytest.approx(losses, rel=bound)
+        assert other_norms == pytest.approx(norms, rel=bound)
         for name, weight in other.items():
             # Adam turns rounding into steps of lr where a gradient is almost zero; almost all weights agree much better.
             error = (weight - weights[name]).abs()
             assert float(error.max()) < 3e-2, name
-            assert float(error.mean()) < 1e-4, name
+            assert float(error.mean()) < bound * float(weight.abs().max()), name
 
 
 def test_gradient_norm_counts_every_expert_once(checkpoint: Path, sequences: training.Sequences) -> None:
@@ -69,7 +71,7 @@ def test_gradient_norm_counts_every_expert_once(checkpoint: Path, sequences: tra
         pool(processes).run(training.train, checkpoint, layout, sequences, steps=1)[0][1][0]
         for processes, layout in ((1, {}), (2, EP2), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}), (2, {"tensor": 2}))
     ]
-    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+    assert norms == pytest.approx([norms[0]] * 4, rel=rounding(64))
 
 
 def _sharded_state(chunk: torch.nn.Module) -> dict[str, Any]:

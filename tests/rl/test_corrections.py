@@ -16,6 +16,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import corrections
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS
+from tests.rounding import assert_near, rounding
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 CAP, FLOOR = 1.6, 0.7
@@ -80,11 +81,12 @@ def test_loss_gradient_and_diagnostics_are_the_loops(kind: str, level: str, seed
     data["logprobs"].requires_grad_(True)
     loss, sums, _, diagnostics = corrections.decoupled_loss(**data, **CLIP, kind=kind, level=level, cap=CAP, floor=FLOOR)
     loss.backward()
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
-    np.testing.assert_allclose(data["logprobs"].grad, expected["gradient"], rtol=1e-4, atol=1e-6)
+    bound = rounding(rows * columns, factor=32)
+    assert loss.item() == pytest.approx(expected["loss"], rel=bound, abs=bound * max(1.0, expected["weight_squared"]))
+    np.testing.assert_allclose(data["logprobs"].grad, expected["gradient"], rtol=bound, atol=bound)
     assert sums[LOSS_COLUMNS.index("tokens")] == expected["kept"]
     for name, value in zip(corrections.DIAGNOSTIC_COLUMNS, diagnostics.tolist(), strict=True):
-        assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+        assert value == pytest.approx(expected[name], rel=bound, abs=bound), name
 
 
 @pytest.mark.parametrize(("kind", "level"), SETTINGS)
@@ -112,10 +114,11 @@ def test_where_behaviour_is_proximal_it_is_the_plain_loss_bit_by_bit(
     [(0.25, 0.25, 0.0), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (1.5, 1.5, 1.5), (2.0, 2.0, 2.0), (2.5, 2.0, 0.0), (math.inf, 2.0, 0.0)],
 )
 def test_weights_of_one_ratio(ratio: float, truncated: float, masked: float) -> None:
+    hair = rounding(2)
     log_ratio = torch.tensor([math.log2(ratio)]) * math.log(2.0)
-    assert corrections.truncated_weights(log_ratio, 2.0).item() == pytest.approx(truncated, rel=1e-6)
+    assert corrections.truncated_weights(log_ratio, 2.0).item() == pytest.approx(truncated, rel=hair)
     # A bound that is met exactly is within: log and exp in fp32 are not exact, so the bounds give way by a hair.
-    assert corrections.masked_weights(log_ratio, 0.5 - 1e-6, 2.0 + 1e-6).item() == pytest.approx(masked, rel=1e-6)
+    assert corrections.masked_weights(log_ratio, 0.5 - hair, 2.0 + hair).item() == pytest.approx(masked, rel=hair)
 
 
 def test_the_expected_gradient_under_behaviour_is_the_proximal_policys() -> None:
@@ -138,14 +141,14 @@ def test_the_expected_gradient_under_behaviour_is_the_proximal_policys() -> None
 
     theta = logits.clone().requires_grad_(True)
     (-(torch.softmax(theta, -1) * value).sum()).backward()
-    torch.testing.assert_close(gradient("tis", 1e9), theta.grad, rtol=1e-5, atol=1e-6)
+    assert_near(gradient("tis", 1e9), theta.grad, 8)
     assert (gradient("none", 1e9) - theta.grad).norm() > 0.1 * theta.grad.norm()
     ratios = (torch.log_softmax(logits, -1) - mu).exp()
     assert ratios.max() > 2.0, "the cap does not bite"
     expected = torch.autograd.functional.jacobian(
         lambda x: -(mu.exp() * ratios.clamp(max=2.0) * value * torch.log_softmax(x, -1)).sum(), logits
     )
-    torch.testing.assert_close(gradient("tis", 2.0), expected, rtol=1e-5, atol=1e-6)
+    assert_near(gradient("tis", 2.0), expected, 8)
 
 
 def test_no_gradient_goes_through_a_weight() -> None:
@@ -212,9 +215,9 @@ def test_diagnostics_add_up_over_micro_batches() -> None:
     said = corrections.diagnose(whole)
     bearing = data["mask"] > 0
     weights = log_ratio[bearing].double().exp().clamp(max=CAP)
-    assert said["weight"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert said["weight"] == pytest.approx(weights.mean().item(), rel=rounding(32))
     assert said["effective_sample_size"] == pytest.approx(
-        (weights.sum() ** 2 / weights.square().sum() / len(weights)).item(), rel=1e-5
+        (weights.sum() ** 2 / weights.square().sum() / len(weights)).item(), rel=rounding(32)
     )
     assert said["outside"] == pytest.approx((log_ratio[bearing].exp() > CAP).double().mean().item())
     assert 0.0 < said["outside"] < 1.0

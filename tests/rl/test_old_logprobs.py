@@ -23,6 +23,7 @@ from megatron_pr2.rollout.base import RolloutResponse
 from tests import toy
 from tests.distributed import pool
 from tests.loop import digest, train_job
+from tests.rounding import LOGPROB, assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -99,7 +100,7 @@ def test_a_partial_rollout_keeps_what_each_token_was_sampled_with() -> None:
         torch.from_numpy(newest)[None], torch.from_numpy(rollout_logprobs(continued))[None], torch.ones(1, 4)
     )
     weighted = corrections.behaviour_weights(log_ratio, torch.ones(1, 4), kind="tis", cap=1.2)
-    np.testing.assert_allclose(weighted.weights[0], [1.2, np.exp(-0.1), 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(weighted.weights[0], [1.2, np.exp(-0.1), 1.0, 1.0], rtol=rounding(2))
     take_rollout_logprobs([continued])
     assert continued.old_logprobs is not None
     assert continued.old_logprobs.tolist() == continued.response.logprobs.tolist()
@@ -149,7 +150,7 @@ def test_the_average_is_the_weighted_mean_of_all_weights_so_far(decay: float) ->
     expected = (torch.stack(history) * (shares / shares.sum())[:, None]).sum(0)
     before, addresses = buffer.clone(), [parameter.data_ptr() for parameter in model.parameters()]
     with proximal.swapped_in():
-        torch.testing.assert_close(buffer.double(), expected, rtol=1e-6, atol=1e-7)
+        assert_near(buffer.double(), expected, len(history), dtype=torch.float32)
         assert torch.equal(buffer, before) == (decay == 0.0)
         assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert torch.equal(buffer, before)
@@ -292,10 +293,10 @@ def test_truncation_changes_next_to_nothing_where_engine_and_actor_agree(runs: d
     """The embedded engine is the actor: its log-probs are those of the snapshot but for the last bits."""
     for plain, corrected in zip(runs["r3"], runs["r3 tis"], strict=True):
         assert corrected["samples"][:2] == plain["samples"][:2], "old log-probs do not depend on the correction"
-        assert corrected["records"][0]["importance"]["weight"] == pytest.approx(1.0, abs=1e-5)
-        assert corrected["records"][0]["importance"]["kl"] < 1e-9
+        assert corrected["records"][0]["importance"]["weight"] == pytest.approx(1.0, abs=LOGPROB)
+        assert corrected["records"][0]["importance"]["kl"] < LOGPROB**2
         for one, other in zip(plain["records"], corrected["records"], strict=True):
-            assert one["policy_loss"] == pytest.approx(other["policy_loss"], rel=1e-3, abs=1e-6)
+            assert one["policy_loss"] == pytest.approx(other["policy_loss"], abs=LOGPROB)
 
 
 def test_old_log_probs_of_the_rollout_need_no_pass_unless_something_learns(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -318,22 +319,25 @@ def test_the_average_trains_alike_with_and_without_a_predictor(runs: dict[str, l
             assert pr2[name][:2] == r3[name][:2], name
         first, second = pr2["records"][0]["mini_steps"]
         # Before the first update of the run the average is the policy itself; later it stays behind.
-        assert first["ratio_min"] == pytest.approx(1.0, abs=1e-5)
-        assert second["ratio_std"] > 1e-3
-        assert pr2["records"][1]["mini_steps"][0]["ratio_std"] > 1e-3
-        assert pr2["records"][1]["importance"]["kl"] > 1e-6
+        assert first["ratio_min"] == pytest.approx(1.0, abs=LOGPROB)
+        assert second["ratio_std"] > 4 * LOGPROB
+        assert pr2["records"][1]["mini_steps"][0]["ratio_std"] > 4 * LOGPROB
+        assert pr2["records"][1]["importance"]["kl"] > LOGPROB**2
         assert 0.0 < pr2["records"][1]["importance"]["effective_sample_size"] < 1.0
         for record in pr2["records"]:
             assert record["routes"]["features_absent"] == 0
             # Features are of the weights that the first mini-step begins with, not of the average.
-            assert record["mini_steps"][0]["kl_frozen"] < 1e-9 < record["mini_steps"][1]["kl_frozen"]
+            # Zero up to rounding: of logits that two passes computed, and of a KL that is a sum over the experts in fp32.
+            before, after = (mini_step["kl_frozen"] for mini_step in record["mini_steps"])
+            assert before < rounding(1) < after
+            assert before < 0.01 * after
 
 
 def test_the_average_takes_in_every_update(runs: dict[str, list[dict[str, Any]]]) -> None:
     """With decay 0 it is the policy itself, in every mini-step."""
     for record in runs["r3 ewma of now"][0]["records"]:
         for mini_step in record["mini_steps"]:
-            assert (mini_step["ratio_min"], mini_step["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+            assert (mini_step["ratio_min"], mini_step["ratio_max"]) == pytest.approx((1.0, 1.0), abs=LOGPROB)
         assert record["clip_fraction"] == 0.0
 
 

@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_trained(damage: str, model: Path, data: Path, tm
 
 
 def test_what_the_config_leaves_to_transformers_is_left_to_it(model: Path, tmp_path: Path) -> None:
-    change(model / "config.json", num_experts=None)
+    change(model / "config.json", num_experts=None, num_local_experts=None)
     check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron_pr2.rollout.sglang_http import HttpClient
 from megatron_pr2.rollout.sglang_push import PushTarget
 from megatron_pr2.rollout.sglang_server import SGLangServer
+from tests.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 
 IDS = [5, 17, 99, 200, 3, 44, 71, 128, 250, 9, 33, 64]
@@ -71,7 +72,7 @@ class PlainServer:
         got_routes, got_logprobs, got_version = self.routes_and_logprobs(IDS)
         assert got_version == version
         assert torch.equal(got_routes, routes.to(got_routes.dtype))
-        np.testing.assert_allclose(got_logprobs, logprobs.numpy(), atol=1e-4)
+        np.testing.assert_allclose(got_logprobs, logprobs.numpy(), atol=LOGPROB)
 
 
 @contextmanager

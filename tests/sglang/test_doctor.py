@@ -19,6 +19,7 @@ from megatron_pr2.rollout.doctor import diagnose
 from megatron_pr2.rollout.doctor_findings import Diagnosis, Finding, Status
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_plugin import decode_rid
+from tests.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 from tests.sglang.fake_server import FakeServer, serve
 
@@ -118,7 +119,7 @@ def test_transformers_routes_are_those_that_its_experts_were_handed(tiny: TinyMo
     probe = doctor_reference.score(Path(tiny.path), ids, SHAPE, torch.float32)
     routes, logprobs = tiny.routes_and_logprobs(ids)
     assert (np.sort(probe.routes.experts, axis=-1) == routes.numpy()).all()
-    np.testing.assert_allclose(probe.logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(probe.logprobs, logprobs, atol=LOGPROB)
     assert doctor_reference.read_shape(Path(tiny.path)) == SHAPE
 
 

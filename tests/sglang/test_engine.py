@@ -13,6 +13,7 @@ from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 
 pytestmark = pytest.mark.sglang
@@ -24,14 +25,14 @@ def make_requests(count: int, seed: int = 0) -> list[RolloutRequest]:
 
 
 def assert_matches(responses, tiny: TinyModel, gates=None, temperature: float = 1.0) -> None:
-    """All routes equal, log-probs to 1e-4."""
+    """All routes equal, log-probs up to rounding."""
     for response in responses:
         routes, logprobs = tiny.routes_and_logprobs(list(response.token_ids), gates, temperature)
         assert response.routes is not None
         assert response.routes.valid.tolist() == [True] * (len(response.token_ids) - 1) + [False]
         got = np.sort(response.routes.experts[:-1], axis=-1)
         assert (got == routes[:-1].numpy()).all()
-        np.testing.assert_allclose(response.logprobs, logprobs[len(response.prompt_ids) - 1 :], atol=1e-4)
+        np.testing.assert_allclose(response.logprobs, logprobs[len(response.prompt_ids) - 1 :], atol=LOGPROB)
 
 
 def test_routes_and_logprobs_equal_transformers(fresh: SGLangEngine, tiny: TinyModel) -> None:
@@ -161,7 +162,7 @@ def test_score_returns_logprobs_and_routes_of_every_token(fresh: SGLangEngine, t
     assert table.num_missing == 0
     assert (np.sort(table.experts, axis=-1) == routes.numpy()).all()
     assert logprobs.dtype == np.float32
-    np.testing.assert_allclose(logprobs, want, atol=1e-4)
+    np.testing.assert_allclose(logprobs, want, atol=LOGPROB)
 
 
 def test_empty_push_is_refused_and_blocks_sampling(fresh: SGLangEngine, tiny: TinyModel) -> None:

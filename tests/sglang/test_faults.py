@@ -18,6 +18,7 @@ from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.rollout.base import RolloutBatch, RolloutRequest, RolloutResponse, SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.rounding import LOGPROB
 from tests.sglang import damage
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
@@ -245,7 +246,7 @@ def assert_same(found: Sequence[RolloutResponse], wanted: Sequence[RolloutRespon
         assert one.routes is not None
         assert other.routes is not None
         assert one.response_ids == other.response_ids, f"response {number}"
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4, err_msg=f"response {number}")
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=LOGPROB, err_msg=f"response {number}")
         np.testing.assert_array_equal(one.routes.valid, other.routes.valid, err_msg=f"response {number}")
         differ = np.sort(one.routes.experts, axis=-1) != np.sort(other.routes.experts, axis=-1)
         rows += int(differ.any(axis=-1).sum())

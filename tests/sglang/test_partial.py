@@ -16,6 +16,7 @@ from megatron_pr2.errors import EnvironmentFailed
 from megatron_pr2.rollout.base import Progress, RolloutRequest, RolloutResponse, SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_config import SGLangConfig
+from tests.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 from tests.sglang.test_engine import assert_matches, make_requests
 
@@ -109,7 +110,7 @@ def test_a_response_goes_on_under_new_weights_and_every_token_knows_its_version(
                 _, logprobs = tiny.routes_and_logprobs(list(response.token_ids), gates[version])
                 mine = response.weight_versions == version
                 want = logprobs.numpy()[len(response.prompt_ids) - 1 :]
-                np.testing.assert_allclose(response.logprobs[mine], want[mine], atol=1e-4)
+                np.testing.assert_allclose(response.logprobs[mine], want[mine], atol=LOGPROB)
 
 
 def test_prefixes_of_old_weights_are_not_used_after_a_push_in_place(fresh: SGLangEngine, tiny: TinyModel, tmp_path: Any) -> None:
@@ -180,7 +181,7 @@ def test_turns_are_spliced_and_the_environments_tokens_bear_no_loss(fresh: SGLan
         assert response.routes.num_missing == 1
         assert (np.sort(response.routes.experts[:-1], axis=-1) == routes.numpy()[:-1]).all()
         own = response.loss_mask
-        np.testing.assert_allclose(response.logprobs[own], logprobs.numpy()[len(response.prompt_ids) - 1 :][own], atol=1e-4)
+        np.testing.assert_allclose(response.logprobs[own], logprobs.numpy()[len(response.prompt_ids) - 1 :][own], atol=LOGPROB)
 
 
 def test_an_early_stop_carries_the_rest_over_and_changes_no_response(fresh: SGLangEngine, tiny: TinyModel) -> None:

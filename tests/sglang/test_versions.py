@@ -26,6 +26,7 @@ from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang import SGLangEngine
 from megatron_pr2.rollout.sglang_info import TESTED_RELEASES
 from megatron_pr2.rollout.sglang_python import package_environment
+from tests.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
@@ -136,7 +137,7 @@ def test_the_handshake_probe_scores_every_token(release: SGLangEngine, tiny: Tin
     routes, logprobs = tiny.routes_and_logprobs(ids)
     assert probe.routes.num_missing == 0
     assert (np.sort(probe.routes.experts, axis=-1) == routes.numpy()).all()
-    np.testing.assert_allclose(probe.logprobs, logprobs, atol=1e-4)
+    np.testing.assert_allclose(probe.logprobs, logprobs, atol=LOGPROB)
 
 
 def test_rows_from_a_position_on_and_version_spans(release: SGLangEngine, tiny: TinyModel) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import pool
+from tests.rounding import BF16
 from tests.verl.test_engine import job, run
 
 LAYOUTS = {
@@ -29,14 +30,14 @@ def test_two_processes(model: str, alone: Any, layout: str) -> None:
     results = pool(2).run(job, "train", model, "pr2", mini_batch_size=4, epochs=2, parallel=LAYOUTS[layout], timeout=200)
     outputs = [result for result in results if result["log_probs"] is not None]
     log_probs = torch.cat([result["log_probs"] for result in outputs])
-    assert (log_probs - alone["log_probs"]).abs().max() < 0.02
+    assert (log_probs - alone["log_probs"]).abs().max() < BF16
     metrics = outputs[0]["metrics"]
-    # The rows of a mini-batch are the same, however they are dealt out; bf16 weights move by steps of 0.4 %.
-    assert metrics["grad_norm"] == pytest.approx(alone["metrics"]["grad_norm"], rel=0.03)
+    # The rows of a mini-batch are the same, however they are dealt out.
+    assert metrics["grad_norm"] == pytest.approx(alone["metrics"]["grad_norm"], rel=BF16)
     assert len(metrics["pr2/agreement"]) == 2
-    assert metrics["pr2/agreement"] == pytest.approx(alone["metrics"]["pr2/agreement"], abs=0.03)
+    assert metrics["pr2/agreement"] == pytest.approx(alone["metrics"]["pr2/agreement"], abs=BF16)
     assert metrics["pr2/predictor/tokens"] == alone["metrics"]["pr2/predictor/tokens"]
-    assert metrics["pr2/predictor/grad_norm"] == pytest.approx(alone["metrics"]["pr2/predictor/grad_norm"], rel=0.03)
+    assert metrics["pr2/predictor/grad_norm"] == pytest.approx(alone["metrics"]["pr2/predictor/grad_norm"], rel=BF16)
     for result in results:
         gates = [name for name in result["pushed"] if name.endswith("gate.weight")]
         assert len(gates) == 4

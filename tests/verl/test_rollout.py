@@ -20,6 +20,7 @@ import torch
 from megatron_pr2.errors import RouteError
 from megatron_pr2.integrations.verl_sglang import ReplicaLoader, register_rollout
 from megatron_pr2.integrations.verl_sglang.decoder import RouteDecoder, model_dimensions
+from tests.rounding import LOGPROB
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = np.arange(7 * 3 * 2, dtype="<i4").reshape(7, 3, 2)
@@ -125,4 +126,4 @@ def test_verls_server_returns_the_routes_of_a_real_engine(tmp_path: Path) -> Non
     assert found["dtype"] == "int32"
     routes = np.sort(np.array(found["routed_experts"]), axis=-1)
     np.testing.assert_array_equal(routes, np.sort(expected.routes.experts[: len(tokens) - 1], axis=-1))
-    np.testing.assert_allclose(found["log_probs"], expected.logprobs[3:], atol=1e-4)
+    np.testing.assert_allclose(found["log_probs"], expected.logprobs[3:], atol=LOGPROB)
