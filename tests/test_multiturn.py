@@ -19,6 +19,7 @@ from megatron_pr2.tokens import TokenIndex
 from tests import toy
 from tests.distributed import pool
 from tests.loop import SMALL, digest
+from tests.rounding import LOGPROB
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -137,7 +138,7 @@ def test_logprobs_are_those_of_the_finished_sequence(told: list[dict[str, Any]])
     for entry in told:
         response = entry["response"]
         expected = np.where(response.loss_mask, entry["expected logprobs"], 0.0)
-        np.testing.assert_allclose(response.logprobs, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(response.logprobs, expected, rtol=0, atol=LOGPROB)
 
 
 def test_routes_are_those_of_the_finished_sequence_replies_included(told: list[dict[str, Any]]) -> None:
