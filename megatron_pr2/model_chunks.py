@@ -12,6 +12,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -52,11 +54,30 @@ def build_chunks(
     elif settings.bucket_size is None:
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         settings.bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * ranks)
-    # The communication of later chunks is overlapped with the computation of others anyway.
-    return [
-        DistributedDataParallel(config=config, ddp_config=settings, module=chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        # The communication of later chunks is overlapped with the computation of others anyway.
+        later = index > 0
+        whole = later or parallel_state.get_pipeline_model_parallel_rank() > 0
+        layout = _layout(chunk, settings, None if whole else settings.bucket_size)
+        wrapped.append(DistributedDataParallel(config=config, ddp_config=settings, module=chunk, disable_bucketing=later, **layout))
+    return wrapped
+
+
+def _layout(chunk: torch.nn.Module, settings: DistributedDataParallelConfig, bucket_size: int | None) -> dict[str, Any]:
+    """How the distributed optimizer cuts parameters, where a release wants to be told (0.19); as it would find out by itself."""
+    compute = getattr(DistributedOptimizer, "compute_full_param_layout", None)
+    if compute is None or not settings.use_distributed_optimizer:
+        return {}
+    groups = ProcessGroupCollection.use_mpu_process_groups(["intra_dp_cp", "intra_expt_dp"])
+    layout = compute(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        bucket_size,
+        groups.intra_dp_cp.size(),
+        settings,
+        expert_data_parallel_world_size=groups.intra_expt_dp.size(),
+    )
+    return {"full_param_layout": layout}
 
 
 def _chunk(provider: Callable[..., torch.nn.Module], stage: int | None) -> torch.nn.Module:

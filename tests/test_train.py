@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,10 +62,16 @@ def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> tuple[int,
     return process.returncode, output
 
 
-def train(*arguments: str) -> dict[str, Any]:
-    """The JSON object that a successful run prints last."""
+def train(*arguments: str, keep: Path | None = None) -> dict[str, Any]:
+    """The JSON object that a successful run prints last.
+
+    Args:
+        keep: file for all that it prints.
+    """
     code, output = finish(start(*arguments))
     assert code == 0, output
+    if keep is not None:
+        keep.write_text(output)
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return result
 
@@ -100,7 +107,7 @@ def settings(checkpoint: Path, prompts: Path, run: Path) -> list[str]:
 def uninterrupted(tiny_checkpoint: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps in one go, for comparison."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    result = train(*settings(tiny_checkpoint, prompts, run), "steps=8")
+    result = train(*settings(tiny_checkpoint, prompts, run), "steps=8", keep=run.with_name("output"))
     assert result["steps"] == 8
     assert result["preset"] == "pr2"
     return run
@@ -115,6 +122,12 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert all(r["routes"]["missing"] == 0 for r in logged)
     assert logged[-1]["predictor"]["weight_norm"] > 0
     assert all(m["agreement"] == 1.0 for m in logged[0]["mini_steps"][:1]), "nothing has moved in the first mini-step"
+
+
+def test_a_run_prints_no_warnings(uninterrupted: Path) -> None:
+    """Of libraries about each other's deprecated names, for one: there used to be two for every step and rank."""
+    printed = uninterrupted.with_name("output").read_text().splitlines()
+    assert [line for line in printed if re.search("warning|deprecated", line, re.IGNORECASE)] == []
 
 
 def test_transformers_generates_from_the_final_checkpoint(uninterrupted: Path, tiny_checkpoint: Path) -> None:

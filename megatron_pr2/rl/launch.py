@@ -112,6 +112,9 @@ def _run_ranks(config: TrainConfig, model_path: str, data_path: str) -> None:
 def _rank(config: TrainConfig, model_path: str, data_path: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from megatron_pr2.rl.quiet import silence_known_warnings
+
+    silence_known_warnings()
     from megatron_pr2.rl import worker
 
     record(worker.run)(config, model_path, data_path)
