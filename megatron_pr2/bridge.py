@@ -24,6 +24,7 @@ from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.hf_files import TensorIndex, write_checkpoint
 from megatron_pr2.latent_attention import check_query_norm
 from megatron_pr2.model_shape import model_shape
+from megatron_pr2.model_types import choose_bridge
 from megatron_pr2.parallel import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def load_model(
     ddp_config: Mapping[str, Any] | None = None,
     extra_config: Mapping[str, Any] | None = None,
     require_moe: bool = True,
+    bridge: str = "auto",
 ) -> tuple[Bridge, Chunks]:
     """Builds this rank's part of the model in the current parallel state and fills it from a Hugging Face directory.
 
@@ -51,6 +53,7 @@ def load_model(
             ``use_distributed_optimizer=True``.
         extra_config: fields of TransformerConfig that override the bridge's (recompute, dispatcher, dropout, ...).
         require_moe: refuse models without routed experts.
+        bridge: `mbridge`, `megatron-bridge`, or `auto`: mbridge where it knows the model type, else Megatron-Bridge.
 
     Returns:
         The bridge and the model chunks (one, or one per virtual pipeline stage).
@@ -62,16 +65,16 @@ def load_model(
     path = Path(hf_path)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json; expected a Hugging Face model directory")
-    bridge = _make_bridge(path, dtype, dict(extra_config or {}), require_moe)
-    chunks = bridge.build(wrap_with_ddp=wrap_with_ddp, ddp_config=dict(ddp_config or {}))
+    backend = _make_bridge(path, dtype, dict(extra_config or {}), require_moe, bridge)
+    chunks = backend.build(wrap_with_ddp=wrap_with_ddp, ddp_config=dict(ddp_config or {}))
     check_query_norm(chunks)
     try:
-        mine = bridge.parameter_names(chunks)
+        mine = backend.parameter_names(chunks)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    _check_names(bridge, mine, path)
-    bridge.load_weights(chunks, path)
-    return bridge, chunks
+    _check_names(backend, mine, path)
+    backend.load_weights(chunks, path)
+    return backend, chunks
 
 
 def export_weights(bridge: Bridge, chunks: Chunks) -> Iterator[tuple[str, torch.Tensor]]:
@@ -125,10 +128,8 @@ def save_hf(
         raise CheckpointError(f"{path}: the checkpoint could not be written ({outcome[0]}); what was there is unchanged")
 
 
-def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_moe: bool) -> Bridge:
+def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_moe: bool, wanted: str) -> Bridge:
     from transformers import AutoConfig
-
-    from megatron_pr2.bridge_mbridge import MBridge
 
     source = AutoConfig.from_pretrained(str(path))
     try:
@@ -137,7 +138,16 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
         if require_moe:
             raise ConfigError(f"{path}: {error}") from None
         shape = None
-    bridge = MBridge(source, shape, dtype, extra)
+    bridge: Bridge
+    # mbridge alone has dense models.
+    if (choose_bridge(source.model_type, wanted) if shape is not None or wanted != "auto" else "mbridge") == "mbridge":
+        from megatron_pr2.bridge_mbridge import MBridge
+
+        bridge = MBridge(source, shape, dtype, extra)
+    else:
+        from megatron_pr2.bridge_megatron import MegatronBridge
+
+        bridge = MegatronBridge(path, source, shape, dtype, extra)
     if host.is_enabled():
         host.adapt_config(bridge.config)
     # Refuses, on every rank, what Megatron-Core would refuse later or compute wrongly.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
+
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.model_shape import model_shape
 from megatron_pr2.model_types import MODEL_TYPES, known_model_types
+from tests.distributed import pool
 
 # Mixture-of-experts models that see; the trainer has text only.
 SEEING = {"glm4v_moe"}
@@ -27,3 +32,20 @@ def test_mbridge(host_platform: None) -> None:
 
 def test_all_of_them_in_order() -> None:
     assert known_model_types() == sorted(set().union(*MODEL_TYPES.values()))
+
+
+def supported_job() -> list[str]:
+    from megatron_pr2.bridge_megatron import _auto_bridge_class
+
+    supported: list[str] = _auto_bridge_class().list_supported_models()
+    return supported
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed")
+def test_megatron_bridge() -> None:
+    """A part of what it knows: the models that are compared with Transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = set(pool(1).run(supported_job)[0])
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in MODEL_TYPES["megatron-bridge"]} <= known
+    assert not {"MixtralForCausalLM", "Qwen2MoeForCausalLM"} & known, "docs/bridges.md says that it has neither"

@@ -1,11 +1,12 @@
-"""Each family of models through the whole loop: a tiny checkpoint of Transformers, load, attach, rollout, replay, update, export.
+"""Each family of models through the whole loop, by each bridge: load, attach, rollout, replay, update, export.
 
 The table of models in docs/bridges.md is MODELS below; a test compares them. Everything of one model happens in one process, by the
-trainer's own code; what Transformers computes on the same checkpoint is the reference.
+trainer's own code; what Transformers computes on the same tiny checkpoint is the reference.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_pr2.bridge_settings import bridge_config, config_overrides
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.gates import GATE_NAME
 from megatron_pr2.model_shape import model_shape
+from megatron_pr2.model_types import MODEL_TYPES, known_model_types
 from tests.distributed import pool
 from tests.host.models import SIZES, make_checkpoint, tiny_config
 from tests.loop import Monitor, parity
@@ -74,6 +76,15 @@ MODELS = (
     Model("OLMoE", "olmoe", "weights not normalized; q/k norms over whole projections"),
     Model("gpt-oss", "gpt_oss", "biases of routers and experts; clamped activation; attention sinks, sliding windows; YaRN"),
 )
+
+
+MEGATRON_BRIDGE = pytest.mark.skipif(importlib.util.find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed")
+BY_EACH_BRIDGE = [
+    pytest.param(model, bridge, id=f"{model.name}-{bridge}", marks=[MEGATRON_BRIDGE] if bridge == "megatron-bridge" else [])
+    for model in MODELS
+    for bridge, families in MODEL_TYPES.items()
+    if model.family in families
+]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +139,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert difference <= bound, f"{difference:.3g} > {bound:.3g} = eps * {TERMS} * the largest logit"
 
 
-def loop(path: Path, run: Path, tokens: Tensor) -> dict[str, Any]:
+def loop(path: Path, run: Path, tokens: Tensor, bridge: str) -> dict[str, Any]:
     """One training step on a checkpoint, by the trainer's own code."""
     from transformers import AutoTokenizer
 
@@ -141,7 +152,7 @@ def loop(path: Path, run: Path, tokens: Tensor) -> dict[str, Any]:
 
     host.init()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    actor = Actor(load_config(None, [*SETTINGS, f"run={run}"]), path, tokenizer.pad_token_id)
+    actor = Actor(load_config(None, [*SETTINGS, f"run={run}", f"model.bridge={bridge}"]), path, tokenizer.pad_token_id)
     engine = MegatronEngine(actor.model, actor.pr2, pad_id=tokenizer.pad_token_id)
     before = logits_of(actor, tokens)
     tables = [engine.score(row)[0].routes for row in tokens.tolist()]
@@ -174,13 +185,13 @@ def logits_of(actor: Any, tokens: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_the_whole_loop(model: Model, tokens: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "bridge"), BY_EACH_BRIDGE)
+def test_the_whole_loop(model: Model, bridge: str, tokens: Tensor, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "model", model)
     original = load_file(path / "model.safetensors")
     expected_logits, expected_routes, gap = reference(path, tokens)
     assert gap > EPS * TERMS, "two experts are as good as equal: another seed, please"
-    (done,) = pool(1).run(loop, path, tmp_path / "run", tokens)
+    (done,) = pool(1).run(loop, path, tmp_path / "run", tokens, bridge)
 
     # Load: the same model, and the same experts.
     close(done["before"], expected_logits)
@@ -330,4 +341,9 @@ def test_the_documented_models_are_these() -> None:
     _, _, section = DOCUMENT.read_text(encoding="utf-8").partition("## Models\n")
     lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
     table = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
-    assert table[2:] == [(model.name, f"`{model.family}`", model.note) for model in MODELS]
+
+    def bridges(family: str) -> str:
+        return ", ".join(f"`{name}`" for name, families in MODEL_TYPES.items() if family in families)
+
+    assert table[2:] == [(model.name, f"`{model.family}`", bridges(model.family), model.note) for model in MODELS]
+    assert known_model_types() == sorted({model.family for model in MODELS})

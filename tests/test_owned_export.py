@@ -21,10 +21,12 @@ Tensors = dict[str, torch.Tensor]
 TP2_EP2 = {"tensor": 2, "expert": 2, "expert_tensor": 1}
 
 
-def export_job(path: Path, layout: dict[str, Any], wrap_with_ddp: bool) -> tuple[list[str], Tensors, Tensors]:
+def export_job(
+    path: Path, layout: dict[str, Any], wrap_with_ddp: bool, bridge_name: str = "auto"
+) -> tuple[list[str], Tensors, Tensors]:
     """(names in order, owned tensors, full export)"""
     host.init(**layout)
-    bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=wrap_with_ddp)
+    bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=wrap_with_ddp, bridge=bridge_name)
     full = {name: tensor.clone() for name, tensor in export_weights(bridge, chunks)}
     owned = [(name, tensor.clone()) for name, tensor in bridge.export_owned_weights(chunks)]
     return [name for name, _ in owned], dict(owned), full

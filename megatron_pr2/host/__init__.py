@@ -12,5 +12,16 @@ from __future__ import annotations
 
 from megatron_pr2.host.platform import adapt_config, config_overrides, disable, enable, enable_training, is_enabled
 from megatron_pr2.host.runtime import init, shutdown
+from megatron_pr2.host.transformer_engine import transformer_engine_stand_ins
 
-__all__ = ["adapt_config", "config_overrides", "disable", "enable", "enable_training", "init", "is_enabled", "shutdown"]
+__all__ = [
+    "adapt_config",
+    "config_overrides",
+    "disable",
+    "enable",
+    "enable_training",
+    "init",
+    "is_enabled",
+    "shutdown",
+    "transformer_engine_stand_ins",
+]

@@ -29,6 +29,9 @@ class HostGroupedLinear(torch.nn.Module):
         partition_dim: 0 shards the output (fc1), 1 the input (fc2).
     """
 
+    # Bridges that do not know a class by its name ask for this and for `partition_dim`.
+    tensor_model_parallel = True
+
     def __init__(
         self,
         num_gemms: int,

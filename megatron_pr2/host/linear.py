@@ -37,6 +37,9 @@ class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
 class HostLinear(torch.nn.Module):
     """Stands in for ``TELinear`` with ``parallel_mode="duplicated"``: the same weight on every tensor-parallel rank."""
 
+    # Bridges that do not know a class by its name ask for this.
+    tensor_model_parallel = False
+
     def __init__(
         self,
         input_size: int,

@@ -72,6 +72,7 @@ class Actor:
         self._bridge, self.chunks = load_model(
             hf_path,
             dtype=self.dtype,
+            bridge=config.model.bridge,
             ddp_config={"use_distributed_optimizer": False},
             extra_config={
                 # The ranks' micro-batches differ in shape, which allgather does not allow.

@@ -16,18 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.model_types import BRIDGES
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS, check_source
 from megatron_pr2.rl.task import LESSONS
 
 
 @dataclass
 class ModelConfig:
-    """The policy. Without `path` a tiny Qwen3-MoE is made, warm-started on what `warm_start` names, and cached under `cache`."""
+    """The policy. Without `path` a tiny Qwen3-MoE is made, warm-started on what `warm_start` names, and cached under `cache`.
+    `bridge` is the library that reads and writes its checkpoints (megatron_pr2.model_types)."""
 
     path: str | None = None
     warm_start: str = "worked"
     cache: str = "runs/warmstart"
     dtype: str = "float32"
+    bridge: str = "auto"
 
 
 @dataclass
@@ -237,6 +240,8 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"rollout.oversample={rollout.oversample}: expected 1 or more prompts asked for per prompt of a batch")
     if not rollout.temperature > 0:
         raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
+    if config.model.bridge not in BRIDGES:
+        raise ConfigError(f"model.bridge={config.model.bridge!r}: expected one of {', '.join(BRIDGES)}")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype={config.model.dtype!r}: expected float32 or bfloat16")
     if parallel.processes % parallel.expert:

@@ -44,7 +44,7 @@ def check(config: TrainConfig) -> None:
         _check_engine(config, None, 0)
         return
     directory = Path(config.model.path)
-    model = check_model(directory, config.parallel.expert)
+    model = check_model(directory, config.parallel.expert, config.model.bridge)
     longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples or _made_up(config.seed))
     _check_engine(config, model, longest)
 

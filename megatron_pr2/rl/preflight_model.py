@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.model_shape import EXPERTS, model_shape
-from megatron_pr2.model_types import known_model_types
+from megatron_pr2.model_types import choose_bridge
 from megatron_pr2.rl.data import Example
 from megatron_pr2.rl.encoding import check_length
 from megatron_pr2.rollout.base import ModelShape
@@ -23,11 +23,12 @@ _PLAIN_TOKENIZERS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _CHARACTERS = 2_000_000
 
 
-def check_model(directory: Path, expert_parallel: int) -> SimpleNamespace:
+def check_model(directory: Path, expert_parallel: int, bridge: str = "auto") -> SimpleNamespace:
     """Config and weights of a Hugging Face directory.
 
     Args:
         expert_parallel: size that has to divide the number of experts.
+        bridge: TrainConfig's model.bridge.
 
     Returns:
         What config.json sets, of the text model; what it leaves to Transformers' defaults is not there.
@@ -41,11 +42,10 @@ def check_model(directory: Path, expert_parallel: int) -> SimpleNamespace:
         raise ConfigError(f"model.path={directory}: no config.json there; expected a Hugging Face model directory")
     raw = _read_json(directory / "config.json")
     kind, text = raw.get("model_type"), raw.get("text_config")
-    if kind not in known_model_types():
-        raise ConfigError(
-            f"{directory}/config.json: model_type={kind!r} cannot be trained here; expected a mixture-of-experts model of type "
-            f"{', '.join(known_model_types())}"
-        )
+    try:
+        choose_bridge(kind, bridge)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}/config.json: {error}") from None
     config = SimpleNamespace(**{**raw, **(text if isinstance(text, dict) else {}), "model_type": kind})
     shape = _shape(config, directory)
     if shape is not None:

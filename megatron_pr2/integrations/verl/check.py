@@ -9,7 +9,6 @@ it would learn from its first batch only. This composes the configuration as ver
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.integrations.verl.settings import WHERE, check_engine, read_settings
+from megatron_pr2.model_types import has_megatron_bridge
 
 PACKAGE = "megatron_pr2.integrations.verl"
 
@@ -42,7 +42,7 @@ def check_config(config: Any) -> PR2Config:
     if PACKAGE not in ([libraries] if isinstance(libraries, str) else libraries):
         raise ConfigError(f"actor_rollout_ref.model.external_lib={libraries}: set it to {PACKAGE}, or the engine is verl's own")
     check_engine(parts.actor.megatron, parts.model, settings)
-    if not parts.actor.megatron.vanilla_mbridge and not _has_megatron_bridge():
+    if not parts.actor.megatron.vanilla_mbridge and not has_megatron_bridge():
         raise ConfigError(
             "actor_rollout_ref.actor.megatron.vanilla_mbridge=false builds the model by Megatron-Bridge, which is not installed "
             "here; set it to true (mbridge, as tested), or install megatron-bridge"
@@ -107,11 +107,6 @@ def _check_updates(config: Any, settings: PR2Config) -> None:
             f"{updates} update per rollout batch; routers drift and predictors learn from the "
             f"second on. Lower ppo_mini_batch_size, or set {WHERE}.preset=r3"
         )
-
-
-def _has_megatron_bridge() -> bool:
-    # Looking for a part of a package imports the package.
-    return importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.bridge") is not None
 
 
 def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]) -> Any:
