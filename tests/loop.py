@@ -75,8 +75,11 @@ class Monitor:
         self.records.append({k: v for k, v in record.items() if k not in TIMES})
 
 
-def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False) -> dict[str, Any]:
+def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False, data: Path | None = None) -> dict[str, Any]:
     """Trains in the current parallel state and says what happened, as hashes where every bit counts.
+
+    Args:
+        data: JSONL file; sums of two digits if None.
 
     Returns:
         records: of every step; rollouts: a hash of tokens, log-probs and routes per step; samples: of rewards, advantages and old
@@ -87,7 +90,7 @@ def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False) 
     from megatron_pr2.rl import trainer as trainer_module
     from megatron_pr2.rl.actor import Actor
     from megatron_pr2.rl.config import load_config
-    from megatron_pr2.rl.data import Example
+    from megatron_pr2.rl.data import Example, load_examples
     from megatron_pr2.rollout.megatron import MegatronEngine
 
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -113,7 +116,8 @@ def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False) 
 
     engine.generate, actor.update = observed_generate, observed_update  # type: ignore[method-assign]
     monitor = Monitor()
-    examples = [Example(f"{a}+{b}=", str(a + b), "generated") for a in range(3) for b in range(3)]
+    sums = [Example(f"{a}+{b}=", str(a + b), "generated") for a in range(3) for b in range(3)]
+    examples = sums if data is None else load_examples(data)
     trainer = trainer_module.Trainer(config, actor, engine, engine, examples, tokenizer, monitor)
     with mock.patch.object(trainer_module, "exact_match", parity):
         if resume:
@@ -124,7 +128,7 @@ def train(path: Path, run: Path, overrides: list[str], *, resume: bool = False) 
     return out
 
 
-def train_job(path: Path, runs: list[tuple[Path, list[str], bool]]) -> list[dict[str, Any]]:
+def train_job(path: Path, runs: list[tuple[Path, list[str], bool]], data: Path | None = None) -> list[dict[str, Any]]:
     """Several runs, one after the other, on two processes that share the experts; runs are (directory, overrides, resume)."""
     host.init(expert=2)
-    return [train(path, run, overrides, resume=resume) for run, overrides, resume in runs]
+    return [train(path, run, overrides, resume=resume, data=data) for run, overrides, resume in runs]

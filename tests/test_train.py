@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megatron_pr2.cli import app
+from tests.distributed import pool
+from tests.loop import train_job
 from tests.rounding import LOGPROB
 
 pytestmark = pytest.mark.slow
@@ -168,12 +170,18 @@ def test_an_interrupted_run_continues_with_the_same_numbers(
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("preset", ["grpo", "r2", "r3"])
-def test_every_preset_runs(preset: str, tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
-    result = train(*settings(tiny_checkpoint, prompts, tmp_path / "run"), "steps=2", f"preset={preset}")
-    assert result["preset"] == preset
-    assert result["missing_routes"] == 0
-    assert all(r["predictor"]["weight_norm"] == 0 for r in records(tmp_path / "run"))
+PRESETS = ("grpo", "r2", "r3", "pr2")
+
+
+def test_every_preset_runs(tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """The loop without the command around it; the other tests here have both, with preset pr2."""
+    runs = [(tmp_path / preset, [*SMALL, "steps=2", f"preset={preset}"], False) for preset in PRESETS]
+    for results in pool(2).run(train_job, tiny_checkpoint, runs, prompts):
+        for preset, result in zip(PRESETS, results, strict=True):
+            assert [record["preset"] for record in result["records"]] == [preset] * 2
+            assert all(record["routes"]["missing"] == 0 for record in result["records"])
+            assert (result["predictor"] > 0) == (preset == "pr2")
+    assert all((tmp_path / preset / "final" / "model.safetensors").is_file() for preset in PRESETS)
 
 
 @pytest.mark.sglang
@@ -213,12 +221,13 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not beside the repository")
 def test_gsm8k_as_published_runs_through_the_loop(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    result = train(
-        f"model.path={tiny_checkpoint}", f"run={tmp_path / 'run'}", "--data", str(GSM8K), "steps=1", "rollout.prompts=2",
-        "rollout.responses=2", "rollout.max_new_tokens=4", "algorithm.mini_steps=2", "algorithm.micro_batch_size=2",
-    )  # fmt: skip
-    assert result["steps"] == 1
-    assert records(tmp_path / "run")[0]["routes"]["tokens"] > 200, "whole questions went through"
+    sizes = [
+        "steps=1", "rollout.prompts=2", "rollout.responses=2", "rollout.max_new_tokens=4", "algorithm.mini_steps=2",
+        "algorithm.micro_batch_size=2",
+    ]  # fmt: skip
+    results = pool(2).run(train_job, tiny_checkpoint, [(tmp_path / "run", sizes, False)], GSM8K)
+    (record,) = results[0][0]["records"]
+    assert record["routes"]["tokens"] > 200, "whole questions went through"
 
 
 def test_other_settings_in_the_same_directory_are_refused(uninterrupted: Path, tiny_checkpoint: Path, prompts: Path) -> None:
