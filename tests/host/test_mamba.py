@@ -44,7 +44,9 @@ def mixers() -> tuple[Any, Any]:
     theirs.load_state_dict({name: w + 1.0 if name == "norm.weight" else w for name, w in weights.items()})
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            ours.get_parameter(name.replace("conv1d.", "conv1d_")).copy_(parameter)
+            # Later releases keep the convolution's two tensors without a module.
+            flat = name.replace("conv1d.", "conv1d_")
+            ours.get_parameter(flat if flat in dict(ours.named_parameters()) else name).copy_(parameter)
         ours.in_proj.layer_norm_weight.fill_(1.0)
     return ours, theirs
 

@@ -49,7 +49,10 @@ def add_mamba(path: Path, pattern: str, hidden: int, seed: int = 3) -> Path:
     for layer, kind in enumerate("".join(pattern_segments(pattern))):
         for name, shape in shapes.items() if kind == "M" else ():
             around, spread = 1.0 if "norm" in name else 0.0, 0.05 if name == "out_proj.weight" else 0.2
-            weights[f"decoder.layers.{layer}.mixer.{name}"] = around + spread * torch.randn(shape, generator=generator)
+            tensor = around + spread * torch.randn(shape, generator=generator)
+            # Earlier releases have a module for the convolution.
+            for spelling in {name, name.replace("conv1d_", "conv1d.")}:
+                weights[f"decoder.layers.{layer}.mixer.{spelling}"] = tensor.clone()
     # Next to them the experts keep their say, so that routers that move are felt in the log-probs.
     weights |= {name: 4 * tensor for name, tensor in weights.items() if ".experts." in name and "down_proj" in name}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
