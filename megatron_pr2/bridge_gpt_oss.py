@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from mbridge.core import LLMBridge
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.fusions import fused_bias_geglu
 from torch import Tensor
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)(?:\.weight)?(\d+)$")
@@ -54,7 +54,7 @@ class GptOssBridge(LLMBridge):
             add_bias_linear=True,
             bias_dropout_fusion=False,
             # x sigmoid(1.702 x), clamped, times the clamped other half plus one.
-            activation_func=quick_gelu,
+            activation_func=fused_bias_geglu.quick_gelu,
             activation_func_clamp_value=source.swiglu_limit,
             glu_linear_offset=1.0,
             softmax_type="learnable",

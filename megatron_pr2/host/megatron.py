@@ -117,7 +117,9 @@ def patch_megatron(patches: PatchSet) -> None:
     # Both are created on first use and kept on the class; undoing must drop the host's streams.
     patches.set(dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None)
     patches.set(shared_experts.SharedExpertMLP, "stream", None)
-    # Compiled with torch.compile at import; the host runs it as it is, a compiler is not required.
+    # Compiled with torch.compile at import; the host runs them as they are, a compiler is not required.
+    geglu = importlib.import_module("megatron.core.fusions.fused_bias_geglu")
+    patches.set(geglu, "quick_gelu", getattr(geglu.quick_gelu, "_torchdynamo_orig_callable", geglu.quick_gelu))
     compiled = router.TopKRouter._apply_expert_bias
     patches.set(router.TopKRouter, "_apply_expert_bias", getattr(compiled, "_torchdynamo_orig_callable", compiled))
     # With expert tensor parallelism every rank holds another number of an expert's tokens; gloo gathers equal shapes only.
