@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.model_types import choose_bridge
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, load_examples
 from megatron_pr2.rl.preflight_model import check_experts, check_model, check_tokenizer
@@ -40,6 +41,7 @@ def check(config: TrainConfig) -> None:
     load_environment(config.rollout.environment)
     if config.model.path is None:
         check_place(Path(config.model.cache), "model.cache")
+        choose_bridge("qwen3_moe", config.model.bridge)
         check_experts(TinyModelConfig().num_experts, config.parallel.expert, "the examples' model")
         _check_engine(config, None, 0)
         return

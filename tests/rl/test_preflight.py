@@ -144,6 +144,13 @@ def test_a_job_that_cannot_run(overrides: list[str], message: str, tmp_path: Pat
             check(load_config(None, given))
 
 
+def test_a_bridge_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_pr2.model_types.has_megatron_bridge", lambda: False)
+    for path in ([f"model.path={model}"], []):
+        with pytest.raises(ConfigError, match="needs Megatron-Bridge, which is not installed"):
+            check(load_config(None, [*path, f"run={tmp_path / 'run'}", "model.bridge=megatron-bridge"]))
+
+
 def test_a_directory_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
     for setting in (f"run={tmp_path}/run", f"model.cache={tmp_path}/cache"):
