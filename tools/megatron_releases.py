@@ -6,7 +6,8 @@
 
 A release is its wheel, unpacked under --cache and put in front on PYTHONPATH; everything else is this interpreter's environment.
 Results stay in the cache, so that the table can be written of runs at different times; it says of which commit each is.
-Fails if a test fails, or if a file on the list ran no test.
+Fails if a test fails, if a file on the list ran no test, or if gradients or log-probs in fp32 differ from another release's by more
+than rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ TESTS = (
 )
 QUICK = "not slow and not exhaustive and not gpu"
 OUTCOMES = ("passed", "failed", "skipped")
+# Between releases, of the largest entry: as between layouts in tests/parallel/compare.py.
+ROUNDING = 1e-5
 
 Counts = dict[str, dict[str, int]]
 
@@ -103,6 +107,7 @@ def run(release: str, cache: Path) -> bool:
     check_imported(release, variables)
     report = cache / f"{release}.xml"
     report.unlink(missing_ok=True)
+    result: dict[str, Any] = conditions()
     print(f"megatron-core {release}", flush=True)
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", QUICK,
@@ -113,12 +118,20 @@ def run(release: str, cache: Path) -> bool:
         print(f"megatron-core {release}: pytest ended with {status} and without a report")
         return False
     files = counts(report)
-    result = {"files": files, "pytest": status, **conditions()}
+    result |= {"files": files, "pytest": status}
     (cache / f"{release}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     idle = [name for name in map(file_of, TESTS) if not files.get(name, {}).get("passed")]
     for name in idle:
         print(f"megatron-core {release}: no test of {name} passed")
-    return status == 0 and not idle
+    numbers = cache / f"{release}.pt"
+    numbers.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.parallel.reference", str(numbers)]
+    same = subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode == 0
+    for kind, deviation in deviations(cache).get(release, {}).items():
+        if not deviation <= ROUNDING:
+            print(f"megatron-core {release}: {kind} deviate by {deviation:.1e} of the largest entry from another release's")
+            same = False
+    return status == 0 and not idle and same
 
 
 def file_of(test: str) -> str:
@@ -133,6 +146,31 @@ def counts(report: Path) -> Counts:
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         found[case.get("file") or "(collection)"][outcome] += 1
     return {name: dict(counter) for name, counter in sorted(found.items())}
+
+
+def deviations(cache: Path) -> dict[str, dict[str, float]]:
+    """By release and kind, the largest deviation from the oldest release that is there, as a share of the largest entry."""
+    import torch
+
+    releases = ordered(path.stem for path in cache.glob("*.pt"))
+    every = {release: torch.load(cache / f"{release}.pt", weights_only=True) for release in releases}
+    found: dict[str, dict[str, float]] = {}
+    for release in releases:
+        found[release] = {}
+        for kind, expected in every[releases[0]].items():
+            given = every[release][kind]
+            if given.keys() != expected.keys():
+                found[release][kind] = float("inf")
+                continue
+            sizes = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
+            errors = {name: float((given[name] - expected[name]).abs().max()) for name in expected}
+            # Experts without a token have no gradient in any release.
+            found[release][kind] = max(errors[name] / sizes[name] if sizes[name] else errors[name] for name in expected)
+    return found
+
+
+def ordered(releases: Iterable[str]) -> list[str]:
+    return sorted(releases, key=lambda release: [int(part) for part in release.split(".")])
 
 
 def conditions() -> dict[str, Any]:
@@ -152,7 +190,7 @@ def conditions() -> dict[str, Any]:
 def table(cache: Path) -> str:
     """The document, of all results in the cache."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cache.glob("*.json")}
-    releases = sorted(results, key=lambda release: [int(part) for part in release.split(".")])
+    releases = ordered(results)
 
     def cell(found: dict[str, int] | None) -> str:
         return ", ".join(f"{found[kind]} {kind}" for kind in OUTCOMES if found.get(kind)) if found else "not run"
@@ -173,6 +211,10 @@ def table(cache: Path) -> str:
         for found in results[each]["files"].values():
             total[each].update(found)
     lines.append(f"| all | {' | '.join(cell(total[each]) for each in releases)} |")
+    numbers = deviations(cache)
+    for kind, words in (("policy", "policy's gradients"), ("predictor", "predictor's gradients"), ("logprobs", "log-probs")):
+        cells = [f"{numbers[each][kind]:.1e}" if each in numbers else "not run" for each in releases]
+        lines.append(f"| {words}, one process, fp32: largest deviation from the oldest release here | {' | '.join(cells)} |")
     lines += [f"| {key} | {' | '.join(results[each][key] for each in releases)} |" for key in ("commit", "python", "torch")]
     return "\n".join(lines) + "\n"
 
