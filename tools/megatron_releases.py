@@ -190,6 +190,9 @@ def conditions() -> dict[str, Any]:
 def table(cache: Path) -> str:
     """The document, of all results in the cache."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cache.glob("*.json")}
+    numbers = deviations(cache)
+    for release in numbers.keys() - results.keys():
+        results[release] = {"files": {}, "commit": "not run", "python": "", "torch": ""}
     releases = ordered(results)
 
     def cell(found: dict[str, int] | None) -> str:
@@ -211,7 +214,6 @@ def table(cache: Path) -> str:
         for found in results[each]["files"].values():
             total[each].update(found)
     lines.append(f"| all | {' | '.join(cell(total[each]) for each in releases)} |")
-    numbers = deviations(cache)
     for kind, words in (("policy", "policy's gradients"), ("predictor", "predictor's gradients"), ("logprobs", "log-probs")):
         cells = [f"{numbers[each][kind]:.1e}" if each in numbers else "not run" for each in releases]
         lines.append(f"| {words}, one process, fp32: largest deviation from the oldest release here | {' | '.join(cells)} |")
