@@ -47,6 +47,8 @@ def _prepare_process() -> None:
         _redact_api_key()
     if not torch.cuda.is_available():
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        # A CUDA build of torch brings NCCL, which ranks of a CPU engine would try to use; one that cannot be loaded is left alone.
+        os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull
         from megatron_pr2.rollout.sglang_cpu import plugin, shims
 
         shims.install()
