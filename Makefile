@@ -64,7 +64,11 @@ test-exhaustive: $(TEST) $(SGLANG) $(SGLANG_0519)
 test-megatron: $(TEST)
 	$(VENV)/bin/python tools/megatron_releases.py $(ARGS)
 
-# Numbers that other kernels, or another order of additions, would move.
+# Files whose numbers other kernels, or another order of additions, would move.
+NUMERICAL := $(addprefix tests/,test_predictor.py test_losses.py test_metrics.py test_fast_paths.py test_router.py \
+	test_optimizer_moments.py test_invariants.py test_replay.py test_hold_back.py test_pr2_checkpoint.py test_bridge.py test_models.py \
+	test_multiturn.py test_tokens_per_sample.py rl/test_corrections.py rl/test_old_logprobs.py rl/test_warmstart.py \
+	host/test_attention.py host/test_layouts.py parallel/test_matrix.py)
 test-numerics: $(TEST)
 	for kernels in default avx2; do ATEN_CPU_CAPABILITY=$$kernels $(VENV)/bin/python $(PYTEST) $(NUMERICAL) || exit 1; done
 	OMP_NUM_THREADS=2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL)
@@ -85,7 +89,7 @@ lock: $(UV)
 	$(VENV)-uv/bin/python tools/lock.py --uv $(UV) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-uv $(VENV_SGLANG) $(VENV_0519) $(VENV_VERL) build *.egg-info
+	rm -rf $(VENV) $(VENV)-uv .venv-megatron $(VENV_SGLANG) $(VENV_0519) $(VENV_VERL) build *.egg-info
 
 $(UV):
 	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && "$$python" -m venv $(VENV)-uv

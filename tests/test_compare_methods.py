@@ -261,7 +261,7 @@ pr2: {{sample_fraction: 1.0}}
     return write_grid(folder, groups, steps, settings)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cells_are_run_once_and_a_broken_one_is_reported(tiny_checkpoint: Path, tmp_path: Path) -> None:
     groups = """    - {methods: [r3, pr2-post], mini_steps: [2], lr: [1.0e-3]}
     - {methods: [r3], mini_steps: [2], lr: [2.0e-3], name: broken, overrides: ["rollout.environment=no_such_module:nothing"]}
@@ -294,7 +294,7 @@ def test_cells_are_run_once_and_a_broken_one_is_reported(tiny_checkpoint: Path, 
     assert "holds a run with other settings (rollout.temperature)" in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_cell_is_continued(number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path) -> None:
     groups = "    - {methods: [pr2-post+hold], mini_steps: [2], lr: [1.0e-3]}\n"

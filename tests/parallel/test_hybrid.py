@@ -51,7 +51,7 @@ CASES: dict[str, Case] = {
     "pp2-vpp2-ep2": hybrid(CHUNKS, 4, {**VPP, "expert": 2}, old=TWO, new=Split(reverse=True), bind="identity"),
 }
 QUICK = {"one", "pp2-vpp2"}
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in CASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,8 +95,8 @@ def test_numbers_of_a_gpt_model_on_one_process(name: str, checkpoint: Path, expe
     "row",
     [
         hybrid(WITH_MAMBA, 1, {}, UNIFORM, old=TWO, new=BUDGET),
-        pytest.param(hybrid(MAMBA_STAGES, 2, VPP, MOE, old=TWO, new=ONE), marks=pytest.mark.slow),
-        pytest.param(hybrid(WITH_MAMBA, 2, {"expert": 2}, PARTS, old=TWO, new=REVERSED), marks=pytest.mark.slow),
+        pytest.param(hybrid(MAMBA_STAGES, 2, VPP, MOE, old=TWO, new=ONE), marks=pytest.mark.exhaustive),
+        pytest.param(hybrid(WITH_MAMBA, 2, {"expert": 2}, PARTS, old=TWO, new=REVERSED), marks=pytest.mark.exhaustive),
     ],
     ids=["recompute", "pp2-vpp2", "ep2"],
 )

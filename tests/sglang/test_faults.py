@@ -215,7 +215,7 @@ class TestReal:
         assert_same(batch.responses, wanted)
         assert batch.stats.extra["rerolls"] + batch.stats.extra["retries"] == len(faults) - faults.count("delay")
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_two_thousand_requests_come_back_and_memory_stays(self, fresh: SGLangEngine, key: dict[str, str]) -> None:
         asked = [RolloutRequest(tuple(Random(i).choices(range(3, 250), k=8)), i) for i in range(2000)]
         engine = attach(fresh.replicas[0].url, concurrency=64, request_timeout_s=300.0, **key)
