@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig, read_yaml
-from megatron_pr2.rl.preflight import MADE_UP, check
+from megatron_pr2.rl.preflight import MADE_UP, check, examples_model
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -53,8 +53,8 @@ def train(config: TrainConfig) -> Path:
     """
     directory = Path(config.run)
     check(config)
-    _claim(directory, config)
     with _alone(directory):
+        _claim(directory, config)
         _check_gpus(config)
         model_path = config.model.path or str(warm_start(config))
         data_path = config.data or str(_task_file(config))
@@ -67,12 +67,17 @@ def train(config: TrainConfig) -> Path:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Two runs in one directory would overwrite each other's checkpoints.
+    """Two runs in one directory, which is made if needed, would overwrite each other's settings and checkpoints.
 
     Raises:
-        ConfigError: another process is training in it.
+        ConfigError: another process is training in it, or it cannot be made or written to.
     """
-    with (directory / LOCK_FILE).open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / LOCK_FILE).open("w")
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -144,12 +149,15 @@ def _claim(directory: Path, config: TrainConfig) -> None:
                 "or remove that one to start over"
             )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
         OmegaConf.save(new, temporary)
         temporary.rename(file)
     except OSError as error:
-        raise ConfigError(f"run={directory} cannot be written to ({error}); choose another directory") from error
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run={directory} cannot be written to ({error}); choose another directory")
 
 
 def _differences(old: object, new: object, prefix: str = "") -> set[str]:
@@ -178,9 +186,7 @@ def warm_start(config: TrainConfig) -> Path:
         host.enable()  # Transformers needs a word about the CPU, too
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
-    lesson = config.model.warm_start
-    name = f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}"
-    return ensure_warm_start(Path(config.model.cache) / name, WarmStartConfig.of(lesson, config.seed))
+    return ensure_warm_start(examples_model(config), WarmStartConfig.of(config.model.warm_start, config.seed))
 
 
 def _task_file(config: TrainConfig) -> Path:

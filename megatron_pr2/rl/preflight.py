@@ -40,7 +40,8 @@ def check(config: TrainConfig) -> None:
     examples = load_examples(config.data) if config.data else None
     load_environment(config.rollout.environment)
     if config.model.path is None:
-        check_place(Path(config.model.cache), "model.cache")
+        if not examples_model(config).is_dir():  # one that is there is only read
+            check_place(Path(config.model.cache), "model.cache")
         choose_bridge("qwen3_moe", config.model.bridge)
         check_experts(TinyModelConfig().num_experts, config.parallel.expert, "the examples' model")
         _check_engine(config, None, 0)
@@ -51,13 +52,20 @@ def check(config: TrainConfig) -> None:
     _check_engine(config, model, longest)
 
 
+def examples_model(config: TrainConfig) -> Path:
+    """Where the policy of the examples is cached, and made if it is not there."""
+    lesson = config.model.warm_start
+    return Path(config.model.cache) / (f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}")
+
+
 def check_place(directory: Path, setting: str) -> None:
     """Whether a directory can be made, or written to where it exists.
 
     Raises:
         ConfigError: something else is there, or it may not be written to.
     """
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    # Not Path.exists(), which raises where a parent may not be searched.
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise ConfigError(f"{setting}={directory}: {existing} is a file; choose another directory")
     if not os.access(existing, os.W_OK | os.X_OK):

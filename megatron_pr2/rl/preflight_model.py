@@ -17,8 +17,8 @@ from megatron_pr2.rollout.base import ModelShape
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.*")
-# Classes that bring no end-of-sequence token of their own; a model's own class does.
-_PLAIN_TOKENIZERS = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+# Classes that bring no end-of-sequence token of their own; a model's own class does, which is taken where none is named.
+_PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Prompts are encoded up to this many characters, which takes about a second; the rest is looked at when it is asked for.
 _CHARACTERS = 2_000_000
 
@@ -103,6 +103,9 @@ def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{directory}/tokenizer.json cannot be read ({error}); copy it anew") from error
+    # As they were when it was saved; Transformers takes neither from the file.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return _check_prompts(tokenizer, vocab_size, examples)
 
 

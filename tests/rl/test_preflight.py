@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rl.launch import _alone, _claim
-from megatron_pr2.rl.preflight import check
+from megatron_pr2.rl.data import load_examples
+from megatron_pr2.rl.launch import _alone, _claim, train
+from megatron_pr2.rl.preflight import check, check_place
+from megatron_pr2.rl.preflight_model import check_tokenizer
 from megatron_pr2.rollout.sglang_python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +102,28 @@ def test_what_the_config_leaves_to_transformers_is_left_to_it(model: Path, tmp_p
     check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
 
 
+def test_a_tokenizer_without_settings_is_of_the_models_class(model: Path, tmp_path: Path) -> None:
+    """Transformers takes the class that belongs to the model type, which may bring an end-of-sequence token."""
+    (model / "tokenizer_config.json").unlink()
+    assert AutoTokenizer.from_pretrained(model).eos_token is not None
+    check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
+
+
+def test_padding_and_truncation_saved_with_a_tokenizer_do_not_count(model: Path, data: Path, tmp_path: Path) -> None:
+    """A call with padding or truncation leaves both in tokenizer.json; Transformers takes neither from there."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.enable_padding(length=500, pad_id=258, pad_token="<|pad|>")
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert len(AutoTokenizer.from_pretrained(model).encode("1+1=")) == 4
+    examples = load_examples(str(data))
+    assert check_tokenizer(model, None, examples) == 4
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert len(AutoTokenizer.from_pretrained(model).encode("1+1=")) == 4
+    assert check_tokenizer(model, None, examples) == 4
+
+
 def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Path) -> None:
     """A vocabulary of one letter, which drops what it does not know."""
     content = json.loads((model / "tokenizer.json").read_text())
@@ -158,6 +184,31 @@ def test_a_directory_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pyt
             check(load_config(None, [setting]))
 
 
+def test_a_cached_model_may_lie_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    (cache / "seed_7").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache)
+    given = [f"run={tmp_path}/run", f"model.cache={cache}"]
+    check(load_config(None, [*given, "seed=7"]))
+    with pytest.raises(ConfigError, match=f"model.cache={cache}: {cache} cannot be written to"):
+        check(load_config(None, [*given, "seed=8"]))
+
+
+def test_a_directory_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    root = os.getuid() == 0
+    try:
+        if root:  # who may look everywhere
+            os.setresuid(65534, 65534, 0)
+        with pytest.raises(ConfigError, match="cannot be written to; choose another directory"):
+            check_place(closed / "run", "run")
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        closed.chmod(0o700)
+
+
 def test_prompts_longer_than_an_own_servers_context(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"prompt": "1" * 130, "answer": "1"}))
@@ -184,13 +235,21 @@ def test_own_servers_need_an_environment(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_directory_is_one_runs(tmp_path: Path) -> None:
-    config = load_config(None, [f"run={tmp_path / 'run'}"])
-    _claim(tmp_path / "run", config)
     refusal = pytest.raises(ConfigError, match="another process is training in it")
     with _alone(tmp_path / "run"), refusal, _alone(tmp_path / "run"):
         pass
     with _alone(tmp_path / "run"):
         pass
+
+
+def test_a_refused_run_leaves_the_settings_of_the_one_that_trains(tmp_path: Path) -> None:
+    run = [f"run={tmp_path / 'run'}", f"model.cache={tmp_path}/cache"]
+    with _alone(tmp_path / "run"):
+        _claim(tmp_path / "run", load_config(None, [*run, "seed=1"]))
+        settings = (tmp_path / "run" / "config.yaml").read_text()
+        with pytest.raises(ConfigError, match="another process is training in it"):
+            train(load_config(None, [*run, "seed=2"]))
+        assert (tmp_path / "run" / "config.yaml").read_text() == settings
 
 
 def test_damaged_settings_of_an_unfinished_run_are_named(tmp_path: Path) -> None:
