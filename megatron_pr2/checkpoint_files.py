@@ -172,17 +172,23 @@ def together(action: Callable[[], T]) -> T:
 
     Raises:
         CheckpointError: on every rank, if it failed on any.
+        KeyboardInterrupt, SystemExit: on the ranks that torch told of one instead.
     """
     result: Any = None
     failure: dict[int, str] = {}
+    end: BaseException | None = None
     try:
         result = action()
     except CheckpointException as error:  # a BaseException
         failure = {rank: _described(failed[0]) for rank, failed in error.failures.items()}
+        # torch takes these for failures, too, which nobody who handles errors should handle.
+        end = next((failed[0] for failed in error.failures.values() if isinstance(failed[0], KeyboardInterrupt | SystemExit)), None)
     except Exception as error:
         failure = {dist.get_rank(): _described(error)}
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, failure)
+    if end is not None:
+        raise end
     if failures := _by_rank(told):
         raise CheckpointError("; ".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
     return cast(T, result)

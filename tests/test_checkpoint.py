@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
 import shutil
@@ -164,6 +165,27 @@ def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint_whole(tmp_path: 
         assert "could not be written (rank 1: " in raised
         assert found[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def interrupted_job(directory: Path) -> str:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 1:
+            stack.enter_context(mock.patch.object(torch.distributed.checkpoint.FileSystemWriter, "write_data", interrupt))
+        try:
+            checkpoint.save(directory, 1, state(1))
+        except KeyboardInterrupt:
+            return "interrupted"
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_an_interrupt_is_no_failure_to_write(tmp_path: Path) -> None:
+    assert pool(2).run(interrupted_job, tmp_path, timeout=60) == ["interrupted"] * 2
+    assert not checkpoint.checkpoints(tmp_path)
 
 
 def unusable_directory_job(directory: Path) -> str:
