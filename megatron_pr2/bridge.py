@@ -139,8 +139,8 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
             raise ConfigError(f"{path}: {error}") from None
         shape = None
     bridge: Bridge
-    # mbridge alone has dense models.
-    if (choose_bridge(source.model_type, wanted) if shape is not None or wanted != "auto" else "mbridge") == "mbridge":
+    dense = shape is None and wanted in ("auto", "mbridge")  # mbridge alone has such models, which no table lists
+    if dense or choose_bridge(source.model_type, wanted) == "mbridge":
         from megatron_pr2.bridge_mbridge import MBridge
 
         bridge = MBridge(source, shape, dtype, extra)

@@ -376,14 +376,15 @@ def test_parts_that_are_not_built_are_skipped(tmp_path: Path) -> None:
     _equal(pool(1).run(_export, path, {}, torch.float32, False)[0], expected)
 
 
-def test_dense_models_load_on_request(tokens: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bridge", ["auto", "mbridge"])
+def test_dense_models_load_on_request(bridge: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "dense", tiny_config("qwen3"))
-    logits = pool(1).run(_dense_logits, path, tokens)[0]
+    logits = pool(1).run(_dense_logits, path, tokens, bridge)[0]
     assert_near(logits, reference_logits(path, tokens), 64)
 
 
-def _dense_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+def _dense_logits(path: Path, tokens: torch.Tensor, bridge: str) -> torch.Tensor:
     host.init()
-    _, (model,) = load_model(path, dtype=torch.float32, wrap_with_ddp=False, require_moe=False)
+    _, (model,) = load_model(path, dtype=torch.float32, wrap_with_ddp=False, require_moe=False, bridge=bridge)
     with torch.no_grad():
         return model.eval()(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None).clone()
