@@ -127,7 +127,7 @@ def test_a_tool_of_ones_own_lies_beside_the_yaml(example: tuple[Path, list[dict[
     assert record["reward"] < 0.5 * records[0]["reward"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.sglang
 def test_the_example_runs_with_sglang(
     host_platform: None, example: tuple[Path, list[dict[str, Any]]], tmp_path: Path
