@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -160,7 +161,9 @@ def megatron_cut(grid: TokenGrid, layout: ParallelLayout, place: Coordinates) ->
         with megatron_world():
             # [B, S], as a batch holds its tokens.
             rows = {str(i): t.transpose(0, 1) for i, t in enumerate(both)}
-            rows = get_batch_on_this_cp_rank(rows, cp_group=context)
+            # Since 0.19 the caller says that all sequences have one context-parallel size.
+            same = {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else {}
+            rows = get_batch_on_this_cp_rank(rows, cp_group=context, **same)
         sequence, position = (rows[str(i)].transpose(0, 1) for i in range(2))
     else:
         # Rotary embedding says which positions the rows of each packed sequence have.

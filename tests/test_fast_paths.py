@@ -84,7 +84,7 @@ def test_a_routing_that_never_asks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """A release whose routing ignores the replay object would otherwise select nothing, silently."""
     router = toy.routers(toy.ToyChunk(toy.toy_config()))[0]
     monkeypatch.setattr(router_module, "topk_routing_with_score_function", lambda *args, **kwargs: (None, None))
-    with pytest.raises(AttachError, match=r"did not ask router_replay .* otherwise than 0\.16"):
+    with pytest.raises(AttachError, match=r"did not ask router_replay .* otherwise than"):
         select_experts(router, torch.randn(5, toy.EXPERTS))
 
 

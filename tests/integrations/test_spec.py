@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron_pr2.errors import AttachError
 from megatron_pr2.integrations.spec import with_pr2_routers
 from megatron_pr2.router import PredictiveTopKRouter
 from tests.distributed import pool
-from tests.integrations.two_ways import build, build_two_ways, gpt_config
+from tests.integrations.two_ways import build, build_two_ways, contents, gpt_config, moe_submodules
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -44,28 +43,12 @@ def layer_spec(use_te: bool, experts: int | None = 4) -> ModuleSpec:
     return gpt_layer_specs.get_gpt_layer_local_spec(num_experts=experts)
 
 
-def moe_submodules(mlp: Any) -> Any:
-    """Of a MoE layer, which is a ModuleSpec or, in later releases of Megatron-Core, a functools.partial."""
-    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-
-
 def router_of(layer: ModuleSpec) -> Any:
     return moe_submodules(layer.submodules.mlp).router
 
 
 def with_router(spec: ModuleSpec, router: Any) -> ModuleSpec:
     moe_submodules(spec.submodules.mlp).router = router
-    return spec
-
-
-def contents(spec: Any) -> Any:
-    """What a spec says, comparable: two partials are equal only if they are one object."""
-    if isinstance(spec, partial):
-        return (spec.func, [contents(part) for part in spec.args], {name: contents(part) for name, part in spec.keywords.items()})
-    if isinstance(spec, list | tuple):
-        return [contents(part) for part in spec]
-    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        return (type(spec), {name: contents(part) for name, part in vars(spec).items()})
     return spec
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,3 +55,19 @@ def build_two_ways(*, use_transformer_engine: bool = True, **changes: Any) -> tu
     by_spec, plain = build(config, with_pr2_routers(spec)), build(config, spec)
     by_spec.load_state_dict(plain.state_dict())
     return by_spec, plain
+
+
+def moe_submodules(mlp: Any) -> Any:
+    """Of a MoE layer, which is a ModuleSpec or, in later releases of Megatron-Core, a functools.partial."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+
+
+def contents(spec: Any) -> Any:
+    """What a spec says, comparable: two partials are equal only if they are one object."""
+    if isinstance(spec, partial):
+        return (spec.func, [contents(part) for part in spec.args], {name: contents(part) for name, part in spec.keywords.items()})
+    if isinstance(spec, list | tuple):
+        return [contents(part) for part in spec]
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return (type(spec), {name: contents(part) for name, part in vars(spec).items()})
+    return spec
