@@ -5,6 +5,7 @@ Shape suffixes: S positions, B sequences, H hidden, T tokens (S * B), E experts,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Sequence
@@ -178,7 +179,9 @@ class LayerChunk(nn.Module):
         spec = get_moe_module_spec(
             use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
         )
-        moe = build_module(spec, config=config, layer_number=1)
+        # A ModuleSpec, or in later releases a functools.partial of the layer.
+        build = spec if isinstance(spec, functools.partial) else functools.partial(build_module, spec)
+        moe = build(config=config, layer_number=1)
         moe.set_layer_number(1)
         self.decoder.layers = nn.ModuleList([_Layer(moe)])
 
