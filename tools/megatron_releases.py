@@ -101,7 +101,7 @@ def environment(directory: Path | None) -> dict[str, str]:
 
 def check_imported(release: str, variables: dict[str, str]) -> None:
     """Raises SystemExit unless another release is what Python imports."""
-    code = "from megatron.core.package_info import __version__; print(__version__)"
+    code = "from megatron.core.package_info import __version__; print(__version__.partition('+')[0])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.stdout.strip() != release:
