@@ -42,27 +42,30 @@ export MEGATRON_PR2_SGLANG_0519 := $(abspath $(VENV_0519)/bin/python)
 quickstart: $(TRAINER) $(if $(filter sglang,$(ENGINE)),$(SGLANG))
 	$(VENV)/bin/megatron-pr2 train --config examples/quickstart.yaml run=$(RUN) rollout.engine=$(ENGINE) $(ARGS)
 
-# Two lanes for two cores; each tells its result even if another one fails.
-LANES := $(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=line
+# Two lanes for two cores; each tells its result even if another one fails, and its lines say whose they are.
+LANES := $(MAKE) --no-print-directory --keep-going --jobs 2 IN_LANE=1
 PYTEST := -m pytest --durations 20
+NAMED = $(if $(IN_LANE),2>&1 | sed --unbuffered 's/^/$(@:test-%=%): /')
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 test: lint
 	$(LANES) test-core test-sglang test-verl
 
 test-core: $(TEST)
-	$(VENV)/bin/python $(PYTEST) -m "not sglang and not exhaustive" $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not sglang and not exhaustive" $(PYTEST_ARGS) $(NAMED)
 
 test-sglang: $(TEST) $(SGLANG) $(SGLANG_0519)
-	$(VENV)/bin/python $(PYTEST) -m "sglang and not exhaustive" $(PYTEST_ARGS) $$(grep -rl mark.sglang tests --include='test_*.py')
+	$(VENV)/bin/python $(PYTEST) -m "sglang and not exhaustive" $(PYTEST_ARGS) $$(grep -rl mark.sglang tests --include='test_*.py') $(NAMED)
 
 test-verl: $(VERL) $(SGLANG_0519)
-	$(VENV_VERL)/bin/python $(PYTEST) tests/verl tests/test_cluster_examples.py
+	$(VENV_VERL)/bin/python $(PYTEST) tests/verl tests/test_cluster_examples.py $(NAMED)
 
 test-exhaustive: $(TEST) $(SGLANG) $(SGLANG_0519)
-	$(VENV)/bin/python $(PYTEST) -m exhaustive $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) -m exhaustive $(PYTEST_ARGS) $(NAMED)
 
 test-megatron: $(TEST)
-	$(VENV)/bin/python tools/megatron_releases.py $(ARGS)
+	$(VENV)/bin/python tools/megatron_releases.py $(ARGS) $(NAMED)
 
 # Files whose numbers other kernels, or another order of additions, would move.
 NUMERICAL := $(addprefix tests/,test_predictor.py test_losses.py test_metrics.py test_fast_paths.py test_router.py \
@@ -70,8 +73,9 @@ NUMERICAL := $(addprefix tests/,test_predictor.py test_losses.py test_metrics.py
 	test_multiturn.py test_tokens_per_sample.py rl/test_corrections.py rl/test_old_logprobs.py rl/test_warmstart.py \
 	host/test_attention.py host/test_layouts.py parallel/test_matrix.py)
 test-numerics: $(TEST)
-	for kernels in default avx2; do ATEN_CPU_CAPABILITY=$$kernels $(VENV)/bin/python $(PYTEST) $(NUMERICAL) || exit 1; done
-	OMP_NUM_THREADS=2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=default $(VENV)/bin/python $(PYTEST) $(NUMERICAL) $(NAMED)
+	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL) $(NAMED)
+	OMP_NUM_THREADS=2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL) $(NAMED)
 
 test-all: test
 	$(LANES) test-exhaustive test-megatron test-numerics
