@@ -70,8 +70,11 @@ def megatron_world(world_size: int = 1, rank: int = 0) -> Iterator[list[tuple[in
     def get_rank(group: FakeGroup | None = None) -> int:
         return rank if group is None else group.rank()
 
+    def get_world_size(group: FakeGroup | None = None) -> int:
+        return world_size if group is None else group.size()
+
     assert not mpu.model_parallel_is_initialized()
-    answers = {"is_initialized": lambda: True, "get_world_size": lambda: world_size, "get_rank": get_rank}
+    answers = {"is_initialized": lambda: True, "get_world_size": get_world_size, "get_rank": get_rank}
     with patch.multiple("torch.distributed", **answers), patch.object(mpu, "create_group", create_group):
         try:
             yield made
