@@ -222,6 +222,8 @@ def damage_routes(kind: str, answer: dict[str, Any], shape: ModelShape, rng: Ran
     if kind == "missing":
         del changed["meta_info"]["routed_experts"]
     body = json.dumps(changed).replace(f'"{_PLACE}"', value).encode()
+    must_show = kind in ROUTES_REFUSED or kind in ROUTES_WITH_BAD_ROWS
+    assert not must_show or body != json.dumps(answer).encode(), f"{kind} changed nothing"
     refused, invalid, unseen = _judged(body, routes)
     return Damaged(kind, body, refused, invalid, unseen)
 
@@ -266,13 +268,17 @@ def _without(name: str) -> FieldDamage:
     return apply
 
 
-def _entry(column: int, value: Any) -> FieldDamage:
-    """Another log-prob (0) or token (1) in some entry."""
+def _logprob(value: Any) -> FieldDamage:
+    """Another log-prob in some entry."""
 
     def apply(answer: dict[str, Any], rng: Random) -> None:
-        rng.choice(answer["meta_info"]["output_token_logprobs"])[column] = value
+        rng.choice(answer["meta_info"]["output_token_logprobs"])[0] = value
 
     return apply
+
+
+def _logprob_of_another_token(answer: dict[str, Any], rng: Random) -> None:
+    rng.choice(answer["meta_info"]["output_token_logprobs"])[1] ^= 1
 
 
 def _token(change: Callable[[int], Any]) -> FieldDamage:
@@ -328,13 +334,13 @@ FIELD_KINDS: dict[str, FieldDamage] = {
     "more tokens than asked for": _more_than_asked,
     "no tokens": lambda answer, rng: answer.update(output_ids=[]),
     "tokens null": lambda answer, rng: answer.update(output_ids=None),
-    "log-prob not a number": _entry(0, float("nan")),
-    "log-prob infinite": _entry(0, float("-inf")),
-    "log-prob above 0": _entry(0, 0.5),
-    "log-prob null": _entry(0, None),
-    "log-prob as text": _entry(0, "minus one"),
-    "log-prob as list": _entry(0, [-1.0]),
-    "log-prob of another token": _entry(1, 201),
+    "log-prob not a number": _logprob(float("nan")),
+    "log-prob infinite": _logprob(float("-inf")),
+    "log-prob above 0": _logprob(0.5),
+    "log-prob null": _logprob(None),
+    "log-prob as text": _logprob("minus one"),
+    "log-prob as list": _logprob([-1.0]),
+    "log-prob of another token": _logprob_of_another_token,
     "log-probs lost": _logprobs_lost,
     "log-probs null": _meta(output_token_logprobs=None),
     "log-probs flat": _meta(output_token_logprobs=[-1.0] * 8),
@@ -364,7 +370,7 @@ ID_KINDS: dict[str, FieldDamage] = {
 }
 STRICT_KINDS: dict[str, FieldDamage] = {
     "token as float": _token(float),
-    "log-prob a large integer": _entry(0, -(10**400)),
+    "log-prob a large integer": _logprob(-(10**400)),
     "log-probs as objects": lambda answer, rng: answer["meta_info"].update(
         output_token_logprobs=[{"logprob": p, "token": t} for p, t, _ in answer["meta_info"]["output_token_logprobs"]]
     ),
@@ -397,6 +403,6 @@ def damage_field(kind: str, answer: dict[str, Any], rng: Random) -> Damaged:
     """An honest answer of which something else than the routes is wrong; all of these must be refused."""
     changed = copy.deepcopy(answer)
     result = ALL_FIELD_KINDS[kind](changed, rng)
-    if isinstance(result, bytes):
-        return Damaged(kind, result, refused=True)
-    return Damaged(kind, json.dumps(changed if result is None else result).encode(), refused=True)
+    body = result if isinstance(result, bytes) else json.dumps(changed if result is None else result).encode()
+    assert body != json.dumps(answer).encode(), f"{kind} changed nothing"
+    return Damaged(kind, body, refused=True)
