@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_pr2.errors import ConfigError
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+from megatron_pr2.weight_files import INDEX_NAME, SINGLE_NAME, opened, tensor_files
 
 # What belongs to a model besides config and weights.
 _COMPANIONS = (
@@ -36,11 +33,10 @@ _COMPANIONS = (
 
 
 class TensorIndex:
-    """The tensors in the safetensors files of a directory: where each lies, and reading them.
+    """The tensors in the files of a directory that :func:`tensor_files` chooses.
 
-    Which files count is Transformers' choice: `model.safetensors` alone, else what the index names; without either, all
-    *.safetensors files. It is what mbridge reads checkpoints through: its own readers want an index for DeepSeek, set torch's
-    default dtype on the way, and read every *.safetensors file of a directory without an index.
+    It is what mbridge reads checkpoints through: its own readers want an index for DeepSeek, set torch's default dtype on the
+    way, and read every *.safetensors file of a directory without an index.
 
     Raises:
         ConfigError: from every method, if the files are not one whole model that all readers understand alike.
@@ -66,9 +62,9 @@ class TensorIndex:
             by_file.setdefault(self._files[name], []).append(name)
         tensors: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with _opened(file) as opened:
+            with opened(file) as handle:
                 for name in wanted:
-                    tensors[name] = opened.get_tensor(name)
+                    tensors[name] = handle.get_tensor(name)
                     if tensors[name].element_size() == 1 and tensors[name].is_floating_point():
                         raise ConfigError(
                             f"{file}: {name!r} is {tensors[name].dtype}, which is not read; expected a checkpoint in bf16, fp16 "
@@ -82,56 +78,7 @@ class TensorIndex:
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
-        """The file of every tensor."""
-        single, index = self.directory / SINGLE_NAME, self.directory / INDEX_NAME
-        indexed = self._indexed(index) if index.is_file() else {}
-        if single.is_file() and set(indexed.values()) - {single}:
-            raise ConfigError(
-                f"{self.directory} has {SINGLE_NAME} and an index of other files: Transformers reads the one, engines may read the "
-                "others; remove what is old"
-            )
-        if indexed:
-            return indexed
-        files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(f"{self.directory}: no *.safetensors files; convert older formats with Transformers first")
-        found: dict[str, Path] = {}
-        for file in files:
-            with _opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118, not a mapping
-                    if name in found:
-                        raise ConfigError(
-                            f"{self.directory}: {name!r} is in {found[name].name} and in {file.name}, and no {INDEX_NAME} says "
-                            "which counts; keep one set of files"
-                        )
-                    found[name] = file
-        return found
-
-    def _indexed(self, index: Path) -> dict[str, Path]:
-        try:
-            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: self.directory / file for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); expected a JSON object with "
-                "'weight_map', from tensor names to files"
-            ) from error
-        if not files:
-            raise ConfigError(f"{index}: its 'weight_map' is empty")
-        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
-            raise ConfigError(
-                f"{self.directory} lacks {len(absent)} of the files that its index names, first {absent[0]}; finish the download"
-            )
-        return files
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ConfigError(f"{file} cannot be read ({error}); download or write it anew") from error
+        return tensor_files(self.directory)
 
 
 def write_checkpoint(

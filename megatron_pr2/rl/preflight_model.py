@@ -14,8 +14,8 @@ from megatron_pr2.model_types import choose_bridge
 from megatron_pr2.rl.data import Example
 from megatron_pr2.rl.encoding import check_length
 from megatron_pr2.rollout.base import ModelShape
+from megatron_pr2.weight_files import tensor_files
 
-_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.*")
 # Classes that bring no end-of-sequence token of their own; a model's own class does, which is taken where none is named.
 _PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -52,7 +52,7 @@ def check_model(directory: Path, expert_parallel: int, bridge: str = "auto") -> 
         check_experts(shape.num_experts, expert_parallel, f"{directory}/config.json")
         if not 1 <= shape.topk <= shape.num_experts:
             raise ConfigError(f"{directory}/config.json: top-{shape.topk} of {shape.num_experts} experts; expected 1 to all")
-    _check_weights(directory)
+    tensor_files(directory)
     return config
 
 
@@ -144,47 +144,6 @@ def _shape(config: SimpleNamespace, directory: Path) -> ModelShape | None:
         raise ConfigError(f"{directory}/config.json: {error}") from None
     except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"{directory}/config.json: a size or a list of layers cannot be used ({error})") from error
-
-
-def _check_weights(directory: Path) -> None:
-    """All files that the index names, or any *.safetensors, are there and as long as their headers say."""
-    index = directory / _INDEX
-    if index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ConfigError(f"{index}: no weight_map; expected a file name per tensor")
-        files = [directory / str(name) for name in sorted({str(name) for name in names.values()})]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise ConfigError(
-                f"model.path={directory}: {len(absent)} of {len(files)} files of weights are missing, first {absent[0]}; is the "
-                "download complete?"
-            )
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in directory.glob(pattern))
-            found = f" (found {', '.join(others[:3])}: convert it with Transformers)" if others else ""
-            raise ConfigError(f"model.path={directory}: no *.safetensors files there{found}; expected the model's weights")
-    for file in files:
-        _check_header(file)
-
-
-def _check_header(file: Path) -> None:
-    """https://huggingface.co/docs/safetensors: 8 bytes of length, a JSON header, then the tensors."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if 2 <= length <= size - 8 else None
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"] if header else []
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror})") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        header, ends = None, []
-    if header is None:
-        raise ConfigError(f"{file} is no safetensors file ({size} bytes); a pointer of Git LFS, or an interrupted download?")
-    if (expected := 8 + length + max(ends, default=0)) != size:
-        raise ConfigError(f"{file} has {size} bytes, and its header says {expected}; the download was interrupted")
 
 
 def _read_json(file: Path, *, absent: dict[str, Any] | None = None) -> dict[str, Any]:

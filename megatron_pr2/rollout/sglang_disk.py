@@ -22,9 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.hf_files import INDEX_NAME, TensorIndex, copy_companions
+from megatron_pr2.hf_files import TensorIndex, copy_companions
 from megatron_pr2.rollout.sglang_channel import WHERE
 from megatron_pr2.rollout.sglang_push import PushSession
+from megatron_pr2.weight_files import INDEX_NAME
 
 logger = logging.getLogger(__name__)
 
