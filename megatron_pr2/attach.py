@@ -28,32 +28,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pr2.agreement import require_alignment
+from megatron_pr2.checkpoint import checkpoint
 from megatron_pr2.config import PR2Config
+from megatron_pr2.drift.feature_plan import FeaturePlan
+from megatron_pr2.drift.features import FeatureStore
+from megatron_pr2.drift.measurement import Measurement
+from megatron_pr2.drift.scalars import Scalars
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.feature_plan import FeaturePlan
-from megatron_pr2.features import FeatureStore
-from megatron_pr2.forecast import Forecast
-from megatron_pr2.gates import merge_gates
-from megatron_pr2.groups import communication_device, every_layer, everyone, token_group, whole_model
-from megatron_pr2.intake import take_in
-from megatron_pr2.live_layout import check_live_layout
-from megatron_pr2.measure import Measurement
-from megatron_pr2.micro_batch import MicroBatch, listed
-from megatron_pr2.model_settings import check_config
-from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
-from megatron_pr2.predictor import RoutePredictor, merge_gate
-from megatron_pr2.replay import Observer, Predict, ReplaySession
-from megatron_pr2.replica import find_replica
-from megatron_pr2.route_store import RouteStore
-from megatron_pr2.routes import RouteTable
-from megatron_pr2.scalars import Scalars
-from megatron_pr2.seam import check_release, check_unpatched
-from megatron_pr2.sequences import ReplaySequence, RolloutReport, sampled_tokens
-from megatron_pr2.sites import give_back, unwrapped, upgrade_routers
-from megatron_pr2.strategies import make_predictor
-from megatron_pr2.token_check import TokenCheck
-from megatron_pr2.tokens import TokenIndex
+from megatron_pr2.parallel.groups import communication_device, every_layer, everyone, token_group, whole_model
+from megatron_pr2.parallel.replica import find_replica
+from megatron_pr2.parallel.running import check_live_layout
+from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.prediction.gates import merge_gates
+from megatron_pr2.prediction.horizon import Forecast
+from megatron_pr2.prediction.predictor import RoutePredictor, merge_gate
+from megatron_pr2.prediction.strategies import make_predictor
+from megatron_pr2.replay.alignment import require_alignment
+from megatron_pr2.replay.consensus import agree_on_outcome, agree_on_pass
+from megatron_pr2.replay.hook import check_release, check_unpatched
+from megatron_pr2.replay.intake import take_in
+from megatron_pr2.replay.micro_batch import MicroBatch, listed
+from megatron_pr2.replay.model_settings import check_config
+from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport, sampled_tokens
+from megatron_pr2.replay.session import Observer, Predict, ReplaySession
+from megatron_pr2.replay.sites import give_back, unwrapped, upgrade_routers
+from megatron_pr2.replay.token_check import TokenCheck
+from megatron_pr2.routes.store import RouteStore
+from megatron_pr2.routes.table import RouteTable
 
 __all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "attach"]  # what a pipeline needs, in one place
 
@@ -119,7 +120,7 @@ class PR2:
         """Tells which optimizer trains the policy; predictor="momentum" reads from it how the gates move, after every update.
 
         Args:
-            optimizer: Megatron-Core's, sharded or not (megatron_pr2.optimizer_moments). Other strategies need none and ignore it.
+            optimizer: Megatron-Core's, sharded or not (prediction.optimizer_moments). Other strategies need none and ignore it.
 
         Raises:
             AttachError: it does not train the gates.
@@ -258,7 +259,7 @@ class PR2:
             lr: the policy's current learning rate.
 
         Returns:
-            "drift": means per MoE layer of the whole model (megatron_pr2.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
+            "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
             weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
             "hold_back", where a prediction can be held back: per MoE layer of the whole model `beta`, which this batch was rolled
             out with, `lift`, the gain in agreement over all mini-steps that was expected of it, and `lift_error`, its standard
@@ -291,7 +292,7 @@ class PR2:
         return report
 
     def metrics(self) -> dict[str, float]:
-        """The last step in a few numbers for any logger, `pr2/lift` and others (megatron_pr2.scalars); not collective."""
+        """The last step in a few numbers for any logger, `pr2/lift` and others (megatron_pr2.drift.scalars); not collective."""
         return dict(self._scalars.values)
 
     def end_rollout(self) -> None:
@@ -379,7 +380,7 @@ class PR2:
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
         """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.
 
-        A pipeline that would rather have it in its own `dist_checkpointing` call: megatron_pr2.checkpoint.sharded_state_dict.
+        A pipeline that would rather have it in its own `dist_checkpointing` call: checkpoint.checkpoint.sharded_state_dict.
 
         Args:
             rollout: also keeps the rollout batch at work, for a checkpoint between two mini-steps.
@@ -387,8 +388,6 @@ class PR2:
         Raises:
             CheckpointError: on every rank, if any rank could not write.
         """
-        from megatron_pr2 import checkpoint  # it imports this module
-
         checkpoint.save(self, directory, rollout=rollout)
 
     def load(self, directory: str | Path, *, sequences: Sequence[int] | None = None) -> None:
@@ -400,8 +399,6 @@ class PR2:
         Raises:
             CheckpointError: on every rank, if any rank cannot read it, or it is of a model of another size.
         """
-        from megatron_pr2 import checkpoint
-
         self._require_idle("load")
         checkpoint.load(self, directory, sequences=sequences)
 

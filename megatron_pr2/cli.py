@@ -12,10 +12,10 @@ import typer
 
 from megatron_pr2.cli_errors import errors
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.plan_command import plan
+from megatron_pr2.plan.command import plan
 
 if TYPE_CHECKING:
-    from megatron_pr2.rollout.doctor_findings import Diagnosis
+    from megatron_pr2.rollout.doctor.findings import Diagnosis
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,7 +120,7 @@ def doctor(
 
     Example: megatron-pr2 doctor --engine http://127.0.0.1:30000 --model checkpoints/qwen3 --api-key-file key.txt
     """
-    from megatron_pr2.rollout.doctor import diagnose
+    from megatron_pr2.rollout.doctor.doctor import diagnose
 
     with errors():
         key = _read_key(api_key_file)
@@ -152,7 +152,7 @@ def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Pat
 
             return write_routes_report(files, output)
         if len(runs) > 1:
-            from megatron_pr2.report.comparison import write_comparison
+            from megatron_pr2.report.comparison.comparison import write_comparison
 
             return write_comparison(runs, output or Path("comparison.html"))
         from megatron_pr2.report.html import write_report

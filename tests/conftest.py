@@ -11,8 +11,8 @@ from hypothesis import settings
 
 from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rollout.sglang_python import VARIABLE, find_python
-from tests.distributed import close_pools
+from megatron_pr2.rollout.sglang.python import VARIABLE, find_python
+from tests.helpers.distributed import close_pools
 
 settings.register_profile("megatron_pr2", deadline=None, max_examples=60)
 settings.load_profile("megatron_pr2")

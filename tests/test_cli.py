@@ -16,11 +16,11 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_pr2.cli import app
-from megatron_pr2.plan_models import MODELS
+from megatron_pr2.plan.models import MODELS
 from megatron_pr2.report.metrics_log import MetricsLog
-from megatron_pr2.route_files import save_routes
-from megatron_pr2.routes import RouteTable
-from tests.ids import random_ids
+from megatron_pr2.routes.files import save_routes
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import random_ids
 from tests.report import synthetic
 
 COMMANDS = ("train", "report", "doctor", "plan")

@@ -22,8 +22,8 @@ from megatron_pr2.cli import app
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.integrations.megatron_lm import add_pr2_args, pr2_config_from_args
-from megatron_pr2.plan_models import MODELS
-from megatron_pr2.plan_verl import DEFAULTS, MEGATRON, PR2, ROLLOUT, read_verl
+from megatron_pr2.plan.models import MODELS
+from megatron_pr2.plan.verl import DEFAULTS, MEGATRON, PR2, ROLLOUT, read_verl
 
 CLUSTERS = Path(__file__).resolve().parents[1] / "examples/clusters"
 NAMES = tuple(sorted(path.stem for path in CLUSTERS.glob("*.yaml") if path.stem != "ray_job"))

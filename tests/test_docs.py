@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from megatron_pr2.cli import app
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.rl.config import TrainConfig, load_config
-from tests.distributed import pool
+from tests.helpers.distributed import pool
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ class RecordingEngine:
         self.gates.append({name: tensor.clone() for name, tensor in weights if name.endswith("gate.weight")})
 
     def generate(self, requests: Sequence[Any], sampling: Any, *, return_routes: bool) -> Any:
-        from megatron_pr2.rollout.megatron import MegatronEngine
+        from megatron_pr2.rollout.embedded import MegatronEngine
 
         engine = MegatronEngine(self._model, self._names["pr2"], pad_id=0)
         return engine.generate(requests, sampling, return_routes=return_routes)
@@ -217,7 +217,7 @@ def run_snippet(snippet: str, checkpoint: Path, directory: Path) -> dict[str, An
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_pr2 import host
-    from megatron_pr2.bridge import export_weights, load_model
+    from megatron_pr2.hf.bridge import export_weights, load_model
     from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
 
     host.init()

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.groups import everyone
-from megatron_pr2.layout import padded
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.pass_agreement import agree_on_outcome, agree_on_pass
-from megatron_pr2.tokens import sample_positions
-from tests import toy
-from tests.distributed import pool
-from tests.loop import train_job
-from tests.rounding import assert_near, rounding
+from megatron_pr2.parallel.grid import padded
+from megatron_pr2.parallel.groups import everyone
+from megatron_pr2.parallel.tokens import sample_positions
+from megatron_pr2.replay.consensus import agree_on_outcome, agree_on_pass
+from megatron_pr2.replay.micro_batch import MicroBatch
+from tests.helpers import toy
+from tests.helpers.distributed import pool
+from tests.helpers.loop import train_job
+from tests.helpers.rounding import assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -277,9 +277,9 @@ def test_an_actor_that_records_can_predict_too() -> None:
 def engine_job(path: Path) -> dict[str, Any]:
     """Generates with random W_p; returns the engine's routes, TopK(q_hat) and TopK(p) of the same tokens, and the export."""
     from megatron_pr2 import host
-    from megatron_pr2.bridge import export_weights, load_model
+    from megatron_pr2.hf.bridge import export_weights, load_model
     from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
-    from megatron_pr2.rollout.megatron import MegatronEngine
+    from megatron_pr2.rollout.embedded import MegatronEngine
 
     host.init(expert=2)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)

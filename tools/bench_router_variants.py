@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from megatron_pr2 import config as pr2_config
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.layout import padded
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.replay import ReplaySession
-from megatron_pr2.routes import RouteTable
-from megatron_pr2.sequences import ReplaySequence
+from megatron_pr2.parallel.grid import padded
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.sequences import ReplaySequence
+from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.routes.table import RouteTable
 
 Run = Callable[[], None]
 POLICY_LR = 1e-6

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_pr2.rollout.base import ModelShape
-from megatron_pr2.rollout.sglang_routes import decode_table, parse_body
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.sglang.routes import decode_table, parse_body
 
 
 def body_of(tokens: int, shape: ModelShape) -> bytes:

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_pr2.layout import TokenGrid, packed
-from megatron_pr2.replica import Member, RankGroup
-from megatron_pr2.routes import RouteTable
-from megatron_pr2.scatter import scatter_tables, slice_tables
+from megatron_pr2.parallel.grid import TokenGrid, packed
+from megatron_pr2.parallel.replica import Member, RankGroup
+from megatron_pr2.routes.scatter import scatter_tables, slice_tables
+from megatron_pr2.routes.table import RouteTable
 
 CPU = torch.device("cpu")
 
@@ -162,7 +162,7 @@ def measure(cases: list[Case], repeats: int, int32: bool) -> Iterator[dict[str, 
     """Runs the cases of one number of ranks in one set of processes."""
     context = mp.get_context("forkserver")
     # Imported once, not by every process.
-    context.set_forkserver_preload(["megatron_pr2.scatter"])
+    context.set_forkserver_preload(["megatron_pr2.routes.scatter"])
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as directory:
         processes = [

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.report.comparison_runs import flatten, short
+from megatron_pr2.report.comparison.runs import flatten, short
 from megatron_pr2.report.metrics_log import FILE_NAME
 from megatron_pr2.rl.config import TrainConfig, load_config
 

@@ -26,10 +26,10 @@ from rich.console import Console
 
 from megatron_pr2.errors import PR2Error
 from megatron_pr2.report import formats
-from megatron_pr2.report.comparison import write_comparison
-from megatron_pr2.report.comparison_csv import write_cells, write_summary
-from megatron_pr2.report.comparison_markdown import write_markdown
-from megatron_pr2.report.comparison_runs import load
+from megatron_pr2.report.comparison.comparison import write_comparison
+from megatron_pr2.report.comparison.csv import write_cells, write_summary
+from megatron_pr2.report.comparison.markdown import write_markdown
+from megatron_pr2.report.comparison.runs import load
 from megatron_pr2.report.metrics_log import read_records
 from megatron_pr2.report.records import number
 

@@ -31,7 +31,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "gpu"
 # Tests that belong to what they test, and need a GPU all the same.
-ELSEWHERE = ("tests/test_features.py::test_features_reach_host_memory_behind_a_busy_device",)
+ELSEWHERE = ("tests/drift/test_features.py::test_features_reach_host_memory_behind_a_busy_device",)
 MEASURES_TIME = "tests/gpu/test_bench.py"
 BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
 PACKAGES = {"megatron_core": "megatron-core", "transformer_engine": "transformer-engine", "deep_ep": "deep-ep"}

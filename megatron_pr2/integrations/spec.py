@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.releases import TRIED
-from megatron_pr2.router import PredictiveTopKRouter
+from megatron_pr2.replay.router import PredictiveTopKRouter
 
 
 def with_pr2_routers(spec: Any, *, require_moe: bool = True) -> Any:
@@ -124,7 +124,7 @@ class _Transform:
             return submodules
         raise AttachError(
             f"{where}.router: {_name(router)} is not Megatron-Core's TopKRouter, and its routing is unknown here; derive it from "
-            "megatron_pr2.router.PredictiveTopKRouter or use TopKRouter"
+            "megatron_pr2.replay.router.PredictiveTopKRouter or use TopKRouter"
         )
 
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from megatron_pr2.errors import DataError
 from megatron_pr2.report.records import Array
-from megatron_pr2.route_files import RouteFile
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.files import RouteFile
+from megatron_pr2.routes.table import RouteTable
 
 Counts = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.unsignedinteger]

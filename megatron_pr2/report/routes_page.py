@@ -17,14 +17,14 @@ from megatron_pr2.report.page import Card, count, render_page
 from megatron_pr2.report.records import Array
 from megatron_pr2.report.route_plots import PAPER_CHANGED
 from megatron_pr2.report.route_statistics import RouteDifference, RouteStatistics, compare, describe
-from megatron_pr2.route_files import RouteFile
+from megatron_pr2.routes.files import RouteFile
 
 # arXiv 2510.11370: tokens whose routes differ between engine and actor in at least one layer, without replay.
 R3_TOUCHED = 0.94
 
 
 def write_routes_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Path:
-    """Renders one or two files of route tables (megatron_pr2.route_files) into one self-contained page.
+    """Renders one or two files of route tables (megatron_pr2.routes.files) into one self-contained page.
 
     Args:
         files: one, or two of the same sequences: the engine's and the actor's, or before and after an update.

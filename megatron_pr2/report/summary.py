@@ -1,7 +1,7 @@
 """The headline of a run: what ran, and whether prediction earned its place.
 
 Agreement is the share of the replayed experts that are in the current router's top-k; frozen agreement is the same for
-TopK(p_old), which replay without prediction (R3) would give; lift is their difference (megatron_pr2.metrics). The verdict is about
+TopK(p_old), which replay without prediction (R3) would give; lift is their difference (drift.metrics). The verdict is about
 the lift over all mini-steps: the first, in which a prediction can only be wrong, is part of what a run pays.
 """
 

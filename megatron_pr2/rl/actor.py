@@ -24,12 +24,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_pr2 import checkpoint as pr2_checkpoint
 from megatron_pr2.attach import PR2, attach
-from megatron_pr2.bridge import export_weights, load_model, save_hf
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.owned_export import owned_engine_weights
-from megatron_pr2.replay import ReplaySession
+from megatron_pr2.checkpoint import checkpoint as pr2_checkpoint
+from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
+from megatron_pr2.hf.owned_export import owned_engine_weights
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import Shards
 from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_pr2 import layout
 from megatron_pr2.attach import ReplaySequence
-from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.parallel import grid as layout
+from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.rollout.base import RolloutResponse
 
 

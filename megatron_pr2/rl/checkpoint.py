@@ -1,6 +1,6 @@
 """Checkpoints that a run resumes from, in any parallel layout: one directory per step, complete or absent.
 
-All ranks write into a temporary directory (megatron_pr2.checkpoint_files); only when everything is on disk does rank 0 rename it
+All ranks write into a temporary directory (megatron_pr2.checkpoint.files); only when everything is on disk does rank 0 rename it
 into place. An interruption or a full disk therefore leaves the previous checkpoint whole.
 """
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-from megatron_pr2 import checkpoint_files as files
+from megatron_pr2.checkpoint import files
 from megatron_pr2.errors import CheckpointError
 
 _STEP = re.compile(r"step_(\d{6})")

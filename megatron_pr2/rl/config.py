@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.model_types import BRIDGES
+from megatron_pr2.hf.model_types import BRIDGES
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS, check_source
 from megatron_pr2.rl.task import LESSONS
 
@@ -24,7 +24,7 @@ from megatron_pr2.rl.task import LESSONS
 @dataclass
 class ModelConfig:
     """The policy. Without `path` a tiny Qwen3-MoE is made, warm-started on what `warm_start` names, and cached under `cache`.
-    `bridge` is the library that reads and writes its checkpoints (megatron_pr2.model_types)."""
+    `bridge` is the library that reads and writes its checkpoints (megatron_pr2.hf.model_types)."""
 
     path: str | None = None
     warm_start: str = "worked"

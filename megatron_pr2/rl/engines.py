@@ -6,12 +6,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from transformers import AutoConfig
 
-from megatron_pr2.model_shape import model_shape
+from megatron_pr2.hf.shape import model_shape
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.sglang_settings import sglang_config
 from megatron_pr2.rollout.base import RolloutEngine
 from megatron_pr2.rollout.collective import CollectiveEngine
-from megatron_pr2.rollout.megatron import MegatronEngine
+from megatron_pr2.rollout.embedded import MegatronEngine
 
 
 def make_engine(config: TrainConfig, model_path: str, embedded: MegatronEngine) -> RolloutEngine:
@@ -25,7 +25,7 @@ def make_engine(config: TrainConfig, model_path: str, embedded: MegatronEngine) 
         return embedded
     engine: RolloutEngine | None = None
     if dist.get_rank() == 0:
-        from megatron_pr2.rollout.sglang import SGLangEngine
+        from megatron_pr2.rollout.sglang.engine import SGLangEngine
 
         engine = SGLangEngine(sglang_config(config, model_path), model_shape(AutoConfig.from_pretrained(model_path)))
     return CollectiveEngine(

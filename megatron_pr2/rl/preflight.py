@@ -14,15 +14,15 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.model_types import choose_bridge
+from megatron_pr2.hf.model_types import choose_bridge
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, load_examples
 from megatron_pr2.rl.preflight_model import check_experts, check_model, check_tokenizer
 from megatron_pr2.rl.prompts import load_environment
 from megatron_pr2.rl.task import TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_python import find_python
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.python import find_python
 
 # The arithmetic problems of a run without data.
 MADE_UP = 2048

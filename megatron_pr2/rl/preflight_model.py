@@ -9,12 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.model_shape import EXPERTS, model_shape
-from megatron_pr2.model_types import choose_bridge
+from megatron_pr2.hf.model_types import choose_bridge
+from megatron_pr2.hf.shape import EXPERTS, ModelShape, model_shape
+from megatron_pr2.hf.weight_files import tensor_files
 from megatron_pr2.rl.data import Example
 from megatron_pr2.rl.encoding import check_length
-from megatron_pr2.rollout.base import ModelShape
-from megatron_pr2.weight_files import tensor_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.*")
 # Classes that bring no end-of-sequence token of their own; a model's own class does, which is taken where none is named.

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from torch import Tensor
 
 from megatron_pr2.errors import AttachError, CheckpointError, ConfigError
-from megatron_pr2.sites import unwrapped
+from megatron_pr2.replay.sites import unwrapped
 
 
 class ProximalPolicy:

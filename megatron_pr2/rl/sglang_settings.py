@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.rollout.sglang.config import SGLangConfig
 
 
 def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:

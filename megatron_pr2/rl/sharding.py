@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from megatron_pr2.sites import unwrapped
+from megatron_pr2.replay.sites import unwrapped
 
 # One name per parameter, whether the experts have an optimizer of their own (expert parallelism) or not.
 _METADATA = {"chained_optim_avoid_prefix": True}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_pr2.metrics import COLUMNS
+from megatron_pr2.drift.metrics import COLUMNS
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rollout.base import RolloutStats
 

@@ -62,7 +62,7 @@ def _train(config: TrainConfig, model_path: str, data_path: str) -> None:
     from megatron_pr2.rl.data import load_examples
     from megatron_pr2.rl.engines import make_engine
     from megatron_pr2.rl.trainer import Trainer
-    from megatron_pr2.rollout.megatron import MegatronEngine
+    from megatron_pr2.rollout.embedded import MegatronEngine
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

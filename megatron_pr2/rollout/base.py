@@ -14,29 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.table import RouteTable
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     import torch
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What an engine has to know of the model to read its routes.
-
-    Attributes:
-        num_hidden_layers: all decoder layers, dense ones included.
-        moe_layers: 0-based indices of the MoE layers, ascending.
-        num_experts: E, routed experts.
-        topk: K.
-        vocab_size: tokens.
-    """
-
-    num_hidden_layers: int
-    moe_layers: tuple[int, ...]
-    num_experts: int
-    topk: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)

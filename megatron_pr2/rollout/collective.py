@@ -18,8 +18,8 @@ from megatron_pr2.errors import EnvironmentFailed, PR2Error, RolloutError
 from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from megatron_pr2.rollout.sglang_disk import DiskTarget
-    from megatron_pr2.rollout.sglang_push import PushTarget, WeightSender
+    from megatron_pr2.rollout.sglang.push.disk import DiskTarget
+    from megatron_pr2.rollout.sglang.push.session import PushTarget, WeightSender
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class CollectiveEngine:
         Only where `takes_owned_weights` says so. Every rank walks its weights to the end, also after a failure.
 
         Args:
-            owned: this rank's, e.g. of :func:`megatron_pr2.owned_export.owned_engine_weights`; may be empty.
+            owned: this rank's, e.g. of :func:`megatron_pr2.hf.owned_export.owned_engine_weights`; may be empty.
 
         Raises:
             RolloutError: on every rank, whichever failed; the engine refuses to sample until a push succeeds.
@@ -119,8 +119,8 @@ class CollectiveEngine:
     def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
         if self._engine is not None:
             return cast(PushEngine, self._engine).push_part(weights)
-        from megatron_pr2.rollout.sglang_disk import DiskSender, DiskTarget
-        from megatron_pr2.rollout.sglang_push import WeightSender
+        from megatron_pr2.rollout.sglang.push.disk import DiskSender, DiskTarget
+        from megatron_pr2.rollout.sglang.push.session import WeightSender
 
         if isinstance(targets, DiskTarget):
             return DiskSender(targets, self._rank).push(weights)

@@ -25,14 +25,15 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_pr2 import host, layout
+from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.replay import ReplaySession
-from megatron_pr2.routes import RouteTable
-from tests import toy
-from tests.loop import digest
+from megatron_pr2.parallel import grid as layout
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers import toy
+from tests.helpers.loop import digest
 
 VOCABULARY, WIDTH = 512, 64
 # Rows of a micro-batch (2 x 64) and all widths divide by 128, the largest block of the FP8 recipes.

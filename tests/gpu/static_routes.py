@@ -1,7 +1,7 @@
 """Routes in buffers that never move, for routers inside captured CUDA graphs, and the capturing itself.
 
 A graph repeats kernels on fixed addresses and no Python: a ReplaySession, which looks up a micro-batch on every call, cannot work
-inside of one (megatron_pr2/sites.py refuses models that capture their routers). What can is a RouteControl whose ids live in one
+inside of one (replay/sites.py refuses models that capture their routers). What can is a RouteControl whose ids live in one
 place: copied in before a graph is launched, or read from after. Suffixes: T rows, K top-k.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_pr2.router import PredictiveTopKRouter, TopK
+from megatron_pr2.replay.router import PredictiveTopKRouter, TopK
 
 R = TypeVar("R")
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.attach import attach
-from megatron_pr2.router import PredictiveTopKRouter
-from megatron_pr2.routes import RouteTable
-from megatron_pr2.scatter import slice_tables
-from tests import toy
+from megatron_pr2.replay.router import PredictiveTopKRouter
+from megatron_pr2.routes.scatter import slice_tables
+from megatron_pr2.routes.table import RouteTable
 from tests.gpu import toys
 from tests.gpu.needs import needs
 from tests.gpu.static_routes import StaticRoutes, captured
+from tests.helpers import toy
 
 pytestmark = [pytest.mark.gpu, needs()]
 

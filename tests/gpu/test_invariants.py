@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests import toy
 from tests.gpu import toys
 from tests.gpu.needs import needs
-from tests.rounding import assert_near
+from tests.helpers import toy
+from tests.helpers.rounding import assert_near
 from tests.test_invariants import autograd_gradient, sampled
 
 pytestmark = [pytest.mark.gpu, needs()]

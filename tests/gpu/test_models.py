@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests import toy
 from tests.gpu import models
 from tests.gpu.needs import needs
+from tests.helpers import toy
 
 pytestmark = [pytest.mark.gpu, needs(), pytest.mark.usefixtures("one_rank", "deterministic")]
 

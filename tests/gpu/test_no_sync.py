@@ -16,13 +16,13 @@ from torch import nn
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.errors import ReplayError
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.replica import Member, RankGroup
-from megatron_pr2.token_check import TokenCheck
-from megatron_pr2.tokens import TokenIndex
-from tests import toy
+from megatron_pr2.parallel.replica import Member, RankGroup
+from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.token_check import TokenCheck
 from tests.gpu import toys
 from tests.gpu.needs import needs
+from tests.helpers import toy
 
 pytestmark = [pytest.mark.gpu, needs()]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from tests.gpu.needs import needs
-from tests.loop import train
+from tests.helpers.loop import train
 
 # mbridge builds models of Transformer Engine's modules.
 pytestmark = [pytest.mark.gpu, needs(te="1.9.0", packages=("mbridge", "omegaconf"))]

@@ -11,10 +11,10 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-from tests import toy
 from tests.gpu import models
 from tests.gpu.needs import needs
 from tests.gpu.test_models import check_i1_i2
+from tests.helpers import toy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 

@@ -1,4 +1,4 @@
-"""The toy model of tests/toy.py on any device and in any dtype: its passes, and every bit that they leave behind.
+"""The toy model of tests/helpers/toy.py on any device and in any dtype: its passes, and every bit that they leave behind.
 
 Suffixes: T rows, L layers, E experts, H hidden.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.learned import LearnedPredictor
-from tests import toy
-from tests.loop import digest
+from megatron_pr2.prediction.learned import LearnedPredictor
+from tests.helpers import toy
+from tests.helpers.loop import digest
 
 LENGTHS = {0: 17, 1: 23, 2: 9}
 MISSING = [(0, 5), (1, 20), (1, 8)]

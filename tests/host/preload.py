@@ -1,4 +1,4 @@
-"""Imported once by the fork server of tests/distributed.py: every worker then starts with Megatron imported and the host on."""
+"""Imported once by the fork server of helpers/distributed.py: every worker then starts with Megatron imported and the host on."""
 
 from megatron_pr2 import host
 

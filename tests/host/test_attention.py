@@ -11,7 +11,7 @@ import torch
 
 from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
-from tests.distributed import pool
+from tests.helpers.distributed import pool
 
 # Megatron is imported here without the host, which otherwise keeps its import quiet.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import pool
+from tests.helpers.distributed import pool
+from tests.helpers.rounding import LOGPROB, assert_near
 from tests.host import training
 from tests.host.models import make_checkpoint, tiny_config
-from tests.rounding import LOGPROB, assert_near
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act", "layernorm"]}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.host.mamba import scan
-from tests.distributed import pool
+from tests.helpers.distributed import pool
 from tests.integrations.two_ways import gpt_config
 from tests.parallel.hybrid import MAMBA, hybrid_model
 

@@ -17,8 +17,8 @@ from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.host import platform
 from megatron_pr2.host.patches import PatchSet
-from tests.distributed import pool
-from tests.releases import HAS_TRAINING
+from tests.helpers.distributed import pool
+from tests.helpers.releases import HAS_TRAINING
 
 
 def _watched() -> dict[tuple[str, str], Any]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_pr2 import host
-from megatron_pr2.bridge import export_weights, load_model
-from tests.distributed import pool
+from megatron_pr2.hf.bridge import export_weights, load_model
+from tests.helpers.distributed import pool
+from tests.helpers.rounding import rounding
 from tests.host import training
 from tests.host.models import make_checkpoint, tiny_config
-from tests.rounding import rounding
 
 pytestmark = pytest.mark.exhaustive
 

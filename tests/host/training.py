@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_pr2 import host
-from megatron_pr2.bridge import export_weights, load_model
+from megatron_pr2.hf.bridge import export_weights, load_model
 
 Weights = dict[str, torch.Tensor]
 Sequences = list[torch.Tensor]

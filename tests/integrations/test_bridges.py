@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from megatron_pr2.errors import AttachError, ConfigError
-from megatron_pr2.gates import GATE_NAME, merge_gates
-from megatron_pr2.model_types import choose_bridge
-from megatron_pr2.router import PredictiveTopKRouter
-from tests.distributed import pool
+from megatron_pr2.hf.model_types import choose_bridge
+from megatron_pr2.prediction.gates import GATE_NAME, merge_gates
+from megatron_pr2.replay.router import PredictiveTopKRouter
+from tests.helpers.distributed import pool
+from tests.hf.test_owned_export import check_union, experts_of, export_job
 from tests.host.models import make_checkpoint, tiny_config
-from tests.test_owned_export import check_union, experts_of, export_job
 
 needs_megatron_bridge = pytest.mark.skipif(
     importlib.util.find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed"
@@ -78,7 +78,7 @@ def test_megatron_bridge_takes_the_router_for_replicated() -> None:
 def gates_job(checkpoint: Path, bridge: str, expert: int, pipeline: int) -> dict[str, Any]:
     from megatron_pr2 import host
     from megatron_pr2.attach import PR2Config, attach
-    from megatron_pr2.bridge import load_model
+    from megatron_pr2.hf.bridge import load_model
 
     host.init(expert=expert, pipeline=pipeline)
     loaded, chunks = load_model(checkpoint, dtype=torch.float32, bridge=bridge)
@@ -158,7 +158,7 @@ def test_ranks_give_an_engine_what_they_own(family: str, layout: dict[str, int],
 
 def fused_job(path: Path) -> str:
     from megatron_pr2 import host
-    from megatron_pr2.bridge import load_model
+    from megatron_pr2.hf.bridge import load_model
 
     host.init(expert=2)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False, bridge="megatron-bridge")
@@ -182,7 +182,7 @@ def test_a_tensor_that_no_rank_owns_is_refused_everywhere(tiny_checkpoint: Path)
 
 def refusal_job(path: Path, options: dict[str, Any]) -> str:
     from megatron_pr2 import host
-    from megatron_pr2.bridge import load_model
+    from megatron_pr2.hf.bridge import load_model
 
     host.init()
     try:
@@ -217,7 +217,7 @@ def traces_job() -> tuple[bool, bool, bool]:
     host.enable()
     root = logging.getLogger()
     before = (root.level, list(root.handlers), root.manager.disable)
-    from megatron_pr2.bridge_megatron import _auto_bridge_class
+    from megatron_pr2.hf.megatron_bridge_backend import _auto_bridge_class
 
     _auto_bridge_class.cache_clear()
     _auto_bridge_class()
@@ -235,7 +235,7 @@ def test_importing_it_leaves_nothing_behind() -> None:
 
 
 def test_mbridge_is_taken_where_it_knows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_pr2.model_types.has_megatron_bridge", lambda: True)
+    monkeypatch.setattr("megatron_pr2.hf.model_types.has_megatron_bridge", lambda: True)
     assert choose_bridge("qwen3_moe") == choose_bridge("qwen3_moe", "mbridge") == "mbridge"
     assert choose_bridge("qwen3_moe", "megatron-bridge") == "megatron-bridge"
 
@@ -250,6 +250,6 @@ def test_mbridge_is_taken_where_it_knows_the_model(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_cannot_be_built_is_told(model_type: str, wanted: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_pr2.model_types.has_megatron_bridge", lambda: False)
+    monkeypatch.setattr("megatron_pr2.hf.model_types.has_megatron_bridge", lambda: False)
     with pytest.raises(ConfigError, match=message):
         choose_bridge(model_type, wanted)

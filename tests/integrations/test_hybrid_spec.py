@@ -16,8 +16,8 @@ from megatron_pr2.attach import PR2Config, attach
 from megatron_pr2.errors import AttachError
 from megatron_pr2.integrations.megatron_lm import pr2_layer_spec
 from megatron_pr2.integrations.spec import with_pr2_routers
-from megatron_pr2.router import PredictiveTopKRouter
-from tests.distributed import pool
+from megatron_pr2.replay.router import PredictiveTopKRouter
+from tests.helpers.distributed import pool
 from tests.integrations.two_ways import gpt_config
 from tests.parallel.hybrid import hybrid_model
 

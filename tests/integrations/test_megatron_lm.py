@@ -20,7 +20,7 @@ from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import AttachError, ConfigError
 from megatron_pr2.integrations.megatron_lm import add_pr2_args, flag, pr2_config_from_args, pr2_layer_spec
 from megatron_pr2.integrations.spec import with_pr2_routers
-from tests.distributed import pool
+from tests.helpers.distributed import pool
 from tests.integrations.two_ways import contents, gpt_config, moe_submodules
 
 NAMES = [field.name for field in fields(PR2Config)]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_pr2.errors import ConfigError
-from tests.distributed import WorkerError, pool
+from tests.helpers.distributed import WorkerError, pool
+from tests.helpers.releases import HAS_TRAINING
 from tests.integrations.test_megatron_lm import actions
-from tests.releases import HAS_TRAINING
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/pretrain_gpt_pr2.py"

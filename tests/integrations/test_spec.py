@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.integrations.spec import with_pr2_routers
-from megatron_pr2.router import PredictiveTopKRouter
-from tests.distributed import pool
+from megatron_pr2.replay.router import PredictiveTopKRouter
+from tests.helpers.distributed import pool
 from tests.integrations.two_ways import build, build_two_ways, contents, gpt_config, moe_submodules
 
 pytestmark = pytest.mark.usefixtures("host_platform")

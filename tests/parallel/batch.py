@@ -1,4 +1,4 @@
-"""The fixed batch of the parallel tests, and one rank's part of it, cut without the help of `megatron_pr2.layout`.
+"""The fixed batch of the parallel tests, and one rank's part of it, cut without the help of `megatron_pr2.parallel.grid`.
 
 Suffixes: B sequences, S positions, T rows of a router's input on this rank.
 
@@ -17,12 +17,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_pr2 import layout
 from megatron_pr2.attach import ReplaySequence
 from megatron_pr2.host.attention import zigzag_positions
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.routes import RouteTable
-from tests.ids import random_ids
+from megatron_pr2.parallel import grid as layout
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import random_ids
 
 VOCABULARY, PROMPT, PADDING = 64, 3, -1
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tests.helpers.rounding import LOGPROB, rounding
 from tests.parallel import batch
 from tests.parallel.case import Result, Seen
-from tests.rounding import LOGPROB, rounding
 
 TOKENS = {(s, p) for s, length in batch.LENGTHS.items() for p in range(length)}
 REPLAYED = {(s, p) for s, p in TOKENS if p < batch.LENGTHS[s] - 1 and (s, p) not in batch.MISSING}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_pr2 import host
-from megatron_pr2.bridge_mbridge import MBridge
-from megatron_pr2.decoder_layers import DecoderLayers, pattern_segments
-from megatron_pr2.model_shape import model_shape
+from megatron_pr2.hf.mbridge_backend import MBridge
+from megatron_pr2.hf.shape import model_shape
+from megatron_pr2.parallel.decoder_layers import DecoderLayers, pattern_segments
 
 MAMBA = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
 
@@ -103,7 +103,7 @@ class _HybridNames:
 def load_hybrid(
     path: Path, pattern: str, *, ddp_config: Mapping[str, Any], extra_config: Mapping[str, Any]
 ) -> tuple[MBridge, list[torch.nn.Module]]:
-    """As megatron_pr2.bridge.load_model, in fp32."""
+    """As megatron_pr2.hf.bridge.load_model, in fp32."""
     from transformers import AutoConfig
 
     source = AutoConfig.from_pretrained(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import close_pools, pool
+from tests.helpers.distributed import close_pools, pool
 from tests.host.models import make_checkpoint
 from tests.parallel.case import Case
 from tests.parallel.replay import run_case

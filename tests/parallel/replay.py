@@ -1,7 +1,7 @@
 """One rollout batch through PR2 and Megatron-Core in any parallel layout, with results that do not depend on the layout.
 
 The old-log-prob pass, a step that moves the routers, and the forward and backward of the second mini-step, with the real policy
-loss. :func:`run_case` is a job for `tests.distributed.pool(n).run`; it returns this rank's `Result`.
+loss. :func:`run_case` is a job for `tests.helpers.distributed.pool(n).run`; it returns this rank's `Result`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach, token_group
-from megatron_pr2.bridge import load_model
 from megatron_pr2.config import PR2Config
-from megatron_pr2.replay import ReplaySession
+from megatron_pr2.hf.bridge import load_model
+from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.replay.sites import RouterSite, unwrapped
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
-from megatron_pr2.sites import RouterSite, unwrapped
 from tests.host.training import exported_gradients
 from tests.parallel import batch
 from tests.parallel.batch import Place, Split

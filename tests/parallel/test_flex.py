@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from torch import Tensor
 
-from tests.ids import random_ids
+from tests.helpers.ids import random_ids
 
 TOKENS, EXPERTS, TOPK = 64, 16, 4
 KINDS: dict[str, dict[str, Any]] = {

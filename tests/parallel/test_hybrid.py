@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_pr2 import host
 from megatron_pr2.attach import PR2Config, attach
-from megatron_pr2.bridge import export_weights
-from megatron_pr2.decoder_layers import DecoderLayers
-from tests.distributed import pool
+from megatron_pr2.hf.bridge import export_weights
+from megatron_pr2.parallel.decoder_layers import DecoderLayers
+from tests.helpers.distributed import pool
 from tests.host.models import make_checkpoint, tiny_config
 from tests.parallel import batch, compare
 from tests.parallel.batch import ONE, Split

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import pool
+from tests.helpers.distributed import pool
+from tests.helpers.rounding import LOGPROB
 from tests.host.models import make_checkpoint, tiny_config
 from tests.parallel import batch, compare
 from tests.parallel.batch import ONE, Split
 from tests.parallel.case import Case, Result
 from tests.parallel.replay import run_case
-from tests.rounding import LOGPROB
 
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}

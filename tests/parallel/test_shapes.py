@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import pool
+from tests.helpers.distributed import pool
 from tests.host.models import make_checkpoint, tiny_config
 from tests.parallel import batch, compare
 from tests.parallel.batch import ONE

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.table import RouteTable
 
 LAYERS = 6
 

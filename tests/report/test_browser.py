@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_pr2.report.comparison import write_comparison
+from megatron_pr2.report.comparison.comparison import write_comparison
 from megatron_pr2.report.html import write_report
 from megatron_pr2.report.routes_page import write_routes_report
-from megatron_pr2.route_files import save_routes
+from megatron_pr2.routes.files import save_routes
 from tests.report.browser import Browser, find_browser
 from tests.report.synthetic import route_tables, run
 

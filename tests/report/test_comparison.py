@@ -16,15 +16,15 @@ import pytest
 import scipy.stats
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report import comparison_measures as measures
 from megatron_pr2.report import theme
-from megatron_pr2.report.comparison import write_comparison
-from megatron_pr2.report.comparison_csv import write_cells, write_summary
-from megatron_pr2.report.comparison_markdown import BEGIN, END, write_markdown
-from megatron_pr2.report.comparison_measures import against_baseline, of_method, over_settings
-from megatron_pr2.report.comparison_runs import load, short
-from megatron_pr2.report.comparison_stats import BETTER, SAME, UNKNOWN, WORSE, interval, paired, verdict
-from megatron_pr2.report.comparison_tables import conclude, lift_verdict, overall, reward_verdict, verdicts
+from megatron_pr2.report.comparison import measures
+from megatron_pr2.report.comparison.comparison import write_comparison
+from megatron_pr2.report.comparison.csv import write_cells, write_summary
+from megatron_pr2.report.comparison.markdown import BEGIN, END, write_markdown
+from megatron_pr2.report.comparison.measures import against_baseline, of_method, over_settings
+from megatron_pr2.report.comparison.runs import load, short
+from megatron_pr2.report.comparison.stats import BETTER, SAME, UNKNOWN, WORSE, interval, paired, verdict
+from megatron_pr2.report.comparison.tables import conclude, lift_verdict, overall, reward_verdict, verdicts
 from tests.report.synthetic import run
 from tests.report.test_html import Page
 

@@ -8,8 +8,8 @@ import pytest
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import route_statistics
 from megatron_pr2.report.route_statistics import compare, describe, position_edges, shared_experts
-from megatron_pr2.route_files import RouteFile, save_routes
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.files import RouteFile, save_routes
+from megatron_pr2.routes.table import RouteTable
 from tests.report.synthetic import route_tables
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_pr2.errors import DataError
 from megatron_pr2.report.routes_page import write_routes_report
-from megatron_pr2.route_files import save_routes
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.files import save_routes
+from megatron_pr2.routes.table import RouteTable
 from tests.report.synthetic import route_tables
 from tests.report.test_html import Page
 

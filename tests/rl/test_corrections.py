@@ -16,7 +16,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import corrections
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS
-from tests.rounding import assert_near, rounding
+from tests.helpers.rounding import assert_near, rounding
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 CAP, FLOOR = 1.6, 0.7

@@ -20,10 +20,10 @@ from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.old_logprobs import SOURCES, check_source, needs_snapshot_pass, rollout_logprobs, take_rollout_logprobs
 from megatron_pr2.rl.proximal import ProximalPolicy
 from megatron_pr2.rollout.base import RolloutResponse
-from tests import toy
-from tests.distributed import pool
-from tests.loop import digest, train_job
-from tests.rounding import LOGPROB, assert_near, rounding
+from tests.helpers import toy
+from tests.helpers.distributed import pool
+from tests.helpers.loop import digest, train_job
+from tests.helpers.rounding import LOGPROB, assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 

@@ -23,7 +23,7 @@ from megatron_pr2.rl.data import load_examples
 from megatron_pr2.rl.launch import _alone, _claim, train
 from megatron_pr2.rl.preflight import check, check_place
 from megatron_pr2.rl.preflight_model import check_tokenizer
-from megatron_pr2.rollout.sglang_python import VARIABLE
+from megatron_pr2.rollout.sglang.python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,7 +171,7 @@ def test_a_job_that_cannot_run(overrides: list[str], message: str, tmp_path: Pat
 
 
 def test_a_bridge_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_pr2.model_types.has_megatron_bridge", lambda: False)
+    monkeypatch.setattr("megatron_pr2.hf.model_types.has_megatron_bridge", lambda: False)
     for path in ([f"model.path={model}"], []):
         with pytest.raises(ConfigError, match="needs Megatron-Bridge, which is not installed"):
             check(load_config(None, [*path, f"run={tmp_path / 'run'}", "model.bridge=megatron-bridge"]))

@@ -19,7 +19,7 @@ from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig, build_tiny_model
 from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID, byte_tokenizer
 from megatron_pr2.rl.warmstart import RECORD, WarmStartConfig, ensure_warm_start, warm_start
-from tests.rounding import rounding
+from tests.helpers.rounding import rounding
 
 MODEL = TinyModelConfig(
     hidden_size=16, num_hidden_layers=2, head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8

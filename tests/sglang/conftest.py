@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from megatron_pr2.rollout.base import ModelShape
-from megatron_pr2.rollout.child_process import ChildProcess
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.sglang.child_process import ChildProcess
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from tests.sglang.preload import Preloaded
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pr2.rollout.base import ModelShape
+from megatron_pr2.hf.shape import ModelShape
 
 _PLACE = "@routes@"
 _OUTSIDE_THE_ALPHABET = ["!", "-", "_", "~", "é", "\\n", "\\u0000", "\\\\", '"', "\x01", " ", "%", ".", "€"]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_pr2.rollout.sglang_http import HttpClient
-from megatron_pr2.rollout.sglang_push import PushTarget
-from megatron_pr2.rollout.sglang_server import SGLangServer
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.push.session import PushTarget
+from megatron_pr2.rollout.sglang.server import SGLangServer
+from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 
 IDS = [5, 17, 99, 200, 3, 44, 71, 128, 250, 9, 33, 64]

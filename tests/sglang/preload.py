@@ -3,7 +3,7 @@
 One process for each interpreter imports SGLang, Transformers and torch once; every server is a fork of it, and so are the server's
 own processes. From the launcher's first line on all is as in a server of its own: its command line, environment, log, process
 group, signals and exit code; it is a child of the process that asked for it. What a fork cannot show is proven where servers are
-started by their command line: a start from nothing (test_lifecycle.py), and the whole training runs (tests/test_train.py).
+started by their command line: a start from nothing (test_lifecycle.py), and the whole training runs (tests/rl/test_train.py).
 
     Preloaded    in the tests' process: a stand-in for subprocess.Popen that ChildProcess.popen is set to
     main()       in the process that is forked, run by the server environment's interpreter
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-LAUNCHER = "megatron_pr2.rollout.sglang_cpu.launch"
+LAUNCHER = "megatron_pr2.rollout.sglang.cpu.launch"
 ROOT = Path(__file__).resolve().parents[2]
 _PR_SET_CHILD_SUBREAPER = 36
 _READY_S = 500.0
@@ -70,7 +70,7 @@ class Preloaded:
         return _Forked(pid)
 
     def _preload(self, python: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        from megatron_pr2.rollout.sglang_python import package_environment
+        from megatron_pr2.rollout.sglang.python import package_environment
 
         ours, theirs = socket.socketpair()
         env = package_environment(os.environ)
@@ -141,7 +141,7 @@ def main(link: socket.socket) -> None:
 
     import setproctitle
 
-    from megatron_pr2.rollout.sglang_cpu import shims
+    from megatron_pr2.rollout.sglang.cpu import shims
 
     setproctitle.getproctitle()  # it finds the room for titles only while the environment is as it came
     # SGLang asks for "spawn", whose children would import everything again.

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from megatron_pr2.rollout.base import ModelShape
+from megatron_pr2.hf.shape import ModelShape
 from tests.sglang.damage import ALL_FIELD_KINDS, ROUTE_KINDS, Damaged, damage_field, damage_routes
 
 _MAX_HEAD = 64 << 10

@@ -16,8 +16,8 @@ import torch
 
 from megatron_pr2.errors import PR2Error, RolloutError, RouteError
 from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
 
@@ -328,7 +328,7 @@ WEIGHTS = [("model.layers.0.mlp.gate.weight", torch.zeros(16, 64))]
 
 @pytest.mark.parametrize("path", ["/begin_weight_update", "/init_weights_update_group"])
 def test_a_refused_push_blocks_sampling(engine: SGLangEngine, fake: FakeServer, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_pr2.rollout.sglang_channel._CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("megatron_pr2.rollout.sglang.push.channel._CONNECT_TIMEOUT_S", 0.5)
     for each in ("/begin_weight_update", "/end_weight_update"):
         fake.overrides[each] = lambda body, call: (200, {"success": True, "message": "Success"})
     fake.overrides[path] = lambda body, call: (400, {"success": False, "message": "no, thanks"})

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rollout.byte_budget import ByteBudget
+from megatron_pr2.rollout.sglang.byte_budget import ByteBudget
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pr2.rollout.sglang_cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
-from megatron_pr2.rollout.sglang_python import package_environment
+from megatron_pr2.rollout.sglang.cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
+from megatron_pr2.rollout.sglang.python import package_environment
 
 
 def run_python(code: str, *path: Path, python: str = sys.executable, **env: str) -> str:
@@ -51,7 +51,7 @@ def test_torchvision_schemas_are_needed_for_cuda_builds_only(
 def test_torchvision_imports_with_the_schemas_and_they_can_be_removed(sglang_python: str) -> None:
     code = """
 import torch
-from megatron_pr2.rollout.sglang_cpu import torchvision_ops as ops
+from megatron_pr2.rollout.sglang.cpu import torchvision_ops as ops
 if not ops.needed():
     print("not needed")
 else:
@@ -105,10 +105,10 @@ def test_hooks_are_applied_once_by_launcher_and_entry_point_together(sglang_pyth
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-pr2-probe\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmegatron_pr2_cpu = megatron_pr2.rollout.sglang_cpu.plugin:register\n"
+        "[sglang.srt.plugins]\nmegatron_pr2_cpu = megatron_pr2.rollout.sglang.cpu.plugin:register\n"
     )
     code = """
-from megatron_pr2.rollout.sglang_cpu import plugin, shims
+from megatron_pr2.rollout.sglang.cpu import plugin, shims
 shims.install()
 plugin.register()
 from sglang.srt.plugins import load_plugins

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_pr2.errors import PR2Error, RolloutError, RouteError
-from megatron_pr2.rollout import sglang_wire as wire
-from megatron_pr2.rollout.base import ModelShape
-from megatron_pr2.rollout.sglang_routes import parse_body
-from megatron_pr2.rollout.sglang_wire import Ask, Sampled
-from tests.ids import random_ids
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.sglang import wire
+from megatron_pr2.rollout.sglang.routes import parse_body
+from megatron_pr2.rollout.sglang.wire import Ask, Sampled
+from tests.helpers.ids import random_ids
 from tests.sglang import damage
 from tests.sglang.damage import Damaged, damage_field, damage_routes, encoded
 

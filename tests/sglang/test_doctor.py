@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_pr2.cli import app
-from megatron_pr2.rollout import doctor_reference
-from megatron_pr2.rollout.doctor import diagnose
-from megatron_pr2.rollout.doctor_findings import Diagnosis, Finding, Status
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_plugin import decode_rid
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.doctor import reference as doctor_reference
+from megatron_pr2.rollout.doctor.doctor import diagnose
+from megatron_pr2.rollout.doctor.findings import Diagnosis, Finding, Status
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from megatron_pr2.rollout.sglang.plugin import decode_rid
+from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 from tests.sglang.fake_server import FakeServer, serve
 

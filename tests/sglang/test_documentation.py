@@ -13,10 +13,10 @@ import typer
 
 from megatron_pr2.cli import app
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rollout import sglang_refusals
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_info import TESTED_RELEASES, release_text
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang import refusals as sglang_refusals
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.info import TESTED_RELEASES, release_text
+from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
 

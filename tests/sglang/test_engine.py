@@ -11,9 +11,9 @@ import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 
 pytestmark = pytest.mark.sglang

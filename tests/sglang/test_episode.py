@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pr2.errors import RolloutError, RouteError
-from megatron_pr2.rollout.base import ModelShape, RolloutRequest, SamplingParams
-from megatron_pr2.rollout.episode import Episode
-from megatron_pr2.rollout.sglang_plugin import decode_rid
-from megatron_pr2.rollout.sglang_wire import Sampled
-from megatron_pr2.rollout.splice import RouteSplice
-from megatron_pr2.routes import RouteTable
-from tests.ids import random_ids
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
+from megatron_pr2.rollout.sglang.episode import Episode
+from megatron_pr2.rollout.sglang.plugin import decode_rid
+from megatron_pr2.rollout.sglang.splice import RouteSplice
+from megatron_pr2.rollout.sglang.wire import Sampled
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import random_ids
 
 SHAPE = ModelShape(num_hidden_layers=3, moe_layers=(1, 2), num_experts=8, topk=2, vocab_size=100)
 PROMPT = (3, 4, 5, 6)

@@ -16,9 +16,9 @@ import pytest
 
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.rollout.base import RolloutBatch, RolloutRequest, RolloutResponse, SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from tests.helpers.rounding import LOGPROB
 from tests.sglang import damage
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve

@@ -13,11 +13,11 @@ import pytest
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
-from megatron_pr2.rollout.child_process import ChildProcess
-from megatron_pr2.rollout.episode import Episode
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_wire import Ask, Sampled, parse_generate
+from megatron_pr2.rollout.sglang.child_process import ChildProcess
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from megatron_pr2.rollout.sglang.episode import Episode
+from megatron_pr2.rollout.sglang.wire import Ask, Sampled, parse_generate
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
 

@@ -16,10 +16,10 @@ import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
-from megatron_pr2.rollout.child_process import PARENT_VARIABLE
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_python import package_environment
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang.child_process import PARENT_VARIABLE
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from megatron_pr2.rollout.sglang.python import package_environment
+from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
@@ -153,8 +153,8 @@ def test_start_that_takes_too_long(tiny: TinyModel, tmp_path: Path) -> None:
 
 TRAINER = """
 import sys, threading
-from megatron_pr2.rollout.sglang_python import package_environment
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang.python import package_environment
+from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import own_server
 server = SGLangServer(own_server(sys.argv[1], sys.argv[2]))
 # As a framework would: from a thread that is not the main one.
@@ -189,7 +189,7 @@ def test_server_dies_with_a_trainer_that_is_killed(tiny: TinyModel, tmp_path: Pa
 
 def test_a_launcher_whose_trainer_is_already_gone_does_not_start(sglang_python: str, tiny: TinyModel) -> None:
     done = subprocess.run(
-        [sglang_python, "-m", "megatron_pr2.rollout.sglang_cpu.launch", "--model-path", tiny.path],
+        [sglang_python, "-m", "megatron_pr2.rollout.sglang.cpu.launch", "--model-path", tiny.path],
         env=package_environment(os.environ | {PARENT_VARIABLE: "1"}),
         capture_output=True,
         text=True,

@@ -14,9 +14,9 @@ import torch
 
 from megatron_pr2.errors import EnvironmentFailed
 from megatron_pr2.rollout.base import Progress, RolloutRequest, RolloutResponse, SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel
 from tests.sglang.test_engine import assert_matches, make_requests
 

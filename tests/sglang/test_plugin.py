@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_pr2.rollout.sglang_plugin import decode_rid, encode_rid, request_routes
+from megatron_pr2.rollout.sglang.plugin import decode_rid, encode_rid, request_routes
 from tests.sglang.preload import Preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def write_distribution(folder: Path) -> Path:
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-pr2-plugin\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmegatron_pr2_routes = megatron_pr2.rollout.sglang_plugin:register\n"
+        "[sglang.srt.plugins]\nmegatron_pr2_routes = megatron_pr2.rollout.sglang.plugin:register\n"
     )
     return folder
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_encoded_is_refused(unique: str, start: int) -> None:
 def test_importing_the_plugin_imports_nothing_else() -> None:
     """It is loaded by every SGLang process of an environment, with or without this package's own requirements."""
     code = (
-        "import sys; before = set(sys.modules); import megatron_pr2.rollout.sglang_plugin; "
+        "import sys; before = set(sys.modules); import megatron_pr2.rollout.sglang.plugin; "
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

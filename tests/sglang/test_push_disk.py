@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.sglang_disk import DiskPush, DiskSender, DiskTarget
-from megatron_pr2.rollout.sglang_push import PushSession
+from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskSender, DiskTarget
+from megatron_pr2.rollout.sglang.push.session import PushSession
 from tests.sglang.conftest import TinyModel
 from tests.sglang.plain_server import PlainServer, other_model
 

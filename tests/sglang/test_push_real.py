@@ -14,9 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.sglang_http import HttpClient
-from megatron_pr2.rollout.sglang_push import PushSession, PushTarget, WeightSender
-from tests.distributed import pool
+from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, WeightSender
+from tests.helpers.distributed import pool
 from tests.sglang.conftest import TinyModel
 from tests.sglang.plain_server import PlainServer, other_model
 
@@ -223,10 +223,10 @@ def breaking(weights: Iterator[tuple[str, torch.Tensor]], rank: int, count: int)
 def expert_parallel_job(path: str, target: PushTarget, failing_rank: int | None) -> dict[str, Any]:
     from megatron_pr2 import host
     from megatron_pr2.attach import attach
-    from megatron_pr2.bridge import load_model
-    from megatron_pr2.owned_export import owned_engine_weights
+    from megatron_pr2.hf.bridge import load_model
+    from megatron_pr2.hf.owned_export import owned_engine_weights
     from megatron_pr2.rollout.collective import CollectiveEngine
-    from tests import toy
+    from tests.helpers import toy
 
     host.init(expert=2)
     bridge, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)
@@ -281,7 +281,7 @@ def test_expert_parallel_ranks_push_what_they_own(
 
 def memory_job(target: PushTarget, tensors: int) -> tuple[int, int]:
     """(bytes sent, most bytes of tensors that were held at once on the way), for tensors of 4 MiB"""
-    from tests.test_memory import Meter
+    from tests.drift.test_memory import Meter
 
     sender = WeightSender([target])
     with Meter(arrays=False) as meter:

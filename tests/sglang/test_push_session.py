@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_http import HttpClient
-from megatron_pr2.rollout.sglang_push import PushSession, PushTarget, WeightSender, own_address, push_target
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, WeightSender, own_address, push_target
 from tests.sglang.fake_server import Answer, FakeServer, serve
 
 OK = (200, {"success": True, "message": "fine"})

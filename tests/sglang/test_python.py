@@ -14,14 +14,14 @@ import pytest
 
 import megatron_pr2
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rollout import sglang_python
-from megatron_pr2.rollout.sglang_config import SGLangConfig, server_environment
-from megatron_pr2.rollout.sglang_python import VARIABLE, check_module, find_python, package_environment, package_path
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang import python as sglang_python
+from megatron_pr2.rollout.sglang.config import SGLangConfig, server_environment
+from megatron_pr2.rollout.sglang.python import VARIABLE, check_module, find_python, package_environment, package_path
+from megatron_pr2.rollout.sglang.server import SGLangServer
 
 PACKAGE = Path(megatron_pr2.__file__).parent
 # Run by the interpreter of the server environment, or by verl's servers.
-IN_THE_SERVER = ("rollout/sglang_cpu/", "rollout/sglang_plugin.py", "rollout/sglang_router_launch.py", "integrations/verl_sglang/")
+IN_THE_SERVER = ("rollout/sglang/cpu/", "rollout/sglang/plugin.py", "rollout/sglang/gateway/launch.py", "integrations/verl_sglang/")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_package_comes_along_and_nothing_else_of_this_environment(tmp_path: 
     """As where it is installed among the trainer's packages, of which a server must see none."""
     assert [entry.name for entry in Path(package_path()).iterdir()] == ["megatron_pr2"]
     assert (Path(package_path()) / "megatron_pr2").resolve() == PACKAGE.resolve()
-    code = "import megatron_pr2.rollout.sglang_plugin, importlib.util; print(importlib.util.find_spec('torch'))"
+    code = "import megatron_pr2.rollout.sglang.plugin, importlib.util; print(importlib.util.find_spec('torch'))"
     env = package_environment({"PATH": os.environ["PATH"], "PYTHONHOME": str(tmp_path)})
     # -S: a Python without site-packages stands for another environment.
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -132,7 +132,7 @@ def test_the_trainer_imports_nothing_of_sglangs() -> None:
 
 
 def test_the_directory_lasts_as_long_as_the_process() -> None:
-    code = "from megatron_pr2.rollout.sglang_python import package_path; print(package_path())"
+    code = "from megatron_pr2.rollout.sglang.python import package_path; print(package_path())"
     env = package_environment(os.environ)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() != package_path()

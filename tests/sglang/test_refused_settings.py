@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.sglang_config import SGLangConfig
-from megatron_pr2.rollout.sglang_info import check_server_info, weight_group_size
-from megatron_pr2.rollout.sglang_refusals import RUNNERS_PAST_CAPTURE, refusals, settings_from_flags
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.info import check_server_info, weight_group_size
+from megatron_pr2.rollout.sglang.refusals import RUNNERS_PAST_CAPTURE, refusals, settings_from_flags
+from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import TinyModel, own_server
 from tests.sglang.fake_server import FakeServer
 from tests.sglang.preload import Preloaded
@@ -127,7 +127,7 @@ def test_the_servers_own_process_refuses_what_sglang_resolved(
 def test_the_names_are_those_of_this_release(preloaded: Preloaded, sglang_python: str) -> None:
     """A setting or runner that SGLang renames must not slip through under its new name."""
     code = """
-from megatron_pr2.rollout import sglang_refusals
+from megatron_pr2.rollout.sglang import refusals as sglang_refusals
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 import dataclasses

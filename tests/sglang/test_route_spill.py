@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.layout import TokenGrid, packed, padded
-from megatron_pr2.replica import find_replica
-from megatron_pr2.rollout import route_spill
-from megatron_pr2.rollout.route_spill import RouteSpill
-from megatron_pr2.route_store import RouteStore
-from megatron_pr2.routes import RouteTable
-from megatron_pr2.scatter import slice_tables
-from megatron_pr2.tokens import TokenIndex
-from tests.ids import random_ids
+from megatron_pr2.parallel.grid import TokenGrid, packed, padded
+from megatron_pr2.parallel.replica import find_replica
+from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.rollout.sglang import route_spill
+from megatron_pr2.rollout.sglang.route_spill import RouteSpill
+from megatron_pr2.routes.scatter import slice_tables
+from megatron_pr2.routes.store import RouteStore
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import random_ids
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ import httpx
 import numpy as np
 import pytest
 
-from megatron_pr2.rollout.sglang_plugin import encode_rid
-from megatron_pr2.rollout.sglang_router import SGLangRouter
-from megatron_pr2.rollout.sglang_server import SGLangServer
+from megatron_pr2.rollout.sglang.gateway.router import SGLangRouter
+from megatron_pr2.rollout.sglang.plugin import encode_rid
+from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.preload import Preloaded
 from tests.sglang.test_plugin import write_distribution

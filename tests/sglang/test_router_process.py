@@ -15,9 +15,9 @@ import pytest
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.base import SamplingParams
-from megatron_pr2.rollout.sglang_plugin import encode_rid
-from megatron_pr2.rollout.sglang_router import SGLangRouter
-from megatron_pr2.rollout.sglang_wire import Ask, generate_payload
+from megatron_pr2.rollout.sglang.gateway.router import SGLangRouter
+from megatron_pr2.rollout.sglang.plugin import encode_rid
+from megatron_pr2.rollout.sglang.wire import Ask, generate_payload
 from tests.sglang.fake_server import FakeServer, serve
 
 pytestmark = pytest.mark.sglang

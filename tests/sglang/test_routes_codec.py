@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_pr2.distinct import all_distinct
 from megatron_pr2.errors import RolloutError, RouteError
-from megatron_pr2.rollout.base import ModelShape
-from megatron_pr2.rollout.sglang_routes import decode_table, parse_body, split_routes
-from megatron_pr2.routes import RouteTable
-from tests.ids import random_ids
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.sglang.routes import decode_table, parse_body, split_routes
+from megatron_pr2.routes.distinct import all_distinct
+from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import random_ids
 
 
 def model(layers: int = 4, moe: tuple[int, ...] | None = None, experts: int = 128, topk: int = 8) -> ModelShape:

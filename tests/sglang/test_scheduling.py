@@ -14,8 +14,8 @@ import pytest
 
 from megatron_pr2.errors import ConfigError, RolloutError, RouteError
 from megatron_pr2.rollout.base import Progress, RolloutRequest, SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
 

@@ -13,11 +13,11 @@ import pytest
 
 import megatron_pr2
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout import doctor_client
-from megatron_pr2.rollout.doctor_client import EngineClient
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig, is_loopback
-from megatron_pr2.rollout.sglang_server import SGLangServer, check_weight_files
+from megatron_pr2.rollout.doctor import client as doctor_client
+from megatron_pr2.rollout.doctor.client import EngineClient
+from megatron_pr2.rollout.sglang.config import SGLangConfig, is_loopback
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from megatron_pr2.rollout.sglang.server import SGLangServer, check_weight_files
 from tests.sglang.conftest import SHAPE, TinyModel
 from tests.sglang.fake_server import FakeServer, serve
 from tests.sglang.test_lifecycle import group_members

@@ -9,8 +9,8 @@ import torch
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.base import SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_config import SGLangConfig
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 
 from megatron_pr2.rollout.base import SamplingParams
-from megatron_pr2.rollout.sglang import SGLangEngine
-from megatron_pr2.rollout.sglang_info import TESTED_RELEASES
-from megatron_pr2.rollout.sglang_python import package_environment
-from tests.rounding import LOGPROB
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from megatron_pr2.rollout.sglang.info import TESTED_RELEASES
+from megatron_pr2.rollout.sglang.python import package_environment
+from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
@@ -199,9 +199,9 @@ class NotThere:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotThere())
-from megatron_pr2.rollout import sglang_refusals
-from megatron_pr2.rollout.sglang_cpu import launch
-print([name for name in sys.modules if name.startswith("megatron_pr2.rollout.sglang_server")])
+from megatron_pr2.rollout.sglang import refusals as sglang_refusals
+from megatron_pr2.rollout.sglang.cpu import launch
+print([name for name in sys.modules if name.startswith("megatron_pr2.rollout.sglang.server")])
 """
     done = subprocess.run(
         [interpreter_of_0519(), "-c", code],

@@ -13,7 +13,7 @@ from verl.utils import tensordict_utils as tu
 
 from megatron_pr2.attach import PR2, MicroBatch, PR2Config, ReplaySequence, attach
 from megatron_pr2.errors import PR2Error
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.table import RouteTable
 from tests.verl.worker import EXPERTS, LAYERS, MEGATRON, SETTINGS, TOPK, Loop, Sample, gates, make_worker, pushed, samples
 
 # Routes are random here, and predictions are to be seen.

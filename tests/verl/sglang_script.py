@@ -18,7 +18,7 @@ REPOSITORY, PACKAGES, MODEL, OUTPUT = sys.argv[1:5]
 sys.path.insert(0, REPOSITORY)
 sys.path.append(PACKAGES)
 
-from megatron_pr2.rollout.sglang_cpu import launch  # noqa: E402
+from megatron_pr2.rollout.sglang.cpu import launch  # noqa: E402
 
 # SGLang's processes are spawned, and import this module first.
 launch._prepare_process()

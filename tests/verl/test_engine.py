@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import close_pools, pool
-from tests.rounding import BF16
+from tests.helpers.distributed import close_pools, pool
+from tests.helpers.rounding import BF16
 
 
 def job(name: str, *arguments: Any, **keywords: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import pool
-from tests.rounding import BF16
+from tests.helpers.distributed import pool
+from tests.helpers.rounding import BF16
 from tests.verl.test_engine import job, run
 
 LAYOUTS = {

@@ -20,7 +20,7 @@ import torch
 from megatron_pr2.errors import RouteError
 from megatron_pr2.integrations.verl_sglang import ReplicaLoader, register_rollout
 from megatron_pr2.integrations.verl_sglang.decoder import RouteDecoder, model_dimensions
-from tests.rounding import LOGPROB
+from tests.helpers.rounding import LOGPROB
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = np.arange(7 * 3 * 2, dtype="<i4").reshape(7, 3, 2)
@@ -108,7 +108,7 @@ def test_verls_server_returns_the_routes_of_a_real_engine(tmp_path: Path) -> Non
     import verl
 
     from megatron_pr2.rl.tiny import TinyModelConfig, make_tiny_checkpoint
-    from megatron_pr2.rollout.doctor_reference import read_shape, score
+    from megatron_pr2.rollout.doctor.reference import read_shape, score
 
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_std": 0.2}

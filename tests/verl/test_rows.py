@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pr2.decoder_layers import DecoderLayers
 from megatron_pr2.errors import ReplayError, RouteError
 from megatron_pr2.integrations.verl.identity import LIVE, SequenceBook
 from megatron_pr2.integrations.verl.rows import Row, read_rows, route_rows, route_table
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.parallel.decoder_layers import DecoderLayers
+from megatron_pr2.routes.table import RouteTable
 
 SHAPE: dict[str, Any] = {"layers": DecoderLayers(4, (0, 1, 2, 3)), "topk": 2, "num_experts": 8, "where": "row"}
 

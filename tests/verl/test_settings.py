@@ -122,7 +122,7 @@ def test_verl_accepts_the_example() -> None:
     """verl's own validation, its dataclasses, and the layout."""
     from verl.utils.config import validate_config
 
-    from megatron_pr2.parallel import ParallelLayout
+    from megatron_pr2.parallel.layout import ParallelLayout
 
     config = composed()
     validate_config(config, use_reference_policy=False, use_critic=False)

@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError, PR2Error
+from megatron_pr2.hf.model_types import has_megatron_bridge
 from megatron_pr2.integrations.verl.settings import WHERE, check_engine, read_settings
-from megatron_pr2.model_types import has_megatron_bridge
 
 PACKAGE = "megatron_pr2.integrations.verl"
 

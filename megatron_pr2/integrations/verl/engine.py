@@ -22,16 +22,16 @@ from verl.utils.metric.utils import Metric
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from megatron_pr2.attach import PR2, attach
-from megatron_pr2.checkpoint_files import together
+from megatron_pr2.checkpoint.files import together
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.integrations.verl import micro_batches as cutting
 from megatron_pr2.integrations.verl.identity import SequenceBook
 from megatron_pr2.integrations.verl.intake import begin_rollout, find_rows
 from megatron_pr2.integrations.verl.settings import WHERE, check_engine, check_process, read_settings
-from megatron_pr2.micro_batch import MicroBatch
-from megatron_pr2.replay import ReplaySession
-from megatron_pr2.sites import unwrapped
+from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.replay.sites import unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from megatron_pr2.errors import RouteError
 from megatron_pr2.integrations.verl.identity import LIVE, SequenceBook
 from megatron_pr2.integrations.verl.rows import read_rows, route_rows, route_table
 from megatron_pr2.integrations.verl.settings import WHERE
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.routes.table import RouteTable
 
 
 def begin_rollout(pr2: PR2, data: Any) -> SequenceBook:

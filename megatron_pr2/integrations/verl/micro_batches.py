@@ -18,7 +18,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.integrations.verl.identity import LIVE
-from megatron_pr2.micro_batch import MicroBatch
+from megatron_pr2.replay.micro_batch import MicroBatch
 
 ROW_KEY = "pr2_row"
 # What prepare_micro_batches reads besides the tokens.

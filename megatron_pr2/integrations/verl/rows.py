@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from megatron_pr2.decoder_layers import DecoderLayers
 from megatron_pr2.errors import RouteError
-from megatron_pr2.routes import RouteTable
+from megatron_pr2.parallel.decoder_layers import DecoderLayers
+from megatron_pr2.routes.table import RouteTable
 
 ROUTES_KEY = "routed_experts"
 

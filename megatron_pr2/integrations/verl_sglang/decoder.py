@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.rollout.sglang_routes import decode_ids
+from megatron_pr2.rollout.sglang.routes import decode_ids
 
 
 class RouteDecoder:

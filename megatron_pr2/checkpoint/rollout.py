@@ -1,0 +1,285 @@
+"""The rollout batch in the middle of which a checkpoint is written: sequences, routes and features, for any other layout.
+
+Between two mini-steps the predictor cannot go on without the features of theta_old and the routes of the rollout, and neither can
+be computed again. They are kept by token. Each rank writes the rows that it holds, in the order of the ranks, with an index of what
+they are; a rank that reads takes those of its own sequences, layer by layer. Which rank of a pipeline stage holds which token makes
+no difference, since features follow their token (drift.feature_plan); in the old layout it is the old one, so that sums are
+formed in the old order.
+
+    pr2.rollout.sequences                  [N, 5] int64: id, length, loss_start, loss_stop, mini-step (0: not known)
+    pr2.rollout.tokens                     [T, 3] uint8: has a route, is sampled, is held out; one sequence's after the other's
+    pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
+    pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
+    pr2.rollout.layers.<layer>.h_old       [S, H] bf16
+    pr2.rollout.layers.<layer>.p_old       [S, E] fp32
+    pr2.rollout.layers.<layer>.pushed, .pushed_momentum   [E, H] fp32: the W_p that the routes were predicted with
+
+Shape suffixes: T tokens of the rollout batch, S sampled tokens, L MoE layers of the whole model, K top-k, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_pr2.checkpoint import files
+from megatron_pr2.checkpoint.contents import Contents
+from megatron_pr2.drift.features import Segment
+from megatron_pr2.errors import CheckpointError
+from megatron_pr2.parallel.grid import IntArray
+from megatron_pr2.parallel.groups import gathered
+from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
+from megatron_pr2.routes.table import RouteTable, expert_dtype
+
+# Rows: reading so many for nothing is cheaper than another read.
+FAR = 256
+PREFIX = "pr2.rollout."
+SEQUENCES, TOKENS, ROUTES = f"{PREFIX}sequences", f"{PREFIX}tokens", f"{PREFIX}routes"
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """What a checkpoint holds of the sequences that this rank's replica trains on.
+
+    Attributes:
+        sequences: with their routes where this rank has to be given them.
+        valid, sampled, held_out: per flat token index.
+    """
+
+    sequences: list[ReplaySequence]
+    valid: npt.NDArray[np.bool_]
+    sampled: npt.NDArray[np.bool_]
+    held_out: npt.NDArray[np.bool_]
+
+
+def sharded_rollout(pr2: Contents) -> dict[str, Any]:
+    """The pending rollout batch as shards; collective. Empty where none was begun.
+
+    Call it between mini-steps, after `PR2.step`: what half a mini-step has gathered is not kept.
+    """
+    pr2.features.settle()
+    state: dict[str, Any] = {}
+    replicas = mpu.get_data_parallel_group() if mpu.model_parallel_is_initialized() else None
+    first, all_sequences = _share(len(pr2.sequences), replicas)
+    start, total = _share(pr2.tokens.total, replicas)
+    if pr2.replica.ranks.me == pr2.replica.ranks.owner:
+        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0] for s in pr2.sequences]
+        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+        each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out
+        marks = np.stack(each, axis=1).astype(np.uint8)
+        _put(state, SEQUENCES, spans, (first,), (all_sequences, 5))
+        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 3))
+    if pr2.config.replays:
+        _put_routes(state, pr2, start, total)
+    _put_features(state, pr2)
+    _put_in_use(state, pr2)
+    return state
+
+
+def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int]) -> RolloutReport:
+    """Takes up a checkpoint's rollout batch as begin_rollout and the log-prob pass had left it; collective over all ranks.
+
+    Args:
+        sequences: ids that this rank's replica trains on now; the same, in the same order, on every rank of the replica.
+
+    Raises:
+        CheckpointError: on every rank: no rollout batch or not these sequences in it, or any rank cannot read its part.
+    """
+    directory = Path(directory)
+    reader = files.RowReader(directory)
+    found = files.together(lambda: _read_rollout(pr2, reader, directory, sequences))
+    hold_back = pr2.measurement.hold_back
+    counted = None if hold_back is None else hold_back.state().clone()
+    report = pr2.begin_rollout(found.sequences)
+    if hold_back is not None:
+        # The batch goes on: what its first mini-steps counted is not a whole observation.
+        hold_back.load_state(counted)
+    if pr2.config.routes == "actor":
+        # The actor recorded them; begin_rollout takes an engine's only.
+        pr2.routes.begin(pr2.tokens, {s.id: s.routes for s in found.sequences if s.routes is not None}, found.valid)
+    held, members = files.together(lambda: _held(pr2, reader, found.sampled))
+    pr2.measurement.held_out = found.held_out
+    segment = pr2.feature_plan.restore(found.sampled, held, members)
+    files.together(lambda: _read_features(pr2, reader, segment))
+    files.together(lambda: _read_in_use(pr2, reader))
+    return report
+
+
+def _put_routes(state: dict[str, Any], pr2: Contents, start: int, total: int) -> None:
+    """Routes of an engine are with the owner, all layers; recorded ones with every stage, its layers."""
+    ranks = pr2.replica.ranks
+    tables = pr2.routes.tables()
+    if pr2.config.routes == "engine":
+        writes, columns = ranks.me == ranks.owner, tuple(range(len(pr2.moe_layers)))
+    else:
+        writes, columns = _first_of_stage(), ranks.members[ranks.me].columns
+    if not writes:
+        return
+    config = pr2.model_config
+    shape = (total, len(pr2.moe_layers), config.moe_router_topk)
+    for sequence in pr2.sequences:
+        table = tables.get(sequence.id) or RouteTable.missing(sequence.length, *shape[1:], config.num_moe_experts)
+        experts_TLK = table.experts if table.experts.dtype == np.uint8 else table.experts.view(np.int16)
+        with warnings.catch_warnings():
+            # Decoded tables cannot be written to, and nobody does.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            ids = torch.from_numpy(experts_TLK)
+        at = start + pr2.tokens.span(sequence.id).start
+        for run in _runs(columns):
+            _put(state, ROUTES, ids[:, run], (at, run.start), shape)
+
+
+def _put_features(state: dict[str, Any], pr2: Contents) -> None:
+    segments = pr2.features.segments
+    start, total = _share(sum(len(segment.tokens) for segment in segments), pr2.token_group)
+    # Without sequence parallelism all tensor-parallel ranks hold the same rows.
+    copies = mpu.model_parallel_is_initialized() and not pr2.model_config.sequence_parallel
+    replica = mpu.get_tensor_model_parallel_rank() if copies else 0
+    ids = np.array(list(pr2.tokens.lengths), dtype=np.int64)
+    starts = np.array([pr2.tokens.span(sid).start for sid in pr2.tokens.lengths], dtype=np.int64)
+    for segment in segments:
+        place = pr2.tokens.sequence_of(segment.tokens)
+        stage = np.broadcast_to([pr2.replica.stage.me, pr2.replica.stage.size], (len(place), 2))
+        index_S4 = torch.from_numpy(np.column_stack([ids[place], segment.tokens - starts[place], stage]))
+        for site in pr2.sites:
+            kinds = {"index": index_S4, "h_old": segment.h_LSH[site.local], "p_old": segment.p_LSE[site.local]}
+            for name, rows in kinds.items():
+                _put(state, _key(site.hidden_layer, name), rows, (start,), (total, rows.shape[1]), replica)
+        start += len(segment.tokens)
+
+
+def _put_in_use(state: dict[str, Any], pr2: Contents) -> None:
+    if pr2.predictor is None or not pr2.sequences or not _first_of_stage():
+        return
+    if mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0:
+        return
+    for name, in_use_LEH in pr2.predictor.in_use().items():
+        for site in pr2.sites:
+            _put(state, _key(site.hidden_layer, name), in_use_LEH[site.local], (0,), tuple(in_use_LEH.shape[1:]))
+
+
+def _read_in_use(pr2: Contents, reader: files.RowReader) -> None:
+    """What the checkpoint has not stays as begin_rollout() left it."""
+    for name, in_use_LEH in pr2.predictor.in_use().items() if pr2.predictor is not None else ():
+        for site in pr2.sites:
+            if reader.shape(_key(site.hidden_layer, name)) is not None:
+                in_use_LEH[site.local].copy_(reader.read(_key(site.hidden_layer, name)))
+
+
+def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:
+    if reader.shape(SEQUENCES) is None:
+        raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the one at work")
+    rows = reader.read(SEQUENCES).numpy()
+    if rows.shape[1] != 5 or (reader.shape(TOKENS) or (0, 3))[1] != 3:
+        raise CheckpointError(
+            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 5); "
+            "load the checkpoint without it, and roll out anew"
+        )
+    stops = np.cumsum(rows[:, 1])
+    at = {int(row[0]): i for i, row in enumerate(rows)}
+    if absent := [sid for sid in wanted if sid not in at]:
+        raise CheckpointError(f"{directory}: its rollout batch has the sequences {sorted(at)}, not {absent}")
+    tables = {}
+    marks = [np.zeros((0, 3), dtype=np.uint8)]
+    for sid in wanted:
+        start, stop = int(stops[at[sid]] - rows[at[sid], 1]), int(stops[at[sid]])
+        marks.append(reader.read(TOKENS, start, stop).numpy())
+        if pr2.config.replays and pr2.routes.is_owner:
+            tables[sid] = _read_table(pr2, reader, directory, start, stop, marks[-1][:, 0].astype(bool))
+    valid, sampled, held_out = np.concatenate(marks).astype(bool).T
+    spans = {sid: [int(n) for n in rows[at[sid]]] for sid in wanted}
+    sequences = [
+        ReplaySequence(sid, length, first, stop, tables.get(sid), mini_step=mini_step or None)
+        for sid, length, first, stop, mini_step in spans.values()
+    ]
+    return _Rollout(sequences, valid, sampled, held_out)
+
+
+def _read_table(
+    pr2: Contents, reader: files.RowReader, directory: Path, start: int, stop: int, valid: npt.NDArray[np.bool_]
+) -> RouteTable:
+    if reader.shape(ROUTES) is None:
+        raise CheckpointError(f"{directory}: its rollout batch has no routes, but routes={pr2.config.routes!r} is configured")
+    experts = pr2.model_config.num_moe_experts
+    return RouteTable(reader.read(ROUTES, start, stop).numpy().view(expert_dtype(experts)), valid, experts)
+
+
+def _held(pr2: Contents, reader: files.RowReader, sampled: npt.NDArray[np.bool_]) -> tuple[IntArray, IntArray | None]:
+    """Tokens with features for every layer of this rank, ascending; and who held them, if the stage had as many ranks as now."""
+    (held,) = np.nonzero(sampled)
+    members = np.zeros(len(sampled), dtype=np.int64)
+    sizes = {pr2.replica.stage.size}
+    for site in pr2.sites:
+        tokens_S, stage_S2 = _rows(pr2, reader, site.hidden_layer)
+        held = np.intersect1d(held, tokens_S)
+        members[tokens_S[tokens_S >= 0]] = stage_S2[tokens_S >= 0, 0]
+        sizes.update(stage_S2[:, 1].tolist())
+    return held, members[held] if len(sizes) == 1 else None
+
+
+def _read_features(pr2: Contents, reader: files.RowReader, segment: Segment) -> None:
+    """Fills a segment; one layer at a time, so that what is in memory beside it stays small."""
+    for site in pr2.sites:
+        tokens_S, _ = _rows(pr2, reader, site.hidden_layer)
+        (rows,) = np.nonzero(np.isin(tokens_S, segment.tokens))
+        if not len(rows):
+            continue
+        # Under another layout a rank's rows are spread over the file; what lies far between them is not read.
+        for run in np.split(rows, np.nonzero(np.diff(rows) > FAR)[0] + 1):
+            slots = torch.from_numpy(np.searchsorted(segment.tokens, tokens_S[run]))
+            wanted = torch.from_numpy(run - run[0])
+            for name, target in (("h_old", segment.h_LSH[site.local]), ("p_old", segment.p_LSE[site.local])):
+                part = reader.read(_key(site.hidden_layer, name), int(run[0]), int(run[-1]) + 1)[wanted]
+                target.index_copy_(0, slots.to(target.device), part.to(target.device, target.dtype))
+
+
+def _rows(pr2: Contents, reader: files.RowReader, layer: int) -> tuple[IntArray, IntArray]:
+    """Flat token index of every row of a layer's features, -1 for those of other replicas; and its holder, of how many."""
+    if reader.shape(_key(layer, "index")) is None:
+        return np.zeros(0, dtype=np.int64), np.zeros((0, 2), dtype=np.int64)
+    index_S4 = reader.read(_key(layer, "index")).numpy()
+    return pr2.tokens.of(index_S4[:, 0], index_S4[:, 1]), index_S4[:, 2:]
+
+
+def _key(layer: int, name: str) -> str:
+    return f"{PREFIX}layers.{layer}.{name}"
+
+
+def _put(state: dict[str, Any], key: str, part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], replica: int = 0) -> None:
+    if part.numel():
+        state[f"{key}@{'.'.join(map(str, offset))}"] = files.uneven_shard(key, part, offset, shape, replica)
+
+
+def _share(count: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Where this rank's rows start among those of a group's ranks, and how many there are in all."""
+    if group is None or group.size() == 1:
+        return 0, count
+    counts = gathered(count, group)
+    return sum(counts[: group.rank()]), sum(counts)
+
+
+def _first_of_stage() -> bool:
+    if not mpu.model_parallel_is_initialized():
+        return True
+    return mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
+
+
+def _runs(columns: Sequence[int]) -> list[slice]:
+    """Neighbouring columns as slices: a pipeline stage has one run of layers per chunk."""
+    runs: list[slice] = []
+    for column in columns:
+        if runs and runs[-1].stop == column:
+            runs[-1] = slice(runs[-1].start, column + 1)
+        else:
+            runs.append(slice(column, column + 1))
+    return runs

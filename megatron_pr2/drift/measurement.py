@@ -1,0 +1,299 @@
+"""What the passes of a rollout batch leave behind: features in the log-prob pass, drift and the predictor's gradient in training.
+
+Both happen in observers that a ReplaySession calls once per router and micro-batch, on the device, without a synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_pr2.config import PR2Config
+from megatron_pr2.drift.feature_plan import FeaturePlan
+from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
+from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
+from megatron_pr2.parallel.grid import IntArray
+from megatron_pr2.parallel.replica import Replica
+from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.prediction.hold_back import HoldBack
+from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.replay.alignment import AgreementCheck
+from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
+from megatron_pr2.replay.router import select_experts
+from megatron_pr2.replay.sequences import ReplaySequence, held_out_tokens, horizons
+from megatron_pr2.replay.sites import RouterSite
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """The sampled tokens among a micro-batch's rows on this rank.
+
+    Attributes:
+        where: their features, S of them.
+        learning, held_out: which of these S are learned from and which predictions are judged on, on the device; None for all and
+            for none.
+        horizon_S1: updates until they are trained on, relative to the average, on the device; None if that is not known.
+    """
+
+    where: Located
+    learning: Tensor | None
+    held_out: Tensor | None
+    horizon_S1: Tensor | None
+
+
+class Measurement:
+    """Features, drift metrics and the predictor's gradient of the rollout batch at work.
+
+    Attributes:
+        features, plan: router inputs and logits of the sampled tokens, and which rank holds which.
+        agreement: of replayed and live routes in the log-prob pass.
+        drift: metrics of the training passes.
+        hold_back: how much of the prediction is believed, or None.
+        held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
+        learning: whether the training pass adds to the predictor's gradient.
+        features_absent: sampled tokens of the training passes that no log-prob pass kept features of.
+    """
+
+    def __init__(
+        self,
+        config: PR2Config,
+        model_config: Any,
+        sites: Sequence[RouterSite],
+        predictor: RoutePredictor | None,
+        replica: Replica,
+        device: torch.device,
+    ) -> None:
+        """Args: `device` is the routers'."""
+        self._config, self._predictor, self._stage, self._device = config, predictor, replica.stage, device
+        self._score_function = model_config.moe_router_score_function
+        self.features = FeatureStore(
+            len(sites),
+            model_config.num_moe_experts,
+            model_config.hidden_size,
+            device=device if config.feature_device == "device" else torch.device("cpu"),
+            h_dtype=H_DTYPE,
+        )
+        # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
+        layers = max(len(member.columns) for member in replica.ranks.members)
+        self.plan = FeaturePlan(
+            self.features, replica.stage, budget_bytes=config.feature_bytes, most_layers=layers, device=device
+        )
+        self.agreement = AgreementCheck(device)
+        self.drift = DriftMetrics(len(sites), device)
+        self.hold_back: HoldBack | None = None
+        if predictor is not None and config.hold_back:
+            self.hold_back = HoldBack(
+                len(sites), decay=config.hold_back_decay, confidence=config.hold_back_confidence, device=device
+            )
+        self.learning = False
+        self.features_absent = 0
+        self._located: dict[Hashable, SampledRows] = {}
+        self._row_horizons: dict[Hashable, Tensor] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        # Located features would outlive the batch, and its budget, through them.
+        self._tokens, self._located, self._row_horizons = TokenIndex({}), {}, {}
+        self.held_out = np.zeros(0, dtype=bool)
+        self._horizon: npt.NDArray[np.float32] | None = None
+        # A mini-step that was never ended by step() belongs to the last batch.
+        self.discard()
+
+    def begin(
+        self, sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], horizon: float | None
+    ) -> None:
+        """Forgets the last rollout batch.
+
+        Args:
+            sampled: which tokens of the new one are sampled.
+            horizon: updates that W_p is made for, where every sequence says its mini-step and is predicted for its own number.
+        """
+        self._forget()
+        self._tokens = tokens
+        if self._predictor is not None:
+            # First: what the routes were predicted with is what was pushed, before this batch's outcome changes it.
+            self._predictor.freeze()
+        if self.hold_back is not None:
+            self.hold_back.begin_batch(recorded=self._config.routes == "actor")
+        self.held_out = np.zeros(tokens.total, dtype=bool)
+        if self.hold_back is not None:
+            self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
+        self._horizon = horizons(sequences, tokens, horizon) if horizon else None
+        self.plan.begin(tokens, sampled)
+
+    def end(self) -> None:
+        """After the last mini-step: lets go of everything that belongs to the rollout batch, and decides what its outcome says."""
+        self._forget()
+        if self.hold_back is not None:
+            self.hold_back.close_batch()
+        self.plan.begin(TokenIndex({}), np.zeros(0, dtype=bool))
+
+    def prediction(self, site: RouterSite) -> Tensor | None:
+        """What is added to a router's gate: beta W_p, [E, H] fp32; None where nothing is predicted."""
+        if self._predictor is None:
+            return None
+        beta = 1.0 if self.hold_back is None else self.hold_back.beta[site.local]
+        weight_EH = self._predictor.weight(site.local)
+        if beta == 0.0:
+            # Not 0 * W_p: held back means r3, also for a W_p that is not finite.
+            return torch.zeros_like(weight_EH)
+        return weight_EH if beta == 1.0 else beta * weight_EH
+
+    def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor:
+        """The logits [T, E] that routes are recorded by: p + beta W_p h, each token's for as many updates as it is away."""
+        prediction_EH = self.prediction(site)
+        assert prediction_EH is not None
+        shift_TE = shift_logits(h_TH, prediction_EH)
+        if self._row_horizons:
+            shift_TE = shift_TE * self._row_horizons[bound.micro_batch.key]
+        return (p_TE.float() + shift_TE).to(p_TE.dtype)
+
+    def open_log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Makes room for the features of the sampled tokens that this rank is going to compute."""
+        rows = self._rows(micro_batches)
+        self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
+        if self._horizon is not None:
+            keys = (micro_batch.key for micro_batch in micro_batches)
+            self._row_horizons = {key: self._horizon_of(tokens) for key, tokens in zip(keys, rows, strict=True)}
+        try:
+            self._locate(micro_batches, rows)
+        except BaseException:
+            # Room without features would be learned from as zeros by a second attempt.
+            self.plan.forget_last()
+            raise
+
+    def abort_log_prob_pass(self) -> None:
+        """Forgets features of a pass that failed: they must not be learned from."""
+        self._located, self._row_horizons = {}, {}
+        self.plan.forget_last()
+        self.agreement.discard()
+
+    def close_log_prob_pass(self) -> None:
+        """Files what is still on its way."""
+        self._located, self._row_horizons = {}, {}
+        self.features.settle()
+
+    def open_training_pass(self, micro_batches: Sequence[MicroBatch], *, learning: bool) -> bool:
+        """Brings features to the tokens that this rank is going to compute; collective over the stage.
+
+        Returns:
+            Whether any came from other ranks; close_training_pass() has to be told.
+        """
+        # First, and kept if the pass fails: the other ranks learn, and wait for this one's share in step().
+        self.learning = learning
+        rows = self._rows(micro_batches)
+        brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
+        try:
+            self.features_absent += sum(map(self.plan.absent, rows))
+            self._locate(micro_batches, rows)
+        except BaseException:
+            self.close_training_pass(brought)
+            raise
+        return brought
+
+    def close_training_pass(self, brought: bool) -> None:
+        """Lets go of what open_training_pass() brought."""
+        self._located = {}
+        if brought:
+            self.features.remove_last()
+
+    def discard(self) -> None:
+        """Forgets what training passes gathered: a failed one belongs to no mini-step."""
+        self.features_absent = 0
+        self.drift.discard()
+        if self._predictor is not None:
+            self._predictor.discard()
+        if self.hold_back is not None:
+            self.hold_back.discard()
+
+    def keep_features(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+        """The observer of the log-prob pass."""
+        where = self._located[bound.micro_batch.key].where
+        if not where.count:
+            return
+        p_SE = p_TE.index_select(0, where.rows)
+        self.features.write(site.local, where, h_TH.index_select(0, where.rows), p_SE)
+        if bound.routes_TLK is not None:
+            replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
+            self.agreement.add(select_experts(site.router, p_SE.float()), replayed_SK, p_SE.shape[1])
+
+    def compare(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+        """The observer of a training pass."""
+        rows = self._located[bound.micro_batch.key]
+        where = rows.where
+        if not where.count:
+            return
+        h_old_SH, p_old_SE = self.features.read(site.local, where, p_TE.device)
+        p_SE = p_TE.index_select(0, where.rows).float()
+        current_SK = select_experts(site.router, p_SE)
+        frozen_SK = select_experts(site.router, p_old_SE)
+        replayed_SK = frozen_SK
+        if bound.routes_TLK is not None:
+            replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
+        q_hat_SE = p_old_SE
+        if self._predictor is not None:
+            h_old_SH = h_old_SH.float()
+            if rows.horizon_S1 is not None:
+                # W_p (s h) = s W_p h: a token that is s times as far away as the average.
+                h_old_SH = h_old_SH * rows.horizon_S1
+            shift_SE = shift_logits(h_old_SH, self._predictor.training_weight(site.local))
+            beta = 1.0 if self.hold_back is None else self.hold_back.used["beta"][site.local]
+            q_hat_SE = torch.add(p_old_SE, shift_SE, alpha=beta) if beta else p_old_SE
+            if self.learning:
+                learned_from = (_rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
+                self._predictor.accumulate(site.local, *learned_from)
+            if self.hold_back is not None and rows.held_out is not None:
+                judged_on = (_rows_of(x, rows.held_out) for x in (h_old_SH, p_old_SE, current_SK, frozen_SK))
+                self._judge(site, self.hold_back, *judged_on)
+        columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
+        self.drift.add(site.local, columns)
+
+    def _judge(
+        self, site: RouterSite, hold_back: HoldBack, h_old_SH: Tensor, p_old_SE: Tensor, current_SK: Tensor, frozen_SK: Tensor
+    ) -> None:
+        """How well the pushed prediction would have done under every beta, on held-out tokens."""
+        assert self._predictor is not None
+        assert self._predictor.pushed_LEH is not None
+        shift_SE = shift_logits(h_old_SH, self._predictor.pushed_LEH[site.local])
+        ids = select_experts(site.router, hold_back.candidates(p_old_SE, shift_SE))
+        hold_back.add(site.local, current_SK, frozen_SK, ids, p_old_SE.shape[1])
+
+    def _rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
+        """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
+        return [self._tokens.of_grid(self._stage.rows(micro_batch.grid)) for micro_batch in micro_batches]
+
+    def _locate(self, micro_batches: Sequence[MicroBatch], rows: Sequence[IntArray]) -> None:
+        """Finds the features of every micro-batch's rows."""
+        self._located = {
+            micro_batch.key: self._sampled_rows(tokens) for micro_batch, tokens in zip(micro_batches, rows, strict=True)
+        }
+
+    def _sampled_rows(self, tokens_T: IntArray) -> SampledRows:
+        where = self.features.locate(tokens_T, self._device)
+        tokens_S = where.tokens
+        learning = held_out = horizon_S1 = None
+        if self.hold_back is not None:
+            held = self.held_out[tokens_S]
+            learning, held_out = (self._to_device(np.nonzero(each)[0]) for each in (~held, held))
+        if self._horizon is not None:
+            horizon_S1 = self._to_device(self._horizon[tokens_S][:, None])
+        return SampledRows(where, learning, held_out, horizon_S1)
+
+    def _horizon_of(self, tokens_T: IntArray) -> Tensor:
+        """Relative horizon of every row, [T, 1] on the device; padding is 1."""
+        assert self._horizon is not None
+        return self._to_device(np.where(tokens_T >= 0, self._horizon[tokens_T], np.float32(1.0))[:, None])
+
+    def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _rows_of(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The chosen rows; None chooses all."""
+    return values if rows is None else values.index_select(0, rows)

@@ -1,0 +1,143 @@
+"""Drift metrics: how far the replayed routes are from what the current router would choose.
+
+Shape suffixes: S sampled tokens, L local MoE layers, E experts, K top-k.
+
+Everything is accumulated on the device, per layer, over the sampled tokens of the training passes, and read once per mini-step
+(invariant I8). Names and definitions follow arXiv 2606.00395.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_pr2.replay.scores import poisson_terms, score
+
+COLUMNS = (
+    "tokens",  # sampled tokens seen
+    "changed_0",  # tokens whose replayed set equals the current top-k
+    "changed_1",
+    "changed_2",
+    "changed_3+",
+    "agreement",  # share of the replayed experts that are in the current top-k
+    "frozen_agreement",  # the same for TopK(p_old): what replay without prediction would give
+    "kl_predicted",  # KL(rho || q_hat)
+    "kl_frozen",  # KL(rho || rho_old)
+    "coverage_gap",  # mass of rho on its own top-k minus its mass on the replayed set
+    "outside_mass",  # mass of rho outside the replayed set
+)
+
+
+def divergences(p_SE: Tensor, predictions: Sequence[Tensor], score_function: str) -> tuple[Tensor, Tensor]:
+    """What `scores.divergence` gives, for several predictions of one target, which is scored once.
+
+    For sigmoid routers the Bernoulli KL is written as score(p) (p - q) - softplus(p) + softplus(q), which is the same.
+
+    Args:
+        p_SE: fp32 logits [..., S, E].
+        predictions: N others of the same shape.
+
+    Returns:
+        The scores of p, [..., S, E], and the sums over the tokens, [..., N].
+    """
+    q_NSE = torch.stack(tuple(predictions))
+    if score_function == "softmax":
+        log_rho_SE = torch.log_softmax(p_SE, dim=-1)
+        rho_SE = log_rho_SE.exp()
+        terms_NSE = (log_rho_SE - torch.log_softmax(q_NSE, dim=-1)).mul_(rho_SE)
+    elif score_function == "sigmoid":
+        rho_SE = torch.sigmoid(p_SE)
+        terms_NSE = (p_SE - q_NSE).mul_(rho_SE).add_(F.softplus(q_NSE)).sub_(F.softplus(p_SE))
+    else:
+        rho_SE = score(p_SE, score_function)
+        terms_NSE = poisson_terms(p_SE, q_NSE)
+    return rho_SE, terms_NSE.sum((-2, -1)).movedim(0, -1)
+
+
+def drift_columns(
+    current_SK: Tensor,
+    replayed_SK: Tensor,
+    frozen_SK: Tensor,
+    p_SE: Tensor,
+    p_old_SE: Tensor,
+    q_hat_SE: Tensor,
+    score_function: str,
+) -> Tensor:
+    """Sums over the tokens of every column of COLUMNS, [..., len(COLUMNS)] float64.
+
+    Sets are compared by looking up their K ids, and what is only a combination of sums is made of sums: on a GPU it is the number
+    of operators that costs, on a CPU the [S, E] temporaries. Several layers go at once with a layer axis in front.
+
+    Args:
+        current_SK, replayed_SK, frozen_SK: [..., S, K] expert ids chosen by the current router, replayed, and chosen from p_old.
+        p_SE, p_old_SE, q_hat_SE: [..., S, E] fp32 logits: current, under theta_old, predicted.
+    """
+    topk = current_SK.shape[-1]
+    steps, combine = _constants(topk, p_SE.device)
+    rho_SE, kl = divergences(p_SE, (q_hat_SE, p_old_SE), score_function)
+    if score_function != "softmax":
+        # As Megatron-Core normalises them where it balances load.
+        rho_SE = rho_SE / (rho_SE.sum(-1, keepdim=True) + 1e-20)
+    # Of (replayed, frozen, current), per token: how many are in the current top-k, and their mass; [..., S, 3].
+    ids = torch.cat((replayed_SK.long(), frozen_SK.long(), current_SK.long()), dim=-1)
+    own_SE = torch.zeros_like(p_SE).scatter_(-1, ids[..., 2 * topk :], 1.0)
+    kept = own_SE.gather(-1, ids).unflatten(-1, (3, topk)).sum(-1)
+    mass = rho_SE.gather(-1, ids).unflatten(-1, (3, topk)).sum(-1)
+    changed = kept[..., :1].clamp(min=topk - 3) == steps
+    sums = [each.sum(-2, dtype=torch.float64) for each in (changed, kept, mass)]
+    return torch.cat((*sums, kl.double()), dim=-1) @ combine
+
+
+@cache
+def _constants(topk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(kept experts when 0, 1, 2, 3 or more changed; the matrix from raw sums to COLUMNS); once, since it is a copy to the device.
+
+    Raw sums are changed_0 .. changed_3+, kept of (replayed, frozen, current), mass of (replayed, frozen, current), the two KLs.
+    """
+    any_change, share = torch.ones(4, dtype=torch.float64), 1.0 / topk
+    columns = torch.zeros(len(COLUMNS), 12, dtype=torch.float64)
+    rows = {name: columns[index] for index, name in enumerate(COLUMNS)}
+    rows["tokens"][:4] = any_change
+    for changed in range(4):
+        columns[1 + changed, changed] = 1.0
+    rows["agreement"][4] = rows["frozen_agreement"][5] = share
+    rows["kl_predicted"][10] = rows["kl_frozen"][11] = 1.0
+    rows["coverage_gap"][9], rows["coverage_gap"][7] = 1.0, -1.0
+    rows["outside_mass"][:4], rows["outside_mass"][7] = any_change, -1.0
+    steps = torch.arange(topk, topk - 4, -1, dtype=torch.float32)
+    return steps.to(device), columns.t().contiguous().to(device)
+
+
+class DriftMetrics:
+    """Per-layer sums of drift columns on the device."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self._sums_LC = torch.zeros(num_layers, len(COLUMNS), dtype=torch.float64, device=device)
+
+    def add(self, layer: int | slice, columns_C: Tensor) -> None:
+        """Adds one micro-batch's sums of one local layer, or of several with a layer axis in front."""
+        self._sums_LC[layer] += columns_C
+
+    def discard(self) -> None:
+        """Forgets what was added since the last read."""
+        self._sums_LC.zero_()
+
+    def read(self, group: dist.ProcessGroup | None) -> dict[str, list[float]]:
+        """Reduces over `group` (every rank of it calls), returns per-layer means and `tokens`, and starts anew.
+
+        `lift` is agreement minus frozen agreement: what prediction gained. Layers without a sampled token read NaN.
+        """
+        if group is not None and dist.get_world_size(group) > 1:
+            dist.all_reduce(self._sums_LC, group=group)
+        sums = self._sums_LC.to("cpu", copy=True)
+        self._sums_LC.zero_()
+        means = sums[:, 1:] / sums[:, :1]
+        out = {"tokens": sums[:, 0].tolist()}
+        out |= {name: means[:, i].tolist() for i, name in enumerate(COLUMNS[1:])}
+        out["lift"] = [a - b for a, b in zip(out["agreement"], out["frozen_agreement"], strict=True)]
+        return out

@@ -1,0 +1,87 @@
+"""What mbridge 0.15.1 leaves out per model family, as a subclass of its bridge; settings come from settings.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from megatron_pr2.errors import ConfigError
+from megatron_pr2.hf.files import TensorIndex
+from megatron_pr2.hf.latent_attention import with_plain_queries
+
+# Dense layers of models whose mbridge mapping only knows MoE layers (Qwen: decoder_sparse_step, mlp_only_layers).
+_DENSE_MAPPING = {
+    "mlp.linear_fc1.layer_norm_weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"],
+    "mlp.linear_fc1.weight": [
+        "model.layers.{layer_number}.mlp.gate_proj.weight",
+        "model.layers.{layer_number}.mlp.up_proj.weight",
+    ],
+    "mlp.linear_fc2.weight": ["model.layers.{layer_number}.mlp.down_proj.weight"],
+}
+
+
+class _AdaptedBridge:
+    """Mixed in before mbridge's class of a model family; see :func:`adapted_bridge_class`."""
+
+    overrides: dict[str, Any]
+    hf_config: Any
+    config: Any
+    TransformerConfigClass: type
+    _DIRECT_MAPPING: dict[str, str]
+
+    def _build_base_config(self, *args: Any, **kwargs: Any) -> Any:
+        fields = {field.name for field in dataclasses.fields(self.TransformerConfigClass)}
+        if unknown := sorted(set(self.overrides) - fields):
+            raise ConfigError(f"extra_config: {self.TransformerConfigClass.__name__} has no fields {unknown}")
+        # mbridge passes fields of older Megatron releases (DeepSeek: max_position_embeddings); nothing reads them any more.
+        known = {name: value for name, value in kwargs.items() if name in fields}
+        # Into the first build already: some settings decide whether a config is valid at all.
+        return super()._build_base_config(*args, **{**known, **self.overrides})  # type: ignore[misc]
+
+    def _get_transformer_layer_spec(self, *args: Any, **kwargs: Any) -> Any:
+        spec = super()._get_transformer_layer_spec(*args, **kwargs)  # type: ignore[misc]
+        return with_plain_queries(spec) if getattr(self.config, "multi_latent_attention", False) else spec
+
+    def _adjust_mapping_for_shared_weights(self) -> None:
+        if getattr(self.hf_config, "tie_word_embeddings", False):
+            # On the instance: the mapping is shared by all bridges of the family.
+            self._DIRECT_MAPPING = {**self._DIRECT_MAPPING, "output_layer.weight": "model.embed_tokens.weight"}
+
+    def _get_safetensor_io(self, weights_path: str) -> TensorIndex:
+        return TensorIndex(weights_path)
+
+    def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+        # Some families write these names out again, and forget tied embeddings.
+        if mcore_weights_name in self._DIRECT_MAPPING:
+            return [self._DIRECT_MAPPING[mcore_weights_name]]
+        return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)  # type: ignore[misc]
+
+
+@functools.cache
+def _registry() -> dict[str, type]:
+    import mbridge  # noqa: F401, registers its bridges
+    from mbridge.core.bridge import _MODEL_REGISTRY, register_model
+
+    from megatron_pr2.hf.gpt_oss import GptOssBridge
+    from megatron_pr2.hf.olmoe import OlmoeBridge
+
+    for name, bridge in (("olmoe", OlmoeBridge), ("gpt_oss", GptOssBridge)):
+        if name not in _MODEL_REGISTRY:
+            register_model(name)(bridge)
+    return _MODEL_REGISTRY
+
+
+def adapted_bridge_class(model_type: str, overrides: dict[str, Any]) -> type:
+    """mbridge's class for a model type with the additions of this module, and fixed config overrides.
+
+    Raises:
+        ConfigError: mbridge does not know the model type.
+    """
+    if model_type not in _registry():
+        raise ConfigError(f"model_type={model_type!r}: mbridge knows {sorted(_registry())}")
+    base = _registry()[model_type]
+    members: dict[str, Any] = {"overrides": overrides}
+    if hasattr(base, "_MLP_MAPPING"):
+        members["_MLP_MAPPING"] = {**_DENSE_MAPPING, **base._MLP_MAPPING}
+    return type(base.__name__, (_AdaptedBridge, base), members)

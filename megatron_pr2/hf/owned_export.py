@@ -1,0 +1,37 @@
+"""Export without a whole model anywhere: every rank gives the engine the weights that it owns, in Hugging Face names.
+
+Over all ranks that is the model, every name once; :func:`megatron_pr2.hf.base.owns_weights` says which rank has which. Shards
+are gathered tensor by tensor within a tensor-parallel group; nothing is sent between pipeline stages or data-parallel ranks, and no
+expert between expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_pr2.hf.base import Bridge, Chunks, owns_weights
+
+if TYPE_CHECKING:
+    from megatron_pr2.attach import PR2
+
+
+def owns_dense_weights() -> bool:
+    """Whether this rank yields the weights of its pipeline stage that are not experts, the gates among them."""
+    return owns_weights(experts=False) and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def owned_engine_weights(pr2: PR2, bridge: Bridge, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
+    """What this rank owns, for an engine: `bridge.export_owned_weights` with W + W_p in the gates.
+
+    Args:
+        bridge, chunks: of :func:`megatron_pr2.hf.bridge.load_model`.
+
+    Raises:
+        AttachError: after the last weight, if a gate of this stage did not come by.
+    """
+    owned = bridge.export_owned_weights(chunks)
+    return pr2.engine_weights(owned, own_stage=True) if owns_dense_weights() else owned

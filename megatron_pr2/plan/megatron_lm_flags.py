@@ -1,0 +1,59 @@
+"""A planned layout as the flags of Megatron-LM's training scripts, for pipelines that are not verl's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_pr2.parallel.layout import ParallelLayout
+from megatron_pr2.plan.tokens import Workload
+
+# TransformerConfig's names that Megatron-LM (megatron/training/arguments.py) calls otherwise; the rest is spelled with hyphens.
+_RENAMED = {
+    "fp8": "fp8-format",
+    "num_layers_in_first_pipeline_stage": "decoder-first-pipeline-num-layers",
+    "num_layers_in_last_pipeline_stage": "decoder-last-pipeline-num-layers",
+}
+# Of a TransformerConfig, what shapes memory and speed on a cluster.
+_TRANSFORMER = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout", "recompute_granularity", "recompute_method",
+    "recompute_num_layers", "recompute_modules", "moe_token_dispatcher_type", "moe_router_dtype", "moe_router_load_balancing_type",
+    "moe_router_bias_update_rate", "moe_grouped_gemm", "moe_permute_fusion", "fp8", "fp8_recipe",
+    "moe_router_padding_for_quantization",
+)  # fmt: skip
+
+
+def megatron_lm_flags(
+    layout: ParallelLayout, work: Workload, transformer: Mapping[str, Any], preset: str | None, pr2: Mapping[str, Any]
+) -> list[str]:
+    """Flags of the layout, the batch, `override_transformer_config` and PR2 (integrations/megatron_lm.py); a flag per entry.
+
+    The model's own flags are not among them: they come with its checkpoint or its script.
+    """
+    sizes: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "num_virtual_stages_per_pipeline_rank": layout.virtual_pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "use_distributed_optimizer": True,
+        "seq_length": work.seq,
+        "micro_batch_size": work.micro_batch,
+        "global_batch_size": work.batch // work.mini_steps,
+    }
+    given = {name: transformer[name] for name in _TRANSFORMER if transformer.get(name) is not None}
+    ours = {"pr2_preset": preset, **{f"pr2_{name}": value for name, value in pr2.items()}}
+    return [flag for name, value in {**sizes, **given, **ours}.items() for flag in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    spelled = "--" + _RENAMED.get(name, name.replace("_", "-"))
+    if isinstance(value, bool):
+        # PR2's switches can be turned off, Megatron-LM's are off where they are absent.
+        return [spelled] if value else [f"--no-{spelled[2:]}"] if name.startswith("pr2_") else []
+    if value is None:
+        return []
+    return [f"{spelled} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"]

@@ -1,0 +1,149 @@
+"""A plan as people and as programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_pr2.plan.plan import MEMORY, MOVED, Plan, RankPlan
+from megatron_pr2.report.formats import count, size
+
+WHERE = {"device": "GPU", "host": "host"}
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything that the tables show, in bytes."""
+    layout, work = plan.layout, plan.work
+    first, last = plan.tokens[0], plan.tokens[-1]
+    return {
+        "model": {
+            "name": plan.model.name,
+            "layers": plan.model.num_layers,
+            "moe_layers": len(plan.model.moe_layers),
+            "first_dense_layers": plan.model.first_dense_layers,
+            "hidden": plan.model.hidden,
+            "experts": plan.model.experts,
+            "topk": plan.model.topk,
+            "score_function": plan.model.score_function,
+        },
+        "layout": {
+            "world": layout.world_size,
+            "tp": layout.tensor,
+            "pp": layout.pipeline,
+            "vpp": layout.virtual_pipeline,
+            "cp": layout.context,
+            "dp": layout.data,
+            "ep": layout.expert,
+            "etp": layout.expert_tensor,
+            "alignment": layout.alignment,
+            "moe_layers_per_stage": [len(layout.moe_columns(pp)) for pp in range(layout.pipeline)],
+        },
+        "workload": {
+            **asdict(work),
+            "predictor": plan.config.predictor,
+            "hold_back": plan.config.hold_back,
+            "sample_fraction": plan.config.sample_fraction,
+            "feature_device": plan.config.feature_device,
+            "route_delivery": plan.config.route_delivery,
+        },
+        "sequences_per_replica": [last.sequences, first.sequences],
+        "sequences_without_features": plan.dropped_sequences,
+        "fitting_sample_fraction": plan.fitting_fraction,
+        "distinct_ranks": plan.distinct_ranks,
+        "typical": _rank_as_json(plan, plan.typical),
+        "largest": _rank_as_json(plan, plan.largest),
+        "total": _rank_as_json(plan, plan.total),
+    }
+
+
+def _rank_as_json(plan: Plan, part: RankPlan) -> dict[str, Any]:
+    place = {} if part.place is None else {"rank": part.rank, **part.place._asdict()}
+    return {
+        **place,
+        "device_bytes": plan.held(part, "device"),
+        "host_bytes": plan.held(part, "host"),
+        "memory": part.memory,
+        "moved": part.moved,
+    }
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """The plan as two tables, with what they are about above and what to watch below."""
+    console = console or Console()
+    model, layout, work = plan.model, plan.layout, plan.work
+    dense = model.num_layers - len(model.moe_layers)
+    heads = f", {model.mtp_layers} multi-token-prediction head not counted" if model.mtp_layers else ""
+    replica = layout.world_size // layout.data
+    lines = [
+        f"{model.name}: {len(model.moe_layers)} MoE layers (and {dense} dense{heads}), hidden {model.hidden}, top-{model.topk} of "
+        f"{model.experts} experts",
+        f"{count(layout.world_size)} ranks: TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, "
+        f"experts EP {layout.expert} x ETP {layout.expert_tensor}; {count(replica)} ranks (a replica) train the same sequences",
+        f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
+        f"{plan.config.sample_fraction:g} of the response tokens; predictor {plan.config.predictor}",
+    ]
+    for line in lines:
+        console.print(Text(line))
+    console.print(_table(plan, "Memory", {name: words for name, (_, words) in MEMORY.items()}, "memory"))
+    console.print(_table(plan, "Moved per rollout batch", MOVED, "moved"))
+    if lost := plan.dropped_sequences:
+        console.print(
+            Text(
+                f"The features of {count(lost)} of {count(work.batch)} sequences do not fit into "
+                f"{size(plan.config.feature_bytes)} per rank and are left out: lower --sample-fraction to about "
+                f"{plan.fitting_fraction:.2g}, or raise --feature-bytes (with --feature-device cpu they are in host memory).",
+                style="yellow",
+            )
+        )
+
+
+def print_run(run: Mapping[str, Any], console: Console | None = None) -> None:
+    """What a configuration says beyond the plan: the rollout engines, and the actor's layout as flags of Megatron-LM.
+
+    Args:
+        run: `rollout` (plan_verl.RolloutLayout) and `megatron_lm`, a flag per entry.
+    """
+    console = console or Console()
+    rollout = run["rollout"]
+    gpus, data = rollout["gpus"], rollout["attention_data"]
+    engines = f"Rollouts by {count(rollout['engines'])} SGLang engines on {gpus} GPUs each"
+    console.print(Text(f"{engines}: attention TP {gpus // data} x DP {data}, experts EP {rollout['expert']}"))
+    # Not wrapped: to be copied.
+    console.print(Text("The actor's layout as flags of Megatron-LM:"))
+    console.print(Text("  " + " \\\n  ".join(run["megatron_lm"])), soft_wrap=True)
+
+
+def _table(plan: Plan, title: str, words: Mapping[str, str], part: str) -> Table:
+    typical, largest = plan.typical, plan.largest
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")
+    if part == "memory":
+        table.add_column("where")
+    for heading, rank in (("typical", typical), ("largest", largest)):
+        table.add_column(f"{heading}: rank {rank.rank}\n{_place(rank)}", justify="right")
+    table.add_column("all ranks", justify="right")
+    shown = (typical, largest, plan.total)
+    for name, meaning in words.items():
+        values = [getattr(each, part)[name] for each in shown]
+        if any(values):
+            where = [WHERE[plan.device_of(name)]] if part == "memory" else []
+            table.add_row(meaning, *where, *map(_size, values))
+    if part == "memory":
+        table.add_section()
+        for device, name in WHERE.items():
+            table.add_row("together", name, *(_size(plan.held(each, device)) for each in shown))
+    return table
+
+
+def _size(num_bytes: int) -> str:
+    return size(num_bytes) if num_bytes else "-"
+
+
+def _place(part: RankPlan) -> str:
+    assert part.place is not None
+    return " ".join(f"{kind}{index}" for kind, index in part.place._asdict().items())

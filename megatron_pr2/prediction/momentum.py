@@ -1,0 +1,114 @@
+"""Prediction along the policy optimizer's momentum: no training, no features.
+
+Adam moves a gate by -lr m / (sqrt(v) + eps) per update (prediction.optimizer_moments), and its first moment changes slowly, so
+the next updates resemble the last one:
+
+    W_p = c * horizon * (the last update of the gate)
+
+where the horizon is the number of updates between the weights that a rollout is sampled under and those that train on it: of kappa
+mini-steps the i-th is (i - 1) updates away, (kappa - 1) / 2 on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_pr2.prediction.learned import LearnedPredictor
+from megatron_pr2.prediction.predictor import RoutePredictor
+
+
+class MomentumPredictor(RoutePredictor):
+    """W_p extrapolates what the policy's optimizer is doing to the gates; set anew after every update of the policy."""
+
+    def __init__(self, num_layers: int, num_experts: int, hidden: int, *, coefficient: float, device: torch.device) -> None:
+        """Args: `coefficient` is c; `device` is where the routers' weights live."""
+        self._coefficient = coefficient
+        self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
+        self.keep_pushed()
+
+    @property
+    def weight_LEH(self) -> Tensor:
+        """W_p of every layer."""
+        return self._weight_LEH
+
+    def training_weight(self, layer: int) -> Tensor:
+        """The extrapolation that the batch's routes were predicted with, not the newest one."""
+        assert self.pushed_LEH is not None
+        return self.pushed_LEH[layer]
+
+    @torch.no_grad()
+    def follow(self, updates_LEH: Tensor, horizon: float) -> None:
+        """W_p = c * horizon * updates."""
+        torch.mul(updates_LEH, self._coefficient * horizon, out=self._weight_LEH)
+
+    def state(self) -> dict[str, Tensor]:
+        """momentum [L, E, H], because a push may come before the next update of the policy; horizon [L]."""
+        return {"momentum": self._weight_LEH, "horizon": torch.full((len(self._weight_LEH),), self.horizon)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self._weight_LEH.zero_()
+            if "momentum" in state:
+                self._weight_LEH.copy_(state["momentum"])
+        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
+
+
+class LearnedMomentumPredictor(RoutePredictor):
+    """The sum of both: what is learned corrects the extrapolation.
+
+    While a rollout batch is trained on, the learned part sees what the extrapolation missed that its routes were predicted with,
+    not the newest one.
+    """
+
+    def __init__(self, learned: LearnedPredictor, momentum: MomentumPredictor) -> None:
+        self.learned, self.momentum = learned, momentum
+
+    @property
+    def horizon(self) -> float:
+        """The extrapolation's."""
+        return self.momentum.horizon
+
+    @horizon.setter
+    def horizon(self, value: float) -> None:
+        self.momentum.horizon = value
+
+    @property
+    def weight_LEH(self) -> Tensor:
+        """W_p of every layer, a new tensor."""
+        return self.learned.weight_LEH + self.momentum.weight_LEH
+
+    def weight(self, layer: int) -> Tensor:
+        return self.learned.weight(layer) + self.momentum.weight(layer)
+
+    def training_weight(self, layer: int) -> Tensor:
+        return self.learned.weight(layer) + self.momentum.training_weight(layer)
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.momentum.freeze()
+
+    def in_use(self) -> dict[str, Tensor]:
+        return {**super().in_use(), **{f"{name}_momentum": tensor for name, tensor in self.momentum.in_use().items()}}
+
+    def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, shift_SE: Tensor) -> None:
+        self.learned.accumulate(layer, h_old_SH, p_old_SE, p_SE, shift_SE)
+
+    def discard(self) -> None:
+        self.learned.discard()
+
+    def step(self, lr: float, group: dist.ProcessGroup | None) -> dict[str, float]:
+        return {**self.learned.step(lr, group), "weight_norm": self.weight_norm()}
+
+    def follow(self, updates_LEH: Tensor, horizon: float) -> None:
+        self.momentum.follow(updates_LEH, horizon)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.learned.state(), **self.momentum.state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.learned.load_state(state)
+        self.momentum.load_state(state)

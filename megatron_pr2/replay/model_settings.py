@@ -1,0 +1,143 @@
+"""Settings of a model under which replay would be wrong or impossible: refused by name when PR2 attaches.
+
+Settings are asked for by name, since every release of Megatron-Core has others: what an earlier one does not have must not be
+overlooked in a later one. docs/attach.md lists those that were looked at and found to be harmless.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_pr2.errors import AttachError
+from megatron_pr2.replay.hook import knows_score_function
+from megatron_pr2.replay.scores import SCORE_FUNCTIONS
+
+# What a setting does, and what to do instead: refused unless it is None or as in OFF.
+REFUSED = {
+    "moe_expert_capacity_factor": "drops tokens from experts, also from replayed ones; set it to None for RL",
+    "overlap_moe_expert_parallel_comm": (
+        "runs layers of two micro-batches interleaved, outside the chunk's forward; replay cannot follow it: set it to False"
+    ),
+    "moe_router_force_load_balancing": "replaces router logits by noise (for benchmarks); switch it off",
+    "moe_router_force_biased": "replaces router logits by noise (for benchmarks); switch it off",
+    "moe_n_hash_layers": "makes hash layers, which choose experts by token id and have no route to replay; set it to 0",
+    "moe_num_hash_layers": "makes hash layers, which choose experts by token id and have no route to replay; set it to 0",
+    "hybrid_context_parallel": (
+        "changes the context-parallel size from sequence to sequence, and with it which rank computes which token; replay cannot "
+        "follow it: set it to False"
+    ),
+    "mlp_chunks_for_training": (
+        "calls each router several times per micro-batch, once for each chunk of its rows; set it to 1 (recompute_modules=moe "
+        "saves the memory, too)"
+    ),
+    "moe_paged_stash": (
+        "runs a whole schedule again when its buffers overflow, with the same micro-batches, which replay takes for more "
+        "micro-batches than the pass has; set it to False (recompute_modules=moe saves the memory, too)"
+    ),
+    "gtp_weight_remat_size": (
+        "adds an axis of ranks that hold other tokens (generalised tensor parallelism), over which PR2 neither sends routes nor "
+        "sums gradients; leave tensor_parallel_num_weight_shards out"
+    ),
+    "expert_gtp_weight_remat_size": (
+        "adds an axis of ranks that hold other tokens (generalised tensor parallelism of experts), over which PR2 neither sends "
+        "routes nor sums gradients; leave expert_tensor_parallel_num_weight_shards out"
+    ),
+}
+# Where a setting is off: flags and numbers at 0, sizes at 1; a capacity of 0 is one, too.
+SIZES = ("mlp_chunks_for_training", "gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+OFF = dict.fromkeys(REFUSED, 0) | dict.fromkeys(SIZES, 1) | {"moe_expert_capacity_factor": None}
+# Parts of a layer that hold the router when a CUDA graph is made of them.
+_ROUTING_PARTS = {"moe", "moe_router", "moe_preprocess", "full_iteration"}
+
+
+def check_config(config: TransformerConfig) -> None:
+    """Refuses settings of the model under which replay would be wrong or impossible.
+
+    Raises:
+        AttachError: naming the setting and what to set it to.
+    """
+    if not config.num_moe_experts:
+        raise AttachError("the model has no experts (num_moe_experts is not set): nothing to route; attach() needs a MoE model")
+    for name, why in REFUSED.items():
+        value = getattr(config, name, None)
+        if value is not None and value != OFF[name]:
+            raise AttachError(f"{name}={value} {why}")
+    _check_rank_capacity(config)
+    _check_score_function(config.moe_router_score_function)
+    _check_cuda_graphs(config)
+
+
+def _check_rank_capacity(config: Any) -> None:
+    """A budget of tokens per expert rank: HybridEP drops what is beyond it, NCCL EP stops with an error, which is none of ours."""
+    factor = getattr(config, "moe_expert_rank_capacity_factor", None)
+    if factor is not None and config.moe_flex_dispatcher_backend != "ncclep":
+        raise AttachError(
+            f"moe_expert_rank_capacity_factor={factor} with moe_flex_dispatcher_backend={config.moe_flex_dispatcher_backend!r} "
+            "drops tokens beyond the budget of an expert rank, also from replayed experts; set it to None for RL"
+        )
+
+
+def _check_score_function(name: str) -> None:
+    if name not in SCORE_FUNCTIONS:
+        raise AttachError(
+            f"moe_router_score_function={name!r}: PR2 knows no divergence between such scores; use {' or '.join(SCORE_FUNCTIONS)}"
+        )
+    if not knows_score_function(name):
+        raise AttachError(
+            f"moe_router_score_function={name!r}: this release of Megatron-Core does not route by it; use a later release"
+        )
+
+
+def check_not_captured(chunk: torch.nn.Module, name: str) -> None:
+    """Refuses a router within a layer that Megatron-Core captures as a whole, whatever parts are named in the config.
+
+    Its own graphs (cuda_graph_impl="local") take all of a layer that has both attention and experts where `attn` is named.
+
+    Args:
+        name: of the router in the chunk, `decoder.layers.3.mlp.router`.
+
+    Raises:
+        AttachError: naming the layer.
+    """
+    path = name.split(".")
+    for end in range(3, len(path)):
+        layer = chunk.get_submodule(".".join(path[:end]))
+        if any(hasattr(layer, graphs) for graphs in ("cudagraph_manager", "cudagraph_manager_router")):
+            raise AttachError(
+                f"{name}: cuda_graph_impl='local' captures {'.'.join(path[:end])} with its router, also where only attn is named; "
+                "a captured router repeats the routes of the micro-batch that it was captured with; use "
+                "cuda_graph_impl='transformer_engine'"
+            )
+
+
+def _check_cuda_graphs(config: Any) -> None:
+    """A captured router repeats the routes of the micro-batch that it was captured with, whatever is replayed."""
+    implementation = getattr(config, "cuda_graph_impl", "none")
+    if implementation == "none":
+        return
+    name, parts = _graphed_parts(config)
+    if implementation != "full_iteration" and not parts & _ROUTING_PARTS and (parts or _graphs_are_for_inference_only(config)):
+        return
+    captured = ",".join(sorted(parts)) or "the whole layer"
+    raise AttachError(
+        f"cuda_graph_impl={implementation!r} with {name}={captured} captures the routers: a captured router repeats the routes of "
+        f"the micro-batch that it was captured with; set cuda_graph_impl='transformer_engine' and {name} to others (attn, mlp)"
+    )
+
+
+def _graphed_parts(config: Any) -> tuple[str, set[str]]:
+    """(the setting's name, parts of a layer that are captured in training); none for the whole layer.
+
+    Later releases move `cuda_graph_scope` to `cuda_graph_modules` when the config is made, and leave None behind.
+    """
+    name = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+    return name, {getattr(part, "name", str(part)) for part in getattr(config, name) or ()}
+
+
+def _graphs_are_for_inference_only(config: Any) -> bool:
+    """Whether whole blocks are captured, for inference, and no layer owns a graph."""
+    scope = getattr(config, "inference_cuda_graph_scope", None)
+    return getattr(scope, "name", scope) == "block"

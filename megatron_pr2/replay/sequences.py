@@ -1,0 +1,238 @@
+"""What a trainer tells PR2 of a rollout batch, and the checks of the routes that came with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from megatron_pr2.errors import RouteError
+from megatron_pr2.parallel.groups import communication_device, gathered
+from megatron_pr2.parallel.replica import RankGroup
+from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, thinned_positions
+from megatron_pr2.routes.table import RouteTable
+
+
+@dataclass(frozen=True)
+class ReplaySequence:
+    """One rolled-out sequence, told alike on every rank that trains on it.
+
+    Attributes:
+        id: unique within the rollout batch.
+        length: tokens, prompt and response.
+        loss_start, loss_stop: input positions whose output bears loss: prompt_len - 1 to length - 1 for one prompt and response.
+        routes: what the engine returned; needed on the first rank of a replica (tensor, context and pipeline rank 0), on every rank
+            with `route_delivery="local"`, and nowhere when routes are live or recorded by the actor.
+        loss_mask: [loss_stop - loss_start] bool or 0/1, which of these positions bear loss; None for all. False where the output
+            is a token that the policy did not sample, e.g. an environment's.
+        mini_step: the mini-step, from 1, that will train on it, where that is known. Routes that the actor records are then
+            predicted for that many updates instead of the average; an engine has one gate for all sequences.
+        token_ids: [length], prompt and response, to be compared with what the model runs (replay.token_check); None: the ids
+            of the first pass are what later ones are compared with.
+    """
+
+    id: int
+    length: int
+    loss_start: int
+    loss_stop: int
+    routes: RouteTable | None = None
+    loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None
+    mini_step: int | None = None
+    token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What begin_rollout found in the sequences of this rank's replica.
+
+    Attributes:
+        tokens: tokens that could have a route (all but the last of each sequence).
+        missing: of these, tokens without a valid one.
+        route_bytes: of the tables held by this rank.
+    """
+
+    tokens: int
+    missing: int
+    route_bytes: int
+
+
+def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
+    """Refuses sequences that cannot be told apart or whose loss-bearing span is outside of them.
+
+    Raises:
+        RouteError: naming the sequence.
+    """
+    seen: set[int] = set()
+    for sequence in sequences:
+        if sequence.id in seen or sequence.id < 0:
+            raise RouteError(f"sequence id {sequence.id} is negative or given twice; ids must be unique within a rollout batch")
+        seen.add(sequence.id)
+        if not 0 <= sequence.loss_start <= sequence.loss_stop <= sequence.length:
+            raise RouteError(
+                f"sequence {sequence.id}: loss-bearing positions [{sequence.loss_start}, {sequence.loss_stop}) are outside its "
+                f"{sequence.length} tokens"
+            )
+        if sequence.mini_step is not None and sequence.mini_step < 1:
+            raise RouteError(f"sequence {sequence.id}: mini_step={sequence.mini_step}; mini-steps count from 1")
+        if sequence.token_ids is not None:
+            _check_token_ids(sequence)
+        if sequence.loss_mask is not None:
+            _mask(sequence)
+
+
+def _mask(sequence: ReplaySequence) -> npt.NDArray[np.bool_]:
+    """The loss mask as booleans; trainers have lists, arrays and tensors of 0 and 1 as well, which would index otherwise."""
+    mask: Any = sequence.loss_mask
+    mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if mask.shape != (sequence.loss_stop - sequence.loss_start,):
+        raise RouteError(
+            f"sequence {sequence.id}: loss_mask has shape {list(mask.shape)}, expected one entry for each of the "
+            f"{sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
+        )
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise RouteError(f"sequence {sequence.id}: loss_mask of {mask.dtype} has other entries than 0 and 1, or False and True")
+    return mask.astype(bool)
+
+
+def _check_token_ids(sequence: ReplaySequence) -> None:
+    ids = np.asarray(sequence.token_ids)
+    if ids.shape != (sequence.length,) or ids.dtype.kind not in "iu":
+        raise RouteError(
+            f"sequence {sequence.id}: token_ids are {ids.dtype} {list(ids.shape)}, expected {sequence.length} integers: those of "
+            "prompt and response"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise RouteError(f"sequence {sequence.id}: token_ids from {ids.min()} to {ids.max()}; expected ids in [0, 2^31)")
+
+
+def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_experts: int) -> RouteTable:
+    """The sequence's table, if it fits the model.
+
+    Raises:
+        RouteError: it is absent or of another shape.
+    """
+    table = sequence.routes
+    if table is None:
+        raise RouteError(
+            f"sequence {sequence.id}: routes='engine' but there are none on the rank that owns them; start the engine with route "
+            "return on, and give the tables to the first rank of each replica (to every rank with route_delivery='local')"
+        )
+    expected = (sequence.length, num_layers, topk, num_experts)
+    found = (table.num_tokens, table.num_layers, table.topk, table.num_experts)
+    if found != expected:
+        raise RouteError(
+            f"sequence {sequence.id}: its route table is (tokens, moe layers, top-k, experts) = {found}, expected {expected}"
+        )
+    return table
+
+
+def agree_on_rollout(
+    ranks: RankGroup, failure: str | None, tokens: TokenIndex, valid: npt.NDArray[np.bool_], *, is_owner: bool
+) -> tuple[str | None, npt.NDArray[np.bool_]]:
+    """The first failure within a replica, and which tokens have a route, from the ranks that own the tables; collective over it.
+
+    Args:
+        failure: what this rank refuses.
+        valid: which tokens have a route, by flat token index; read on owners.
+        is_owner: whether this rank was given the tables.
+
+    Returns:
+        The same on every rank of the replica.
+    """
+    if ranks.handle is None:
+        return failure, valid
+    told = list(tokens.lengths.items())
+    digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+    packed = np.packbits(valid)
+    marks = hashlib.blake2b(packed.tobytes(), digest_size=16).hexdigest() if is_owner else None
+    # Short ones: gathering objects pads every rank's to the longest.
+    parts: list[Any] = gathered((failure, digest, marks), ranks.handle)
+    owners = parts[ranks.owner]
+    failure = next((part[0] for part in parts if part[0] is not None), None)
+    if failure is None and any(part[1] != owners[1] for part in parts):
+        failure = (
+            "the ranks of a replica (tensor x context x pipeline parallel) were told of different sequences; pass the same ones, "
+            "in the same order, to begin_rollout() on all of them"
+        )
+    if failure is None and any(part[2] not in (None, owners[2]) for part in parts):
+        failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
+    if failure is None and any(part[2] is None for part in parts):
+        # One bit per token, once per rollout batch, from the owner to the others.
+        told_bits = torch.from_numpy(packed).to(communication_device())
+        dist.broadcast(told_bits, group=ranks.handle, group_src=ranks.owner)
+        valid = np.unpackbits(told_bits.cpu().numpy(), count=tokens.total).astype(bool)
+    return failure, valid
+
+
+def count_missing(valid: npt.NDArray[np.bool_], tokens: TokenIndex) -> dict[int, int]:
+    """Tokens without a valid route per sequence; the last one was never an engine's input and is not counted."""
+    return {sid: int((~valid[tokens.span(sid)][:-1]).sum()) for sid in tokens.lengths}
+
+
+def too_many_missing(missing: int, total: int, share: float, by_sequence: Mapping[int, int], tokens: TokenIndex) -> str:
+    """The message of a batch with too few routes."""
+    where = "all on other ranks"
+    if by_sequence and (worst := max(by_sequence, key=lambda sid: by_sequence[sid])) is not None and by_sequence[worst]:
+        where = f"worst of this rank is sequence {worst} with {by_sequence[worst]} of {tokens.lengths[worst]}"
+    return (
+        f"{missing} of {total} tokens ({missing / total:.1%}) have no valid route, more than max_missing_share={share:.1%}; "
+        f"{where}. The engine returns duplicate, all-zero or out-of-range expert ids: run the handshake, check its version and MoE "
+        "backend"
+    )
+
+
+def sampled_tokens(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, valid: npt.NDArray[np.bool_] | None, seed: int, fraction: float
+) -> npt.NDArray[np.bool_]:
+    """Which tokens are sampled, by flat token index: loss-bearing ones, with a route where routes came with the rollout.
+
+    Args:
+        valid: which tokens have a route; None where every one will have.
+    """
+    sampled = np.zeros(tokens.total, dtype=bool)
+    for sequence in sequences:
+        positions = np.arange(sequence.loss_start, sequence.loss_stop, dtype=np.int64)
+        if sequence.loss_mask is not None:
+            positions = positions[_mask(sequence)]
+        start = tokens.span(sequence.id).start
+        if valid is not None:
+            positions = positions[valid[start + positions]]
+        sampled[start + sample_positions(seed, sequence.id, positions, fraction)] = True
+    return sampled
+
+
+def held_out_tokens(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], seed: int, share: float
+) -> npt.NDArray[np.bool_]:
+    """Which of the sampled tokens predictions are judged on instead of learned from, by flat token index."""
+    held = np.zeros(tokens.total, dtype=bool)
+    for sequence in sequences:
+        start = tokens.span(sequence.id).start
+        (positions,) = np.nonzero(sampled[tokens.span(sequence.id)])
+        held[start + thinned_positions(seed, sequence.id, positions, share)] = True
+    return held
+
+
+def last_mini_step(sequences: Sequence[ReplaySequence]) -> tuple[int, int]:
+    """(how many sequences do not say their mini-step, the last one that is said)."""
+    said = [s.mini_step for s in sequences if s.mini_step is not None]
+    return len(sequences) - len(said), max(said, default=0)
+
+
+def horizons(sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: float) -> npt.NDArray[np.float32]:
+    """Updates until each token is trained on, relative to the average over mini-steps, by flat token index.
+
+    Args:
+        sequences: all of them say their mini-step; the i-th is i - 1 updates away.
+        average: that W_p is made for, (kappa - 1) / 2 of kappa mini-steps.
+    """
+    out = np.ones(tokens.total, dtype=np.float32)
+    for sequence in sequences:
+        out[tokens.span(sequence.id)] = ((sequence.mini_step or 1) - 1) / average
+    return out

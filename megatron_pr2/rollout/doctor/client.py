@@ -1,0 +1,128 @@
+"""EngineClient: one request at a time to a server of which nothing is known yet; answers are bounded, keys stay out of messages."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.sglang.config import check_url, is_loopback
+from megatron_pr2.rollout.sglang.plugin import encode_rid
+
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Status, body and the seconds that it took."""
+
+    status: int
+    body: bytes
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """The beginning of the body, for messages."""
+        return self.body[:200].decode("utf-8", errors="replace")
+
+    def parsed(self) -> dict[str, Any] | None:
+        """The body as a JSON object, None if it is none."""
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+
+class EngineClient:
+    """A context manager.
+
+    Args:
+        url: base URL; other hosts than this one are allowed, because the doctor sends nothing but probes.
+        api_key: presented as a bearer token; None for a server without one.
+        timeout_s: for one request.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, timeout_s: float) -> None:
+        check_url(url, allow_remote=True, has_key=True)
+        self.url = url.rstrip("/")
+        self.has_key = api_key is not None
+        self._count = 0
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        # trust_env=False: a proxy of the environment must see neither the requests nor the key.
+        self._client = httpx.Client(headers=headers, timeout=timeout_s, trust_env=False)
+
+    def __enter__(self) -> EngineClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    @property
+    def private(self) -> bool:
+        """Whether nobody on a network can read along."""
+        parts = urlsplit(self.url)
+        return parts.scheme == "https" or is_loopback(str(parts.hostname))
+
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+        """Sends one request.
+
+        Raises:
+            RolloutError: no complete answer: refused, broken off, timed out, or longer than 64 MiB.
+        """
+        began = time.monotonic()
+        try:
+            with self._client.stream(method, self.url + path, json=body) as response:
+                received = bytearray()
+                for chunk in response.iter_bytes():
+                    received += chunk
+                    if len(received) > _MAX_BYTES:
+                        raise RolloutError(f"{path} answered with more than {_MAX_BYTES >> 20} MiB")
+        except httpx.TimeoutException as error:
+            raise RolloutError(f"{path} gave no answer within {time.monotonic() - began:.0f} s") from error
+        except httpx.HTTPError as error:
+            raise RolloutError(f"{path}: {type(error).__name__}: {error}") from error
+        return Reply(response.status_code, bytes(received), time.monotonic() - began)
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        """The JSON object that a GET answers with status 200, else None.
+
+        Raises:
+            RolloutError: no complete answer.
+        """
+        reply = self.request("GET", path)
+        return reply.parsed() if reply.status == 200 else None
+
+    def generate(
+        self, token_ids: Sequence[int], new_tokens: int, *, routes: bool = True, score: bool = False, through_rid: bool = False
+    ) -> Reply:
+        """One /generate.
+
+        Args:
+            routes: ask for them.
+            score: ask for the prompt's log-probs too, for which the engine computes all of it anew.
+            through_rid: additionally ask for routes through the request id (sglang/plugin.py), which is what passes a router.
+
+        Raises:
+            RolloutError: no complete answer.
+        """
+        self._count += 1
+        body: dict[str, Any] = {
+            "input_ids": list(token_ids),
+            "sampling_params": {"max_new_tokens": new_tokens, "temperature": 1.0, "ignore_eos": True},
+            "return_logprob": score,
+            "logprob_start_len": 0 if score else -1,
+            "return_routed_experts": routes,
+        }
+        if through_rid:
+            body["rid"] = encode_rid(f"doctor-{time.time_ns()}-{self._count}", 0 if routes else None)
+        return self.request("POST", "/generate", body)

@@ -1,0 +1,256 @@
+"""Probes: what a server does with a prompt - routes, their repetition, the handshake with a checkpoint, latency.
+
+Axes in names: T tokens of the probe, L layers, K top-k.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_pr2.errors import ConfigError, RolloutError, RouteError
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.base import Probe
+from megatron_pr2.rollout.doctor import reference
+from megatron_pr2.rollout.doctor.client import EngineClient
+from megatron_pr2.rollout.doctor.findings import Diagnosis
+from megatron_pr2.rollout.handshake import compare
+from megatron_pr2.rollout.sglang.info import tested_text
+from megatron_pr2.rollout.sglang.routes import parse_body
+from megatron_pr2.rollout.sglang.wire import parse_score, parse_version
+from megatron_pr2.routes.table import replayable
+
+_PROBE_TOKENS = 48
+# The length of the routes of a probe: prompt + 1 sampled - 1.
+_ROWS = _PROBE_TOKENS
+_SHORT_TOKENS, _SHORT_REPEATS, _LONG_TOKENS = 8, 5, 256
+# A batch-dependent kernel moves near ties; whatever moves more is no rounding.
+_LEAST_REPEATED = 0.9
+_USE_TESTED = f"use SGLang {tested_text()}"
+_OTHER_MODEL = "give the checkpoint that the engine runs as --model"
+
+
+class Probes:
+    """Sends probes and files findings; flushes the prefix cache only while the server is idle.
+
+    Args:
+        client: of the server, or of a router in front of several.
+        diagnosis: where findings go.
+        shape: of its model, None if it is not known.
+        router: whether it is a router.
+
+    Attributes:
+        label: weight version of the last answer.
+        routes_fit: whether routes came back that can be looked at.
+    """
+
+    def __init__(self, client: EngineClient, diagnosis: Diagnosis, shape: ModelShape | None, *, router: bool) -> None:
+        self._client = client
+        self._diagnosis = diagnosis
+        self._shape = shape
+        self._router = router
+        self._busy = 0
+        self.label: Any = None
+        self.routes_fit = False
+
+    def _ids(self) -> list[int]:
+        # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones.
+        vocabulary = self._shape.vocab_size if self._shape is not None else 100
+        return [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
+
+    def _ask(self, *, through_rid: bool, score: bool = False) -> tuple[Any, Mapping[str, Any]]:
+        """The parsed answer to the probe, and its meta_info.
+
+        Raises:
+            RolloutError: no answer, none of status 200, or not the answer of an SGLang server.
+        """
+        reply = self._client.generate(self._ids(), 1, score=score, through_rid=through_rid)
+        if reply.status != 200:
+            raise RolloutError(f"/generate answers {reply.status} {reply.text!r}")
+        answer = parse_body(bytearray(reply.body), "the probe")
+        meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
+        if not isinstance(meta, Mapping):
+            raise RolloutError(f"/generate answers without meta_info: {reply.text!r}")
+        self.label = meta.get("weight_version")
+        return answer, meta
+
+    def _flush(self) -> str | None:
+        """Flushes the prefix cache if the engine is idle; returns why not, None if it did."""
+        if not self._router:
+            loads = (self._client.get("/v1/loads") or {}).get("loads")
+            known = [load for load in loads if isinstance(load, Mapping)] if isinstance(loads, list) else []
+            self._busy = sum(int(load.get(name) or 0) for load in known for name in ("num_running_reqs", "num_waiting_reqs"))
+            if self._busy:
+                return f"{self._busy} other requests are in work"
+        reply = self._client.request("POST", "/flush_cache", {})
+        return None if reply.status == 200 else f"/flush_cache answers {reply.status}: other requests are in work"
+
+    def routes(self) -> None:
+        """Whether routes come back, in the shape of the model, and whether a router can replay them."""
+        _, meta = self._ask(through_rid=False)
+        if self._router and not meta.get("routed_experts"):
+            _, meta = self._ask(through_rid=True)
+            if not meta.get("routed_experts"):
+                self._diagnosis.fail(
+                    "routes",
+                    "the router drops the wish for routes, and no plugin restores it",
+                    "install megatron-pr2 in the engines' environment, whose plugin hears the wish in the request id, or give the "
+                    "engines' own URLs",
+                )
+                return
+        if not meta.get("routed_experts"):
+            self._diagnosis.fail("routes", "/generate returns none", "start the engine with --enable-return-routed-experts")
+            return
+        problem, fix = self._problem_of(meta["routed_experts"])
+        if problem:
+            self._diagnosis.fail("routes", problem, fix)
+            return
+        self.routes_fit = True
+        through = ", asked for in the request id (the engines have the plugin)" if self._router else ""
+        shape = self._shape
+        if shape is None:
+            product = len(_ids_of(meta)) // _ROWS
+            self._diagnosis.ok("routes", f"{product} ids per token (layers x top-k); --model would check them{through}")
+        else:
+            size = f"{_ROWS} tokens x {shape.num_hidden_layers} layers x top-{shape.topk}"
+            self._diagnosis.ok("routes", f"{size}, all valid{through}")
+
+    def _problem_of(self, encoded: Any) -> tuple[str, str]:
+        """What is wrong with the routes of a probe, and what to do; "" if nothing is."""
+        try:
+            ids = _ids_of({"routed_experts": encoded})
+        except (binascii.Error, ValueError, TypeError) as error:
+            return f"no base64 of int32 ids: {error}", _USE_TESTED
+        shape = self._shape
+        wanted = f"{shape.num_hidden_layers} x {shape.topk}" if shape is not None else "a whole number"
+        if ids.size % _ROWS or (shape is not None and ids.size != _ROWS * shape.num_hidden_layers * shape.topk):
+            found = f"{ids.size} ids for {_ROWS} tokens = {ids.size / _ROWS:g} per token"
+            return f"{found}, expected {wanted} (layers x top-k)", _OTHER_MODEL
+        if shape is None:
+            return "", ""
+        return _problem_of_ids(ids.reshape(_ROWS, shape.num_hidden_layers, shape.topk), shape), (
+            "is --model the checkpoint that the engine runs? If so: --moe-runner-backend triton, or another release"
+        )
+
+    def repetition(self) -> None:
+        """Whether a flush empties the prefix cache, and whether routes come back the same with and without it."""
+        kept = self._flush()
+        if kept is not None:
+            self._diagnosis.skip("prefix cache", f"not flushed: {kept}", "run the doctor while the engine is idle")
+            return
+        _, first = self._ask(through_rid=self._router)
+        _, cached = self._ask(through_rid=self._router)
+        kept = self._flush()
+        _, again = self._ask(through_rid=self._router)
+        from_cache = int(again.get("cached_tokens") or 0)
+        if kept is not None:
+            self._diagnosis.skip("prefix cache", f"not flushed: {kept}", "run the doctor while the engine is idle")
+        elif from_cache:
+            self._diagnosis.fail(
+                "prefix cache",
+                f"{from_cache} tokens came from it after a flush",
+                f"routes would outlive a weight push: {_USE_TESTED}",
+            )
+        else:
+            self._diagnosis.ok(
+                "prefix cache", f"a flush empties it; before it held {cached.get('cached_tokens') or 0} tokens of the probe"
+            )
+        equal = min(_equal_share(first, other) for other in (cached, again))
+        if equal == 1.0:
+            self._diagnosis.ok("repetition", "the same routes for the same prompt, from the prefix cache and computed anew")
+        elif equal >= _LEAST_REPEATED:
+            fix = "kernels depend on the rest of the batch: --enable-deterministic-inference if reruns must repeat"
+            self._diagnosis.warn("repetition", f"{equal:.1%} of a repeated prompt's routes are the same", fix)
+        else:
+            fix = f"the engine returns other routes than it took: {_USE_TESTED}"
+            self._diagnosis.fail("repetition", f"only {equal:.1%} of a repeated prompt's routes are the same", fix)
+
+    def handshake(self, model: Path, dtype_name: str) -> None:
+        """Compares routes and log-probs with Transformers on a checkpoint, by the trainer's own thresholds.
+
+        Args:
+            model: directory of the checkpoint.
+            dtype_name: what the engine computes in, SGLang's name.
+        """
+        assert self._shape is not None
+        dtype = torch.float32 if dtype_name in ("float32", "float") else torch.bfloat16
+        lacking = reference.missing_memory(model, dtype)
+        if lacking is not None:
+            self._diagnosis.skip("handshake", lacking, "run the doctor where the model fits")
+            return
+        ids = self._ids()
+        self._flush()
+        answer, _ = self._ask(through_rid=self._router, score=True)
+        pushed = parse_version(self.label) > 0
+        try:
+            logprobs, routes = parse_score(answer, ids, self._shape, "the probe")
+            expected = reference.score(model, ids, self._shape, dtype)
+            report = compare(Probe("the engine", logprobs, routes), expected, "float32" if dtype is torch.float32 else "bfloat16")
+        except (RouteError, ConfigError) as error:
+            self._diagnosis.fail("handshake", str(error), _OTHER_MODEL)
+        except RolloutError as error:
+            fix = f"weights of version {self.label} were pushed: compare with a checkpoint of them" if pushed else _OTHER_MODEL
+            self._diagnosis.fail("handshake", str(error), fix)
+        else:
+            agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, log-probs to {report.logprob_mean:.1e}"
+            self._diagnosis.ok("handshake", agreement)
+
+    def latency(self) -> None:
+        """Median time of short answers, and tokens per second of a long one; one request at a time."""
+        ids = self._ids()[:16]
+        times = []
+        for _ in range(_SHORT_REPEATS):
+            reply = self._client.generate(ids, _SHORT_TOKENS, routes=False)
+            if reply.status != 200:
+                self._diagnosis.fail("latency", f"/generate answers {reply.status} {reply.text!r}", "look at the server's log")
+                return
+            times.append(reply.seconds)
+        long = self._client.generate(ids, _LONG_TOKENS, routes=False)
+        sampled = len((long.parsed() or {}).get("output_ids") or ())
+        detail = f"{_SHORT_TOKENS} tokens in {statistics.median(times) * 1e3:.0f} ms (median of {_SHORT_REPEATS})"
+        if not sampled:
+            self._diagnosis.warn(
+                "latency", f"{detail}; a long answer failed: {long.status} {long.text!r}", "look at the server's log"
+            )
+            return
+        speed = f"{sampled} tokens in {long.seconds:.2f} s = {sampled / long.seconds:.0f} tokens/s for one request"
+        beside = f", beside {self._busy} others" if self._busy else ""
+        self._diagnosis.ok("latency", f"{detail}; {speed}{beside}")
+
+
+def _problem_of_ids(ids_TLK: npt.NDArray[np.int32], shape: ModelShape) -> str:
+    """What is wrong with the ids of all layers of a model, "" if nothing is."""
+    dense = [layer for layer in range(shape.num_hidden_layers) if layer not in shape.moe_layers]
+    if dense and ids_TLK[:, dense].any():
+        return f"layers {dense[:4]} are dense in the model and hold routes"
+    moe_TLK = ids_TLK[:, list(shape.moe_layers)]
+    bad = int((~replayable(moe_TLK, shape.num_experts)).sum())
+    if bad:
+        empty = [layer for layer in shape.moe_layers if not ids_TLK[:, layer].any()]
+        zeros = f"; layers {empty[:4]} hold zeros only" if empty and shape.topk > 1 else ""
+        return f"{bad} of {len(moe_TLK)} tokens have duplicate or out-of-range expert ids{zeros}"
+    if (moe_TLK == moe_TLK[0]).all():
+        return "all tokens have the same routes: they were not recorded"
+    return ""
+
+
+def _ids_of(meta: Mapping[str, Any]) -> npt.NDArray[np.int32]:
+    encoded = meta["routed_experts"]
+    return np.frombuffer(base64.b64decode(encoded if isinstance(encoded, str) else bytes(encoded), validate=True), dtype="<i4")
+
+
+def _equal_share(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Share of ids that two answers to the same prompt have in common, position by position."""
+    try:
+        first, second = _ids_of(one), _ids_of(other)
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+    return float((first == second).mean()) if first.size and first.shape == second.shape else 0.0

@@ -1,0 +1,339 @@
+"""SGLangEngine: any number of SGLang servers as one RolloutEngine, driven from one process.
+
+    scheduler.py   one generate call: concurrency, re-rolls, turns, early stop
+    fleet.py       who gets an attempt, what is in flight, halting it while weights are replaced
+    replica.py     one server
+    episode.py     one response over attempts, turns and weight versions
+
+`update_weights` may be called while another thread is inside `generate`: what is in flight is halted first, and goes on under the
+new weights (`SGLangConfig.interrupt`). A server that dies while others live costs nothing but time: its responses are sampled on by
+the others, and it is started anew before the next push.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.base import (
+    Probe,
+    Progress,
+    RolloutBatch,
+    RolloutRequest,
+    RolloutStats,
+    SamplingParams,
+)
+from megatron_pr2.rollout.sglang import wire
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.episode import Episode
+from megatron_pr2.rollout.sglang.fleet import Fleet
+from megatron_pr2.rollout.sglang.push.disk import DiskTarget
+from megatron_pr2.rollout.sglang.push.session import PushTarget
+from megatron_pr2.rollout.sglang.replica import SGLangReplica
+from megatron_pr2.rollout.sglang.route_spill import RouteSpill
+from megatron_pr2.rollout.sglang.scheduler import RolloutCall
+from megatron_pr2.rollout.sglang.servers import SGLangServers
+from megatron_pr2.rollout.sglang.update import make_update
+
+logger = logging.getLogger(__name__)
+
+
+class SGLangEngine:
+    """RolloutEngine on SGLang servers.
+
+    Args:
+        config: how to start or find them.
+        shape: of the model, to read its routes.
+
+    Attributes:
+        replicas: the servers.
+        weight_version: of the last push; 0 for an own server's checkpoint, -1 if an attached server does not name a number.
+        on_progress: called now and then while generating, from another thread.
+    """
+
+    name = "sglang"
+    returns_routes = True
+    takes_owned_weights = False
+
+    def __init__(self, config: SGLangConfig, shape: ModelShape) -> None:
+        self.config = config
+        self.shape = shape
+        self._servers = SGLangServers(config, shape)
+        self.replicas = self._servers.replicas
+        self.weight_version = -1
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.spill = RouteSpill(config.route_bytes, config.spill_directory)
+        self._update = make_update(config, self.replicas)
+        self._updated: list[SGLangReplica] = []
+        self._push_is_open = False
+        self._carried: dict[str, Episode] = {}
+        self._generating = threading.Lock()
+        self._updating = threading.Lock()
+
+    # Lifecycle
+
+    def start(self) -> None:
+        """Starts the own servers, or attaches; returns when a probe of each came back with valid routes.
+
+        Raises:
+            RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
+        """
+        if self._servers.fleet is None:
+            self._servers.start()
+            self.weight_version = min(wire.parse_version(replica.label) for replica in self.replicas)
+
+    def restart(self) -> None:
+        """Starts servers anew that died, all of them if none did; push the weights again before sampling.
+
+        Attached servers are connected to anew. What was carried over from an early stop is kept.
+
+        Raises:
+            RolloutError: as start().
+        """
+        if self._servers.fleet is None:
+            self._stop()
+            self.start()
+        else:
+            self._servers.restart()
+
+    def close(self) -> None:
+        """Stops own servers and leaves attached ones running; safe to call twice and after a failure."""
+        healthy = [r for r in self.replicas if r.connected and r.unusable is None]
+        self._carried.clear()
+        self._stop()
+        for replica in healthy:
+            if replica.server is not None:
+                replica.server.remove_log()
+
+    def ensure_alive(self) -> None:
+        """Raises RolloutError, with the last log lines of an own server, unless every server runs and answers."""
+        self._servers.ensure_alive()
+
+    def _stop(self) -> None:
+        self._update.close()
+        self._servers.stop()
+
+    @property
+    def _fleet(self) -> Fleet | None:
+        return self._servers.fleet
+
+    # Weights
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Pushes tensors by Hugging Face name to every server and drops every cache; a part of the model will do.
+
+        SGLang skips names that it does not know without a word: the handshake after the push has to prove the content.
+
+        Args:
+            weights: tensors of any device; SGLang casts to its own dtype, the bytes travel as they are given.
+            version: stamped on everything that is sampled from now on.
+
+        Raises:
+            RolloutError: any part was refused or a server died; it refuses to sample until a push succeeds.
+        """
+        began = time.monotonic()
+        self.begin_push(version)
+        try:
+            sent = self.push_part(weights)
+            if not sent:
+                raise RolloutError("weight update: no tensors were given")
+            self.finish_push(version)
+        except BaseException:
+            self.abandon_push()
+            raise
+        logger.info("pushed weights of version %d: %.1f MB in %.2f s", version, sent / 1e6, time.monotonic() - began)
+
+    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
+        """Halts sampling, starts lost servers anew and opens a weight update on each; what follows sends tensors to the targets.
+
+        Either finish_push or abandon_push must be called next, by the same thread.
+
+        Raises:
+            RolloutError: a server refused or died; nothing is left open.
+        """
+        fleet = self._servers.running()
+        self._updating.acquire()
+        self._push_is_open = True
+        try:
+            # Before the halt: a paused server does not pass its health check.
+            for replica in fleet.reachable():
+                if (reason := replica.why_dead()) is not None:
+                    fleet.lost[replica.index] = reason
+                    logger.warning("%s is lost and starts anew: %s", replica.name, reason.splitlines()[0])
+            self._servers.run(fleet.halt())
+            self._servers.revive()
+            self._updated = fleet.reachable()
+            for replica in self._updated:
+                replica.unusable = "its last weight update failed and may have replaced a part of the weights"
+            return self._update.begin(self._updated)
+        except BaseException:
+            self.abandon_push()
+            raise
+
+    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Sends tensors to the targets of begin_push; returns their bytes. Other processes may send theirs at the same time.
+
+        Raises:
+            RolloutError: a server refused, died or did not take a bucket in time.
+        """
+        return self._update.push(weights)
+
+    def finish_push(self, version: int) -> None:
+        """Closes the update on every server: caches flushed, version stamped and read back; sampling goes on.
+
+        Raises:
+            RolloutError: a server refused, or reports another version; abandon_push must be called then.
+        """
+        fleet = self._servers.running()
+        self._update.finish(self._updated, str(version), flush_cache=not fleet.busy)
+        for replica in self._updated:
+            replica.published(str(version))
+        self.weight_version = version
+        self._go_on(fleet)
+
+    def abandon_push(self) -> None:
+        """Closes a failed update as far as the servers still can; they refuse to sample until a push succeeds."""
+        if not self._push_is_open:  # interrupted on its way out of finish_push
+            return
+        fleet = self._fleet
+        if fleet is None:  # close() was faster
+            self._push_is_open = False
+            self._updating.release()
+            return
+        try:
+            self._update.abandon([replica for replica in self._updated if replica.connected])
+        finally:
+            self._go_on(fleet)
+
+    def _go_on(self, fleet: Fleet) -> None:
+        self._updated = []
+        try:
+            self._servers.run(fleet.go_on())
+        except RolloutError as error:  # its attempts fail by themselves, with the reason
+            logger.warning("an engine did not go on after a weight update: %s", error)
+        finally:
+            self._push_is_open = False
+            self._updating.release()
+
+    # Sampling
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
+    ) -> RolloutBatch:
+        """Samples one response per request, `config.concurrency` at a time.
+
+        Seeds are honoured by CPU servers started by this package and by GPU servers with --enable-deterministic-inference.
+
+        Args:
+            enough: groups that suffice; the rest is aborted, and what has a key is continued when it is asked for again.
+
+        Returns:
+            Responses, and stats whose `extra` counts `rerolls` (attempts that brought nothing), `timeouts`, `retries` (of HTTP
+            requests), `invalid_rows` (of routes, which the live router will decide), `cached_tokens` (input tokens from the prefix
+            cache), `retractions`, `interrupted` (attempts stopped by a weight update or an early stop), `resumed` (responses
+            carried over), `turns`, `engines_lost` and `spilled_bytes`.
+
+        Raises:
+            RolloutError: a response is lost (no engine is left, it was refused, timed out, or no answer could be believed).
+            RouteError: the last attempt's routes could not be believed.
+        """
+        fleet = self._servers.running()
+        for index, request in enumerate(requests):
+            wire.check_token_ids(request.prompt_ids, self.shape.vocab_size, f"request {index}")
+        self._check_keys(requests)
+        groups = len({request.group for request in requests})
+        if enough is not None and not 1 <= enough <= groups:
+            raise RolloutError(f"enough={enough}: the {len(requests)} requests are of {groups} groups; expected 1 to {groups}")
+        if not self._generating.acquire(blocking=False):
+            raise RolloutError("generate() is running already in another thread; one engine serves one call at a time")
+        try:
+            if not fleet.halted and not fleet.live():
+                raise RolloutError(fleet.nothing_left())
+            began, retried, lost = time.monotonic(), self._retried(fleet), len(fleet.lost)
+            spilled = self.spill.counts().total_spilled_bytes
+            fleet.forget_groups()
+            sampling = self._bounded(sampling, requests)
+            episodes = [self._episode(request, sampling, return_routes) for request in requests]
+            call = RolloutCall(fleet, self.config, episodes, sampling, self.spill, enough=enough, on_progress=self.on_progress)
+            finished: list[int] = []
+            try:
+                self._servers.run(call.run())
+                chosen = set(call.complete[:enough])
+                finished = [index for index, request in enumerate(requests) if request.group in chosen]
+            finally:
+                returned = set(finished)
+                self._carried |= {
+                    e.request.key: e for i, e in enumerate(episodes) if e.request.key and i not in returned and e.num_sampled
+                }
+        finally:
+            self._generating.release()
+        counts = call.counts
+        counts["retries"] += self._retried(fleet) - retried
+        counts["engines_lost"] += len(fleet.lost) - lost
+        counts["spilled_bytes"] += self.spill.counts().total_spilled_bytes - spilled
+        stats = RolloutStats(
+            seconds=time.monotonic() - began,
+            generated_tokens=call.tokens,
+            route_bytes=call.route_bytes,
+            extra={name: float(counts[name]) for name in _COUNTS},
+        )
+        return RolloutBatch([call.responses[index] for index in finished], stats, finished)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drops what an early stop left unfinished."""
+        for key in keys:
+            self._carried.pop(key, None)
+
+    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+        """Handshake probe of every server, computed anew: prefix caches are flushed first, so they have to be idle.
+
+        Raises:
+            RolloutError, RouteError: as generate().
+        """
+        fleet = self._servers.running()
+        return [replica.score(token_ids) for replica in fleet.live() or self.replicas]
+
+    def _bounded(self, sampling: SamplingParams, requests: Sequence[RolloutRequest]) -> SamplingParams:
+        """A server refuses what exceeds its context, which would end the call: replies may make a response that long."""
+        limits = [replica.max_length for replica in self.replicas if replica.connected and replica.max_length is not None]
+        limit = min([*limits, *([] if sampling.max_length is None else [sampling.max_length])], default=None)
+        if limit is None:
+            return sampling
+        for index, request in enumerate(requests):
+            if len(request.prompt_ids) >= limit:
+                raise RolloutError(
+                    f"request {index}: its prompt has {len(request.prompt_ids)} tokens, and prompt and response together may have "
+                    f"{limit} at most; use shorter prompts, or servers with a longer context (--context-length, max_total_tokens)"
+                )
+        return replace(sampling, max_length=limit)
+
+    def _episode(self, request: RolloutRequest, sampling: SamplingParams, return_routes: bool) -> Episode:
+        carried = self._carried.pop(request.key, None) if request.key else None
+        if carried is not None and carried.continues(request, sampling, return_routes=return_routes):
+            carried.resume(request, sampling)
+            return carried
+        return Episode(request, sampling, self.shape, return_routes=return_routes)
+
+    def _check_keys(self, requests: Sequence[RolloutRequest]) -> None:
+        seen: set[str] = set()
+        for index, request in enumerate(requests):
+            if request.key and request.key in seen:
+                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
+            seen.add(request.key)
+
+    def _retried(self, fleet: Fleet) -> int:
+        clients = [fleet.front, *(r.http for r in self.replicas if r.connected)]
+        return sum(client.retried for client in clients if client is not None)
+
+
+_COUNTS = (
+    "rerolls", "timeouts", "retries", "invalid_rows", "cached_tokens", "retractions", "interrupted", "resumed", "turns",
+    "engines_lost", "spilled_bytes",
+)  # fmt: skip

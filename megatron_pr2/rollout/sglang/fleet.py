@@ -1,0 +1,266 @@
+"""Fleet: the replicas of an engine while they sample: who gets an attempt, what is in flight, and how all of it is halted.
+
+Everything here runs on the engine's event loop unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.sglang import wire
+from megatron_pr2.rollout.sglang.byte_budget import ByteBudget
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.episode import Episode
+from megatron_pr2.rollout.sglang.http import EngineDiedError, HttpClient, TimedOutError
+from megatron_pr2.rollout.sglang.replica import SGLangReplica
+from megatron_pr2.rollout.sglang.routes import parse_body
+from megatron_pr2.rollout.sglang.wire import Ask, Sampled
+
+logger = logging.getLogger(__name__)
+
+# An abort that overtakes its request is lost, so aborts are repeated until nothing is in flight.
+_ABORT_EVERY_S = 0.25
+_ABORT_TIMEOUT_S = 10.0
+# Larger answers are decoded beside the event loop.
+_DECODE_INLINE_BYTES = 1 << 20
+
+
+class Fleet:
+    """Sends attempts to replicas.
+
+    Attributes:
+        replicas: all of them, dead ones included.
+        front: client of the router, None where attempts go to the replicas directly.
+        lost: replicas that died while sampling and have not been started again, by index, and why.
+        halts: how often everything in flight was told to stop.
+    """
+
+    def __init__(self, config: SGLangConfig, shape: ModelShape, replicas: list[SGLangReplica]) -> None:
+        self.replicas = replicas
+        self.front: HttpClient | None = None
+        self.lost: dict[int, str] = {}
+        self.halts = 0
+        self._config = config
+        self._shape = shape
+        self._budget = ByteBudget(config.answer_bytes)
+        self._open = asyncio.Event()
+        self._open.set()
+        self._paused: list[SGLangReplica] = []
+        self._in_flight: dict[str, SGLangReplica | None] = {}
+        self._left: dict[str, SGLangReplica | None] = {}
+        self._of_group: dict[int, int] = {}
+
+    def live(self) -> list[SGLangReplica]:
+        """Replicas that are connected, usable and not lost."""
+        return [r for r in self.replicas if r.connected and r.unusable is None and r.index not in self.lost]
+
+    def reachable(self) -> list[SGLangReplica]:
+        """Replicas that are connected and not lost, whatever their weights are."""
+        return [r for r in self.replicas if r.connected and r.index not in self.lost]
+
+    async def opened(self) -> None:
+        """Returns when attempts may be sent; weights are being replaced meanwhile."""
+        await self._open.wait()
+
+    # Attempts
+
+    async def attempt(self, episode: Episode, sampling: SamplingParams, where: str) -> Sampled:
+        """Sends one attempt and returns what it brought, checked.
+
+        Raises:
+            AnswerError, RouteError: an answer that cannot be believed.
+            TimedOutError: none in time; it was aborted.
+            EngineDiedError: no replica is left, or the one that was asked died (it is among `lost` then).
+            RolloutError: the server refused, or somebody else replaced its weights.
+        """
+        replica = None if self.front is not None else self._choose(episode)
+        client = self.front if replica is None else replica.http
+        assert client is not None
+        asked = [replica] if replica is not None else self.reachable()
+        if not asked:
+            raise EngineDiedError(self.nothing_left())
+        self._check_usable(asked)
+        began = [len(r.labels) - 1 for r in asked]
+        newest = max((r.label for r in asked), key=wire.parse_version)
+        cache_key = f"pr2.{newest}"
+        asks: list[Ask] = []
+
+        def payload() -> dict[str, Any]:
+            # Another try of the HTTP client is another attempt to the server, which may still be busy with the one before.
+            if asks:
+                self._in_flight.pop(asks[-1].rid, None)
+            asks.append(episode.ask(cache_key))
+            self._in_flight[asks[-1].rid] = replica
+            return wire.generate_payload(asks[-1], sampling)
+
+        first_row = episode.known_rows
+        num_tokens = episode.num_tokens + sampling.max_new_tokens - (first_row or 0)
+        if replica is not None:
+            replica.load += 1
+        try:
+            async with contextlib.AsyncExitStack() as held:
+
+                async def reserve(num_bytes: int) -> None:
+                    await held.aclose()
+                    await held.enter_async_context(self._budget.take(num_bytes))
+
+                limit = wire.max_answer_bytes(num_tokens, self._shape)
+                body = await client.body("POST", "/generate", payload, where=where, max_bytes=limit, reserve=reserve)
+                if self._config.interrupt == "in_place":  # an update of this very moment may yet fail
+                    await self.opened()
+                self._check_usable(asked)
+                # Weights may be replaced any number of times while attempts are paused in place.
+                labels = [label for r, first in zip(asked, began, strict=True) for label in r.labels[first:]]
+                allowed = {label: wire.parse_version(label) for label in labels}
+                parse = self._parse
+                if len(body) < _DECODE_INLINE_BYTES:
+                    return parse(body, asks[-1], allowed, where)
+                return await asyncio.to_thread(parse, body, asks[-1], allowed, where)
+        except EngineDiedError as error:
+            if replica is not None and replica.index not in self.lost:
+                self.lost[replica.index] = str(error)
+                logger.warning("%s is lost: %s", replica.name, str(error).splitlines()[0])
+            raise
+        except TimedOutError:
+            await self.abort([ask.rid for ask in asks])
+            raise
+        except asyncio.CancelledError:
+            self._left |= {ask.rid: replica for ask in asks[-1:]}
+            raise
+        finally:
+            if asks:
+                self._in_flight.pop(asks[-1].rid, None)
+            if replica is not None:
+                replica.load -= 1
+
+    def _parse(self, body: bytearray, ask: Ask, allowed: dict[str, int], where: str) -> Sampled:
+        return wire.parse_generate(parse_body(body, where), ask, self._shape, allowed, where)
+
+    @staticmethod
+    def _check_usable(asked: list[SGLangReplica]) -> None:
+        """Raises RolloutError if one that may answer must not sample: a router sends attempts to it all the same."""
+        for replica in asked:
+            replica.check_usable()
+
+    def _choose(self, episode: Episode) -> SGLangReplica:
+        """The replica that holds the sequence's or the group's prefix, unless it is much busier than the idlest one."""
+        live = self.live()
+        if not live:
+            raise EngineDiedError(self.nothing_left())
+        idlest = min(live, key=lambda r: r.load)
+        by_index = {r.index: r for r in live}
+        group = episode.request.group
+        if episode.engine in by_index:
+            chosen = by_index[episode.engine]
+        else:
+            chosen = by_index.get(self._of_group.get(group, -1), idlest)
+            if chosen.load - idlest.load > self._config.max_running_requests // 2:
+                chosen = idlest
+        self._of_group[group] = episode.engine = chosen.index
+        return chosen
+
+    def forget_groups(self) -> None:
+        """Group numbers are of one call; the next one starts afresh."""
+        self._of_group.clear()
+
+    def nothing_left(self) -> str:
+        """Why no replica can be asked."""
+        for replica in self.replicas:
+            replica.check_usable()
+        return "no engine is left: " + "; ".join(self.lost.values())
+
+    # Stopping what is in flight
+
+    async def abort(self, rids: Collection[str]) -> None:
+        """Asks the servers to stop attempts and return what they have; best effort, since an attempt may just have ended."""
+        calls = [
+            self._abort_one(replica, rid)
+            for rid in rids
+            for replica in ([self._in_flight.get(rid)] if self._in_flight.get(rid) is not None else self.live())
+            if replica is not None
+        ]
+        await asyncio.gather(*calls)
+
+    async def abort_left(self) -> None:
+        """Stops at the servers what was given up here; they would sample on for nobody and refuse to drop their caches."""
+        left, self._left = self._left, {}
+        await asyncio.gather(
+            *(self._abort_one(r, rid) for rid, replica in left.items() for r in ([replica] if replica is not None else self.live()))
+        )
+
+    async def _abort_one(self, replica: SGLangReplica, rid: str) -> None:
+        try:
+            await replica.http.body(
+                "POST", "/abort_request", {"rid": rid}, where="abort", retry=False, timeout_s=_ABORT_TIMEOUT_S
+            )
+        except RolloutError as error:
+            logger.info("%s did not take an abort: %s", replica.name, error)
+
+    async def drain(self) -> None:
+        """Aborts whatever is in flight until nothing is.
+
+        Raises:
+            TimedOutError: an engine keeps on sampling.
+        """
+        self.halts += 1
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.request_timeout_s
+        while self._in_flight:
+            await self.abort(list(self._in_flight))
+            wait_until = loop.time() + _ABORT_EVERY_S
+            while self._in_flight and loop.time() < wait_until:
+                await asyncio.sleep(0.005)
+            if loop.time() > deadline:
+                raise TimedOutError(f"{len(self._in_flight)} responses did not stop within {self._config.request_timeout_s:g} s")
+
+    async def halt(self) -> None:
+        """Before weights are replaced: sends nothing more, and stops or pauses what is in flight.
+
+        Raises:
+            RolloutError: an engine does not stop.
+        """
+        self._open.clear()
+        if self._config.interrupt == "abort":
+            await self.drain()
+        elif self._in_flight:
+            self._paused = self.live()
+            for replica in self._paused:
+                replica.paused = True
+            await asyncio.gather(*(self._post(r, "/pause_generation", {"mode": "in_place"}) for r in self._paused))
+
+    async def go_on(self) -> None:
+        """After weights were replaced, or were not: attempts may be sent again, and paused ones go on.
+
+        Raises:
+            RolloutError: an engine does not go on; its attempts fail by themselves.
+        """
+        paused, self._paused = self._paused, []
+        self._open.set()
+        # Those that were taken for lost meanwhile as well: nobody else would ever let them go on.
+        reachable = [r for r in paused if r.connected and r.paused]
+        told = await asyncio.gather(*(self._post(r, "/continue_generation", {}) for r in reachable), return_exceptions=True)
+        for replica in reachable:
+            replica.paused = False
+        for replica, outcome in zip(reachable, told, strict=True):
+            if isinstance(outcome, BaseException) and replica.index not in self.lost:
+                raise outcome
+
+    @property
+    def halted(self) -> bool:
+        """Whether attempts wait for new weights."""
+        return not self._open.is_set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether attempts are in flight, or servers paused because some were."""
+        return bool(self._in_flight or self._paused)
+
+    async def _post(self, replica: SGLangReplica, path: str, payload: dict[str, Any]) -> None:
+        await replica.http.body("POST", path, payload, where=replica.name)

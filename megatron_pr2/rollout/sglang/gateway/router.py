@@ -1,0 +1,285 @@
+"""SGLangRouter: SGLang's own router (package sglang-router) in front of several servers, as a child process of ours.
+
+What a client has to know of the router (measured with 0.3.2; SGLang 0.5.23 and 0.5.19 behind it):
+
+- It drops the fields of /generate that it does not know, `return_routed_experts` and `routed_experts_start_len` among them; routes
+  are asked for through the request id instead (sglang/plugin.py). Answers come back byte for byte.
+- It serves /generate, and sends /flush_cache to all servers. Everything that concerns one server (/model_info, /abort_request,
+  /pause_generation, weight updates) answers 404: those requests go to the servers themselves.
+- A client that hangs up is hung up on at the server too; SGLang looks for that every 4 s and then aborts the request.
+- A server that dies in the middle of a request becomes HTTP 500 at once, with `call_upstream_...` or `read_response_body_failed` in
+  its body. Other statuses, and their bodies, come through as the server sent them.
+- An answer is received whole before it is sent on, with its length: 1 to 3 ms more per MB, and twice its size in memory meanwhile.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
+from megatron_pr2.rollout.sglang.gateway.launch import API_KEY_VARIABLE
+from megatron_pr2.rollout.sglang.python import check_module, find_python, package_environment
+
+logger = logging.getLogger(__name__)
+
+LAUNCHER = "megatron_pr2.rollout.sglang.gateway.launch"
+# power_of_two asks for the load under an address that SGLang 0.5.23 no longer has.
+POLICIES = ("cache_aware", "round_robin", "random")
+_POLL_S = 0.1
+
+
+class SGLangRouter:
+    """Starts, watches and stops one router.
+
+    Args:
+        worker_urls: base URLs of the servers behind it, all with the same key.
+        api_key: what clients have to present to the router, and what it presents to the servers; None if they want none.
+        python: interpreter of an environment with sglang-router; found by find_python() if None.
+        policy: how a server is chosen: "cache_aware" (the one that has seen the beginning of the prompt, unless it has more to do
+            than the others), "round_robin" or "random".
+        bind: IP address to listen on, or "localhost". An address beyond this machine needs an api_key.
+        log_path: its log; a temporary file if None.
+        start_timeout_s: from process start until every server is registered.
+        request_timeout_s: of one request. The client's own deadline should be the one that fires: it knows what it waits for.
+
+    Attributes:
+        url: base URL, valid after start().
+        worker_urls: the servers behind it.
+
+    Raises:
+        ConfigError: an argument is not as described, or there is no environment with sglang-router.
+    """
+
+    def __init__(
+        self,
+        worker_urls: Sequence[str],
+        *,
+        api_key: str | None,
+        python: str | None = None,
+        policy: str = "cache_aware",
+        bind: str = "127.0.0.1",
+        log_path: str | Path | None = None,
+        start_timeout_s: float = 60.0,
+        request_timeout_s: float = 4 * 3600.0,
+    ) -> None:
+        self.worker_urls = [_checked_url(url) for url in worker_urls]
+        if not self.worker_urls or len(set(self.worker_urls)) != len(self.worker_urls):
+            raise ConfigError(f"router: worker_urls={list(worker_urls)}: expected one or more different servers")
+        if policy not in POLICIES:
+            raise ConfigError(f"router: policy={policy!r}: expected one of {', '.join(POLICIES)}")
+        if start_timeout_s <= 0 or request_timeout_s <= 0:
+            raise ConfigError(f"router: {start_timeout_s=}, {request_timeout_s=}: expected positive numbers of seconds")
+        self._address = _checked_address(bind, api_key)
+        self._python = find_python(python, module="sglang_router")
+        check_module(self._python, "sglang_router", "pip install sglang-router==0.3.2 there, or use router='none'")
+        self.policy = policy
+        self.url = ""
+        self._api_key = api_key
+        self._start_timeout_s = start_timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._process = ChildProcess("SGLang router", log_path=log_path, secrets=[api_key] if api_key else [])
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the router, None while there is none."""
+        return self._process.pid
+
+    @property
+    def log_path(self) -> Path | None:
+        """Where its output goes; None before the first start if it is a temporary file."""
+        return self._process.log_path
+
+    def alive(self) -> bool:
+        """Whether the process runs; says nothing of whether it answers."""
+        return self._process.alive()
+
+    def settings(self, port: int, metrics_port: int) -> dict[str, Any]:
+        """The fields of sglang_router's RouterArgs that differ from, or must not depend on, its defaults; no secret."""
+        host = str(self._address)
+        return {
+            "worker_urls": self.worker_urls,
+            "policy": self.policy,
+            "host": host,
+            "port": port,
+            # Its default port is one for the whole machine, and a second router could not start.
+            "prometheus_host": "127.0.0.1",
+            "prometheus_port": metrics_port,
+            # An empty list would let every web page that a browser on this machine shows call the router.
+            "cors_allowed_origins": [base_url(host, port)],
+            # Its log names every request at "info".
+            "log_level": "warn",
+            "history_backend": "none",
+            # As many requests as these allow pile up on the server that knows the beginning of the prompt. With the router's own
+            # (0.3, 64, 1.5) 64 prompts with one system message all went to one of four servers; with these 14, 14, 14 and 22.
+            "cache_threshold": 0.5,
+            "balance_abs_threshold": 8,
+            "balance_rel_threshold": 1.1,
+            "max_payload_size": 512 * 1024 * 1024,
+            "request_timeout_secs": max(1, round(self._request_timeout_s)),
+            "max_concurrent_requests": -1,  # the client bounds its own concurrency, and a queue here would hide it
+            # The client retries, because it knows what may be repeated; a repetition by the router would reach a server that still
+            # works on the first attempt, under the same request id, and would hide the fault.
+            "disable_retries": True,
+            # SGLang's /health generates a token, so a server that is paused for a weight update fails it, and so does one in a long
+            # prefill. /model_info is answered by the process that goes down with its engine.
+            "health_check_endpoint": "/model_info",
+            "health_check_interval_secs": 5,
+            "health_check_timeout_secs": 10,
+            "health_failure_threshold": 3,
+            "health_success_threshold": 1,
+            # A dead server refuses at once, so it looks idle and attracts every request until its circuit opens: soon. Every answer
+            # but 2xx counts as a failure, the client's own mistakes too: so it also closes again soon.
+            "cb_failure_threshold": 5,
+            "cb_success_threshold": 1,
+            "cb_timeout_duration_secs": 5,
+            "cb_window_duration_secs": 60,
+            "worker_startup_timeout_secs": max(1, round(self._start_timeout_s)),
+            "worker_startup_check_interval": 1,
+            # On SIGTERM it waits this long for requests in flight, which nobody wants any more.
+            "shutdown_grace_period_secs": 1,
+        }
+
+    def start(self) -> None:
+        """Starts the router and returns when every server is registered and healthy.
+
+        Raises:
+            RolloutError: it ended, or a server was not registered in time; the message names the servers and holds the last log
+                lines. Nothing is left running.
+        """
+        if self.alive():
+            return
+        self.stop()
+        began = time.monotonic()
+        port = free_port()
+        self.url = base_url(str(self._address), port)
+        command = [self._python, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
+        self._process.start(command, _environment(self._api_key))
+        try:
+            self._wait_for(set(self.worker_urls), began + self._start_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        logger.info(
+            "SGLang router ready at %s after %.1f s, %d servers behind it, log in %s",
+            self.url, time.monotonic() - began, len(self.worker_urls), self.log_path,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Stops the router, not the servers; safe to call twice."""
+        self._process.stop()
+
+    def remove_log(self) -> None:
+        """Removes the log if it is a temporary one."""
+        self._process.remove_log()
+
+    def describe_end(self) -> str:
+        """Why the router is not running, with its last log lines."""
+        return self._process.describe_end()
+
+    def describe_log(self) -> str:
+        """The last lines of its log, ready to be appended to an error message."""
+        return self._process.describe_log()
+
+    def healthy_workers(self) -> list[str]:
+        """Base URLs of the servers that the router currently takes for healthy.
+
+        Raises:
+            RolloutError: the router does not answer.
+        """
+        return [url for url, worker in self._workers().items() if worker.get("is_healthy")]
+
+    def replace_worker(self, old_url: str, new_url: str) -> None:
+        """Takes one server out and another in, as after a restart under another port; waits until the new one is registered.
+
+        Raises:
+            ConfigError: `old_url` is not behind this router, or `new_url` is.
+            RolloutError: the router refuses or does not answer, or the new server was not registered in time.
+        """
+        new_url = _checked_url(new_url)
+        if old_url not in self.worker_urls or new_url in self.worker_urls:
+            raise ConfigError(f"router: cannot replace {old_url} by {new_url}; behind it are {', '.join(self.worker_urls)}")
+        worker = self._workers().get(old_url)
+        if worker is not None:
+            self._request("DELETE", f"/workers/{quote(str(worker['id']), safe='')}")
+        self._request("POST", "/workers", {"url": new_url} | ({"api_key": self._api_key} if self._api_key else {}))
+        self.worker_urls[self.worker_urls.index(old_url)] = new_url
+        self._wait_for({new_url}, time.monotonic() + self._start_timeout_s)
+
+    def _wait_for(self, urls: set[str], deadline: float) -> None:
+        missing = urls
+        while time.monotonic() < deadline:
+            if self._process.wait(_POLL_S):
+                raise RolloutError(self.describe_end())
+            try:
+                missing = urls - set(self.healthy_workers())
+            except RolloutError:  # it does not listen yet
+                continue
+            if not missing:
+                return
+        raise RolloutError(
+            f"SGLang router: not registered after {self._start_timeout_s:g} s: {', '.join(sorted(missing))}; look whether they run "
+            f"and have the same API key, or raise start_timeout_s.{self.describe_log()}"
+        )
+
+    def _workers(self) -> dict[str, dict[str, Any]]:
+        """What the router says of each server, by base URL."""
+        answer = self._request("GET", "/workers")
+        workers = answer.get("workers") if isinstance(answer, dict) else None
+        if not isinstance(workers, list):
+            raise RolloutError(
+                f"SGLang router: /workers answered {str(answer)[:200]}, expected a list of servers; use sglang-router 0.3.2"
+            )
+        return {str(worker.get("url")).rstrip("/"): worker for worker in workers if isinstance(worker, dict)}
+
+    def _request(self, method: str, path: str, payload: dict[str, Any] | None = None) -> Any:
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        try:
+            # trust_env=False: a proxy of the environment must see neither the requests nor the key.
+            with httpx.Client(trust_env=False, timeout=10.0, headers=headers) as client:
+                response = client.request(method, self.url + path, json=payload)
+            if response.status_code // 100 == 2:
+                return response.json() if response.content else None
+        except (httpx.HTTPError, ValueError) as error:
+            raise RolloutError(f"SGLang router: {method} {path} failed: {type(error).__name__}: {error}") from error
+        raise RolloutError(f"SGLang router: {method} {path} was refused with HTTP {response.status_code}: {response.text[:500]}")
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    complete = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port is not None
+    if not complete or parts.path.strip("/") or parts.query:
+        raise ConfigError(f"router: worker URL {url!r}: expected http://HOST:PORT")
+    return url.rstrip("/")
+
+
+def _checked_address(bind: str, api_key: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if bind == "localhost" else bind)
+    except ValueError as error:
+        raise ConfigError(f"router: bind={bind!r}: expected an IP address, e.g. 127.0.0.1") from error
+    if not address.is_loopback and not api_key:
+        raise ConfigError(f"router: bind={bind} can be reached from other machines: it needs an api_key, or use 127.0.0.1")
+    return address
+
+
+def _environment(api_key: str | None) -> dict[str, str]:
+    """This process's environment, with the key and without what would lead the router out of this cluster."""
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    # For every model that a server names by a hub id it downloads a tokenizer, which requests made of token ids do not need, and no
+    # setting turns that off: so the hub is an address where nobody listens.
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    env["NO_COLOR"] = "1"
+    if api_key:
+        env[API_KEY_VARIABLE] = api_key
+    return package_environment(env)

@@ -1,0 +1,201 @@
+"""Pushing weights through a directory that trainers and servers share: the way where no network group can be opened.
+
+Every byte is written and read once more than by a group (session.py), and a server loads a whole model or nothing. Any number
+of senders write their parts side by side, as safetensors; the controlling process then checks that all parts together are the
+model that the directory started from, name by name, because SGLang would keep old weights for what is missing without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.hf.files import TensorIndex, copy_companions
+from megatron_pr2.hf.weight_files import INDEX_NAME
+from megatron_pr2.rollout.sglang.push.channel import WHERE
+from megatron_pr2.rollout.sglang.push.session import PushSession
+
+logger = logging.getLogger(__name__)
+
+# Names that a checkpoint may hold and that no trainer exports: cached rotary frequencies of old releases.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class DiskTarget:
+    """Where senders put their parts; the controlling process hands it to them.
+
+    Attributes:
+        directory: the same one in every process.
+        shard_bytes: limit of one file; a larger tensor is a file of its own.
+    """
+
+    directory: str
+    shard_bytes: int
+
+
+class DiskSender:
+    """Writes one process's part.
+
+    Args:
+        target: of the controlling process.
+        part: differs from sender to sender, e.g. the rank.
+    """
+
+    def __init__(self, target: DiskTarget, part: int) -> None:
+        self._target = target
+        self._part = part
+
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Writes tensors by Hugging Face name and returns their bytes; at most one file's tensors are held.
+
+        Raises:
+            RolloutError: a file could not be written.
+        """
+        shard: dict[str, torch.Tensor] = {}
+        size = total = count = 0
+        for name, tensor in weights:
+            if shard and size + tensor.nbytes > self._target.shard_bytes:
+                self._write(shard, count)
+                shard, size, count = {}, 0, count + 1
+            # Its own memory: safetensors refuses views that overlap, and the source may be overwritten before the shard is full.
+            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            size += tensor.nbytes
+            total += tensor.nbytes
+        if shard:
+            self._write(shard, count)
+        return total
+
+    def _write(self, shard: dict[str, torch.Tensor], count: int) -> None:
+        directory = Path(self._target.directory)
+        name = f"part-{self._part:05d}-{count:05d}.safetensors"
+        partial = directory / f".{name}.partial"
+        try:
+            save_file(shard, partial, metadata={"format": "pt"})
+            partial.chmod(_public(0o666))
+            partial.rename(directory / name)  # whole or not there
+        except Exception as error:  # safetensors has errors of its own
+            partial.unlink(missing_ok=True)
+            raise RolloutError(f"{WHERE}: {directory / name} could not be written: {type(error).__name__}: {error}") from error
+
+
+class DiskPush:
+    """The controlling side: begin(), then senders, then finish() or abandon().
+
+    Args:
+        model_path: directory that the servers were started from; gives config.json, tokenizer and the names of the weights.
+        parent: existing directory that all processes and servers see, for the directories of single pushes.
+        shard_bytes: see DiskTarget.
+        keep: leave the directories of successful pushes where they are.
+    """
+
+    def __init__(self, model_path: str | Path, parent: str | Path, *, shard_bytes: int = 1 << 30, keep: bool = False) -> None:
+        self._model_path = Path(model_path)
+        self._parent = Path(parent)
+        self._shard_bytes = shard_bytes
+        self._keep = keep
+        self._directory: Path | None = None
+
+    def begin(self) -> DiskTarget:
+        """Makes a fresh directory.
+
+        Raises:
+            RolloutError: it cannot be made.
+            ConfigError: `model_path` is no model directory.
+        """
+        self.abandon()
+        if not (self._model_path / "config.json").is_file():
+            raise ConfigError(f"{self._model_path}: no config.json; expected a Hugging Face model directory")
+        try:
+            self._directory = Path(tempfile.mkdtemp(prefix="push-", dir=self._parent))
+            self._directory.chmod(_public(0o777))
+            shutil.copyfile(self._model_path / "config.json", self._directory / "config.json")
+            copy_companions(self._model_path, self._directory)
+        except OSError as error:
+            self.abandon()
+            raise RolloutError(f"{WHERE}: no directory for the weights in {self._parent}: {error}") from error
+        return DiskTarget(str(self._directory), self._shard_bytes)
+
+    def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
+        """Checks that the model is complete, has every server load it, and removes the directory.
+
+        Args:
+            sessions: of the servers.
+            label, flush_cache: see :meth:`PushSession.publish`.
+
+        Raises:
+            RolloutError: weights are missing, unknown or there twice (no server has changed then), or a server refused or died.
+        """
+        if self._directory is None:
+            raise RolloutError(f"{WHERE}: begin() was not called")
+        _write_index(self._directory, _required_names(self._model_path))
+        for session in sessions:
+            session.load_directory(str(self._directory))
+        for session in sessions:
+            session.publish(label, flush_cache=flush_cache)
+        if self._keep:
+            logger.info("weights of version %s stay in %s", label, self._directory)
+            self._directory = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Removes the directory of a push that failed; safe to call at any time."""
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _required_names(model_path: Path) -> set[str]:
+    """Names that a whole export of this model has."""
+    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    layers = int(config["num_hidden_layers"])
+    names = {name for name in TensorIndex(model_path).names() if not _IGNORED.search(name)}
+    if config.get("tie_word_embeddings"):
+        names.discard("lm_head.weight")
+    # Multi-token prediction layers follow the decoder's; they are not trained.
+    return {name for name in names if not (found := re.match(r"model\.layers\.(\d+)\.", name)) or int(found.group(1)) < layers}
+
+
+def _write_index(directory: Path, required: set[str]) -> None:
+    """Joins the parts by an index.
+
+    Raises:
+        RolloutError: they are not the whole model.
+    """
+    weight_map: dict[str, str] = {}
+    twice: set[str] = set()
+    total = 0
+    for file in sorted(directory.glob("*.safetensors")):
+        total += file.stat().st_size
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+        twice |= names & set(weight_map)
+        weight_map.update(dict.fromkeys(names, file.name))
+    problems = {"missing": required - set(weight_map), "unknown": set(weight_map) - required, "there twice": twice}
+    told = [f"{len(names)} {what} (first {sorted(names)[:3]})" for what, names in problems.items() if names]
+    if told:
+        raise RolloutError(
+            f"{WHERE}: the parts in {directory} are not the model: {', '.join(told)}. By disk a whole model is pushed or nothing; "
+            "check that every rank exports what it owns, and that all ranks see the same directory"
+        )
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _public(mode: int) -> int:
+    """A mode under this process's umask: temporary directories and safetensors are made for the user alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask

@@ -1,0 +1,248 @@
+"""SGLangReplica: one SGLang server, our own or somebody else's, from the first connection to its end.
+
+A replica whose weights are not what was last pushed - it was restarted, or a push failed half-way - is not usable until a push
+succeeds. What is asked of it while it samples is in fleet.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from megatron_pr2.errors import RolloutError, RouteError
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.base import Probe
+from megatron_pr2.rollout.sglang import wire
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.http import HttpClient, LoopThread
+from megatron_pr2.rollout.sglang.info import check_server_info
+from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession, PushTarget, push_target
+from megatron_pr2.rollout.sglang.routes import parse_body
+from megatron_pr2.rollout.sglang.server import SGLangServer
+
+logger = logging.getLogger(__name__)
+
+_REAP_S = 10.0
+_PROBE_IDS = (1, 2, 3, 5, 8, 13)
+
+
+class SGLangReplica:
+    """One server behind an SGLangEngine.
+
+    Attributes:
+        index: among the replicas of the engine.
+        server: the own server, None for one that is attached to.
+        labels: version labels that the server has stamped on what it sampled; the last one is that of now.
+        unusable: why it must not sample, None if it may.
+        load: attempts in flight.
+        paused: told to pause for a weight update; its health check fails until it goes on.
+        max_length: tokens of prompt and response together that it takes at most; None where it does not say.
+    """
+
+    def __init__(self, index: int, config: SGLangConfig, shape: ModelShape, *, url: str | None, api_key: str | None) -> None:
+        """Args:
+        url: of a running server, None to start one by `config`.
+        api_key: of the server.
+        """
+        self.index = index
+        self.config = config
+        self.shape = shape
+        self.server = SGLangServer(config, api_key) if url is None else None
+        self.labels = [""]
+        self.unusable: str | None = "it was not started"
+        self.load = 0
+        self.pushed = False
+        self.paused = False
+        self.max_length: int | None = None
+        self._session: PushSession | None = None
+        self._target: PushTarget | None = None
+        self._url = url or ""
+        self._api_key = api_key
+        self._http: HttpClient | None = None
+
+    @property
+    def name(self) -> str:
+        """For errors: says which server it is."""
+        return f"SGLang server {self._url or self.index}"
+
+    @property
+    def label(self) -> str:
+        """The version label that the server stamps on what it samples now."""
+        return self.labels[-1]
+
+    @label.setter
+    def label(self, label: str) -> None:
+        self.labels.append(label)
+
+    @property
+    def url(self) -> str:
+        """Base URL; that of an own server is known once it was started."""
+        return self._url
+
+    @property
+    def api_key(self) -> str | None:
+        """What clients have to present."""
+        return self.server.api_key if self.server is not None else self._api_key
+
+    @property
+    def connected(self) -> bool:
+        """Whether it was started and has not been stopped since."""
+        return self._http is not None
+
+    @property
+    def http(self) -> HttpClient:
+        """Its client.
+
+        Raises:
+            RolloutError: it is not started.
+        """
+        if self._http is None:
+            raise RolloutError("the rollout engine is not running; call start()")
+        return self._http
+
+    @property
+    def session(self) -> PushSession:
+        """What controls its weight updates, while it is connected."""
+        assert self._session is not None
+        return self._session
+
+    @property
+    def target(self) -> PushTarget:
+        """Where its weights go, while it is connected."""
+        assert self._target is not None
+        return self._target
+
+    def start(self, loop: LoopThread) -> None:
+        """Starts the own server, or attaches; returns when a probe came back with valid routes.
+
+        Args:
+            loop: where its client runs.
+
+        Raises:
+            RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
+        """
+        if self._http is not None:
+            return
+        try:
+            if self.server is not None:
+                self.server.start()
+                self._url = self.server.url
+            self._connect(loop)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Disconnects and stops an own server; safe to call twice and after a failure."""
+        self._session, self._target = None, None
+        http, self._http = self._http, None
+        if http is not None:
+            http.close()
+        if self.server is not None:
+            self.server.stop()
+        self.unusable = "it was stopped"
+
+    def _connect(self, loop: LoopThread) -> None:
+        config = self.config
+        settings = config.client_settings()
+        self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
+        info = self.get("/server_info")
+        check_server_info(info, self.name)
+        self._session = PushSession(self._http)
+        self._target = push_target(config, self._url, self.api_key, info, self.name)
+        limit = info.get("max_req_input_len")
+        self.max_length = limit if type(limit) is int and limit > 0 else None
+        self.paused = False
+        self.label = self.read_label()
+        self.unusable = None
+        self._prove_routes()
+        if self.pushed:
+            self.unusable = "its server was restarted and does not hold the weights of the last push"
+
+    def _prove_routes(self) -> None:
+        """A server may start and still return no routes: a plugin that failed is only logged, a kernel may skip the capture."""
+        ids = [token % self.shape.vocab_size for token in _PROBE_IDS]
+        try:
+            routes = self.score(ids).routes
+        except (RouteError, RolloutError) as error:
+            raise RolloutError(f"{self.name}: the probe after the start failed: {error}{self.log()}") from error
+        if routes.num_missing:
+            raise RolloutError(
+                f"{self.name}: {routes.num_missing} of {len(ids)} rows of the probe's routes are unusable (duplicate or "
+                "out-of-range expert ids, or layers of zeros); its MoE kernel does not record routes, or ModelShape describes "
+                f"another model.{self.log()}"
+            )
+
+    def why_dead(self) -> str | None:
+        """None while the server runs and answers, else the reason with the last log lines."""
+        if self.server is not None and not self.server.alive():
+            return self.server.describe_end()
+        try:
+            # Outside the client's pool, which may be exhausted; /health needs no key.
+            # SGLang's /health generates a token, which a paused server does not do; any answer shows that a paused one lives.
+            path = "/model_info" if self.paused else "/health"
+            with httpx.stream("GET", f"{self._url}{path}", timeout=30.0, trust_env=False) as answer:
+                status = answer.status_code
+        except httpx.HTTPError as error:
+            # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
+            deadline = time.monotonic() + _REAP_S
+            while self.server is not None and time.monotonic() < deadline:
+                if not self.server.alive():
+                    return self.server.describe_end()
+                time.sleep(0.05)
+            return f"{self._url} does not answer ({type(error).__name__}: {error}).{self.log()}"
+        return None if status == 200 or self.paused else f"{self._url}/health answers {status}.{self.log()}"
+
+    def log(self) -> str:
+        """The last lines of an own server's log, ready to be appended to an error."""
+        return self.server.describe_log() if self.server is not None else ""
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The object that a GET answers.
+
+        Raises:
+            RolloutError: it is none.
+        """
+        answer = self.http.run(self.http.json("GET", path, where=self.name))
+        if not isinstance(answer, dict):
+            raise RolloutError(f"{self.name}: {path} answered {str(answer)[:200]}, expected an object; is this an SGLang server?")
+        return answer
+
+    def published(self, label: str) -> None:
+        """After a push: reads the version back; it may sample again.
+
+        Raises:
+            RolloutError: it reports another version.
+        """
+        reported = self.read_label()
+        if reported != label:
+            raise RolloutError(f"weight update: {self.name} reports version {reported!r} after a push of version {label}")
+        self.label, self.unusable, self.pushed = label, None, True
+
+    def read_label(self) -> str:
+        """The version label that the server reports now."""
+        return str(self.get("/model_info").get("weight_version"))
+
+    def check_usable(self) -> None:
+        """Raises RolloutError unless it may sample."""
+        if self._http is not None and self.unusable is not None:
+            raise RolloutError(f"the rollout engine cannot sample: {self.unusable}; call update_weights()")
+
+    def score(self, token_ids: Sequence[int]) -> Probe:
+        """Handshake probe, computed anew: the prefix cache is flushed first, so the server has to be idle.
+
+        Raises:
+            RolloutError, RouteError: no answer, or one that cannot be believed.
+        """
+        http = self.http
+        self.check_usable()
+        wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
+        http.run(http.body("POST", FLUSH, where="score"))
+        limit = wire.max_answer_bytes(len(token_ids) + 1, self.shape)
+        body = http.run(http.body("POST", "/generate", wire.score_payload(token_ids), where="score", max_bytes=limit))
+        logprobs, routes = wire.parse_score(parse_body(body, "score"), token_ids, self.shape, "score")
+        return Probe(self.name, logprobs, routes)

@@ -1,0 +1,205 @@
+"""RolloutCall: one generate call: all its episodes at bounded concurrency, re-rolls, turns, and an early stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from megatron_pr2.errors import EnvironmentFailed, RolloutError, RouteError
+from megatron_pr2.rollout.base import Progress, RolloutResponse, SamplingParams
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.episode import Episode
+from megatron_pr2.rollout.sglang.fleet import Fleet
+from megatron_pr2.rollout.sglang.http import EngineDiedError, TimedOutError, TooLongError, UnavailableError
+from megatron_pr2.rollout.sglang.route_spill import RouteSpill
+from megatron_pr2.rollout.sglang.routes import AnswerError
+from megatron_pr2.rollout.sglang.wire import Sampled
+
+logger = logging.getLogger(__name__)
+
+_REPORT_EVERY_S = 0.25
+_WORTH_ANOTHER_TRY = (AnswerError, RouteError, TimedOutError, TooLongError, UnavailableError)
+
+
+class RolloutCall:
+    """Runs the episodes of one call.
+
+    Attributes:
+        episodes: one per request.
+        responses: of finished episodes, by their index.
+        complete: groups of which every response is finished, in the order in which they were completed.
+        counts: what happened on the way: rerolls, timeouts, invalid_rows, cached_tokens, retractions, resumed, interrupted, turns.
+        route_bytes: of routes as received.
+        tokens: sampled in this call.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        config: SGLangConfig,
+        episodes: Sequence[Episode],
+        sampling: SamplingParams,
+        spill: RouteSpill,
+        *,
+        enough: int | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.episodes = episodes
+        self.responses: dict[int, RolloutResponse] = {}
+        self.complete: list[int] = []
+        self.counts: Counter[str] = Counter()
+        self.route_bytes = 0
+        self.tokens = 0
+        self._fleet = fleet
+        self._config = config
+        self._sampling = sampling
+        self._spill = spill
+        self._enough = enough
+        self._on_progress = on_progress
+        self._reported = 0.0
+        self._stopping = False
+        # Slow tools must not keep answers from being decoded.
+        self._environments = ThreadPoolExecutor(config.concurrency, thread_name_prefix="environment")
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._left = Counter(episode.request.group for episode in episodes)
+
+    async def run(self) -> None:
+        """Returns when all episodes are finished, or enough groups are and the rest has stopped.
+
+        Raises:
+            RolloutError, RouteError: of the first response that is lost.
+        """
+        tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self.episodes))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._fleet.abort_left()
+            self._environments.shutdown(wait=False, cancel_futures=True)
+            self._report(at_once=True)
+
+    def where(self, index: int) -> str:
+        """Names a response in errors."""
+        request = self.episodes[index].request
+        key = f", key {request.key}" if request.key else ""
+        return f"request {index} of {len(self.episodes)} (seed {request.seed}{key})"
+
+    async def _in_slot(self, index: int) -> None:
+        async with self._slots:
+            if self._stopping:
+                return
+            try:
+                async with asyncio.timeout(self._config.deadline_s):
+                    await self._sample(index)
+            except TimeoutError as error:
+                raise TimedOutError(
+                    f"{self.where(index)}: not finished within {self._config.deadline_s:g} s; raise deadline_s "
+                    "or look at the engines"
+                ) from error
+
+    async def _sample(self, index: int) -> None:
+        """All attempts and turns of one response, until it is finished or everything stops."""
+        episode, where = self.episodes[index], self.where(index)
+        if episode.num_sampled:
+            self.counts["resumed"] += 1
+        while not episode.sealed:
+            while episode.finish_reason is None:
+                await self._fleet.opened()
+                if self._stopping:
+                    return
+                await self._try(episode, where)
+            if not await self._next_turn(episode, where):
+                await self._seal(episode, where)
+        self.responses[index] = response = episode.response(where)
+        self.counts["turns"] += response.turns
+        self._report()
+        await self._finished(episode.request.group)
+
+    async def _seal(self, episode: Episode, where: str) -> None:
+        response = episode.response(where)
+        if response.routes is not None:
+            response = replace(response, routes=await asyncio.to_thread(self._spill.keep, response.routes))
+        episode.seal(response)
+
+    async def _try(self, episode: Episode, where: str) -> None:
+        halts = self._fleet.halts
+        try:
+            sampled = await self._fleet.attempt(episode, self._sampling, where)
+            if sampled.finish == "abort":
+                if halts == self._fleet.halts and not self._stopping:
+                    raise AnswerError(f"{where}: the server aborted the request; the response is lost")
+                self.counts["interrupted"] += 1
+            if sampled.invalid_rows and episode.failures < self._config.rerolls:
+                raise RouteError(
+                    f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids"
+                )
+            if sampled.routes is not None:
+                sampled = replace(sampled, routes=await asyncio.to_thread(self._spill.keep, sampled.routes))
+            episode.extend(sampled, where)
+        except _WORTH_ANOTHER_TRY as error:
+            if self._stopping:  # enough is there: nothing depends on this one
+                return
+            episode.failures += 1
+            self.counts["rerolls"] += 1
+            self.counts["timeouts"] += isinstance(error, TimedOutError)
+            if episode.failures > self._config.rerolls:
+                raise
+            logger.info("attempt %d: %s", episode.failures, error)
+        except EngineDiedError:
+            if self._stopping:
+                return
+            # Another replica takes over where this one ended.
+            self.counts["rerolls"] += 1
+            # While weights are replaced none is live, but some will be.
+            if self._fleet.front is not None or not (self._fleet.live() or self._fleet.halted):
+                raise
+        else:
+            self._count(sampled)
+
+    def _count(self, sampled: Sampled) -> None:
+        self.route_bytes += sampled.route_bytes
+        self.tokens += len(sampled.token_ids)
+        self.counts["invalid_rows"] += sampled.invalid_rows
+        self.counts["cached_tokens"] += sampled.cached_tokens
+        self.counts["retractions"] += sampled.retractions
+
+    async def _next_turn(self, episode: Episode, where: str) -> bool:
+        """Lets the environment reply to a finished turn; whether there is another one."""
+        environment = episode.request.environment
+        if environment is None or episode.finish_reason != "stop":
+            return False
+        try:
+            loop = asyncio.get_running_loop()
+            ids = (episode.request.prompt_ids, episode.response_ids)
+            reply = await loop.run_in_executor(self._environments, environment.reply, *ids)
+        except Exception as error:
+            raise EnvironmentFailed(f"{where}: its environment failed: {type(error).__name__}: {error}") from error
+        try:
+            episode.take_turn(reply, where)
+        except RolloutError as error:
+            raise EnvironmentFailed(str(error)) from error
+        return episode.finish_reason is None
+
+    async def _finished(self, group: int) -> None:
+        self._left[group] -= 1
+        if self._left[group]:
+            return
+        self.complete.append(group)
+        if self._enough is not None and len(self.complete) >= self._enough and not self._stopping:
+            self._stopping = True
+            await self._fleet.drain()
+
+    def _report(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self._on_progress is None or (now - self._reported < _REPORT_EVERY_S and not at_once):
+            return
+        self._reported = now
+        self._on_progress(Progress(len(self.responses), len(self.episodes), self.tokens))
+

@@ -1,0 +1,160 @@
+"""SGLangServers: the servers of an engine and what stands before them, from their start over deaths and returns to their end."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.fleet import Fleet
+from megatron_pr2.rollout.sglang.gateway.front import Front
+from megatron_pr2.rollout.sglang.http import LoopThread
+from megatron_pr2.rollout.sglang.replica import SGLangReplica
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class SGLangServers:
+    """Starts, revives and stops.
+
+    Attributes:
+        replicas: the servers, whether they run or not.
+        fleet: of the replicas, while the engine runs.
+    """
+
+    def __init__(self, config: SGLangConfig, shape: ModelShape) -> None:
+        self._config = config
+        self._shape = shape
+        urls: Sequence[str | None] = config.urls or [None] * config.engines
+        # Servers behind one router share a key.
+        key = config.read_api_key() or (None if config.urls else secrets.token_urlsafe(24))
+        self.replicas = [
+            SGLangReplica(index, _config_of(config, index, len(urls)), shape, url=url, api_key=key)
+            for index, url in enumerate(urls)
+        ]
+        self.fleet: Fleet | None = None
+        self._loop: LoopThread | None = None
+        self._front: Front | None = None
+
+    def running(self) -> Fleet:
+        """The fleet.
+
+        Raises:
+            RolloutError: the engine does not run.
+        """
+        if self.fleet is None:
+            raise RolloutError("the rollout engine is not running; call start()")
+        return self.fleet
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the event loop of all clients, and waits."""
+        assert self._loop is not None
+        return self._loop.run(coroutine)
+
+    def start(self) -> None:
+        """Starts all; nothing is left running after a failure.
+
+        Raises:
+            RolloutError: a server or the router cannot be used; names the cause.
+        """
+        try:
+            self._loop = loop = self._start_all()
+            self.fleet = Fleet(self._config, self._shape, self.replicas)
+            if self._config.router != "none":
+                self._front = Front(self._config, self._shape, self.replicas, loop)
+                self.fleet.front = self._front.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def restart(self) -> None:
+        """Starts anew what died, all servers if nothing did."""
+        fleet = self.running()
+        broken = [r for r in self.replicas if not r.connected or r.index in fleet.lost or r.why_dead() is not None]
+        if self._front is not None and not self._front.alive():
+            self._front.stop()
+        elif not broken:
+            broken = self.replicas
+        _together([replica.stop for replica in broken])
+        self.revive()
+        if self._front is not None and not self._front.alive():
+            fleet.front = self._front.start()
+
+    def ensure_alive(self) -> None:
+        """Raises RolloutError, with the last log lines of an own server, unless every server runs and answers."""
+        for replica in self.replicas:
+            _ = replica.http
+            reason = replica.why_dead()
+            if reason is not None:
+                raise RolloutError(f"the rollout engine is not running: {reason}")
+
+    def stop(self) -> None:
+        """Stops own servers and an own router, disconnects from others; safe to call twice."""
+        self.fleet = None
+        if self._front is not None:
+            self._front.stop()
+            self._front = None
+        for replica in self.replicas:
+            replica.stop()
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def revive(self) -> None:
+        """Starts what is stopped or lost; an attached server that stays away is left out as long as there is another one."""
+        fleet, loop = self.running(), self._loop
+        assert loop is not None
+        failures: list[RolloutError] = []
+        gone = [r for r in self.replicas if not r.connected or r.index in fleet.lost]
+
+        def revive(replica: SGLangReplica) -> None:
+            replica.stop()
+            try:
+                replica.start(loop)
+            except RolloutError as error:
+                if replica.server is not None:
+                    raise
+                fleet.lost[replica.index] = str(error)
+                failures.append(error)
+                logger.warning("%s stays away: %s", replica.name, str(error).splitlines()[0])
+
+        # Side by side: each takes minutes.
+        _together([lambda r=r: revive(r) for r in gone])  # type: ignore[misc]
+        for replica in gone:
+            if replica.connected:
+                if self._front is not None:
+                    self._front.moved(replica)
+                fleet.lost.pop(replica.index, None)
+                logger.info("%s is back", replica.name)
+        if len(failures) == len(self.replicas):
+            raise failures[0]
+
+    def _start_all(self) -> LoopThread:
+        """Starts the replicas side by side; returns the loop that their clients run on."""
+        self._loop = loop = LoopThread()
+        _together([lambda r=r: r.start(loop) for r in self.replicas])  # type: ignore[misc]
+        return loop
+
+
+def _config_of(config: SGLangConfig, index: int, count: int) -> SGLangConfig:
+    """The settings of one of several own servers: other GPUs and another log."""
+    if count == 1 or config.urls:
+        return config
+    log = f"{config.log_path}.{index}" if config.log_path else None
+    return replace(config, first_gpu=config.first_gpu + index * config.tp_size, log_path=log)
+
+
+def _together(actions: Sequence[Callable[[], None]]) -> None:
+    """Runs actions in threads and raises the first failure after all have ended."""
+    with ThreadPoolExecutor(max_workers=max(1, len(actions))) as pool:
+        futures = [pool.submit(action) for action in actions]
+    for future in futures:
+        future.result()

@@ -1,0 +1,68 @@
+"""The benchmarks run in a minimal size; their times are printed, not judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.exhaustive
+def test_bench_scatter_counts_bytes() -> None:
+    """Every rank receives 1 / (tp cp pp) of what a broadcast brings, and holds the same afterwards."""
+    small = ["--tokens", "512", "--layers", "4", "--topk", "2", "--sequence", "64", "--rows", "128", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools/bench_scatter.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    layouts = {(case["tensor"], case["context"], case["pipeline"]) for case in report["cases"]}
+    assert layouts == {(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)}
+    assert len({case["tokens"] for case in report["cases"]}) == 3
+    for case in report["cases"]:
+        assert case["identical"]
+        assert case["received_bytes"]["broadcast"] == case["table_bytes"] == case["tokens"] * 4 * 2
+        assert case["received_bytes"]["scatter"] * case["ranks"] == case["table_bytes"]
+        assert case["received_bytes"]["broadcast_int32"] == 4 * case["table_bytes"]
+        assert all(seconds > 0 for seconds in case["seconds"].values())
+    ratios = {c["ranks"]: round(c["seconds"]["scatter"] / c["seconds"]["broadcast"], 2) for c in report["cases"]}
+    sys.stdout.write(f"scatter against broadcast, by ranks: {ratios}\n")
+
+
+def test_bench_routes_decodes_the_same() -> None:
+    small = ["--tokens", "256", "--layers", "4", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools/bench_routes.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    measured = [(case["tokens"], case["way"]) for case in report["cases"]]
+    assert measured == [(n, way) for n in (64, 128, 256) for way in ("ours", "usual")]
+    assert all(case["identical"] and case["mb_per_s"] > 0 for case in report["cases"])
+    ours, usual = report["cases"][-2:]
+    assert usual["result_bytes"] == 4 * ours["result_bytes"]
+    sys.stdout.write(f"ours against json + numpy: {ours['mb_per_s'] / usual['mb_per_s']:.1f} times as fast\n")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.sglang
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers are of a CPU engine")
+def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: Path) -> None:
+    """Engine and trainer compute in bf16: some experts differ before replay, all are replayed, and the gap shrinks."""
+    settings = ["rollout.prompts=16", "rollout.responses=4", "rollout.max_new_tokens=24", "algorithm.mini_steps=1"]
+    settings.append(f"model.path={tiny_checkpoint}")
+    command = [sys.executable, str(ROOT / "tools/bench_mismatch.py"), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    sys.stdout.write(f"{report}\n")
+    assert report["responses_identical"]
+    assert 0.9 < report["route_agreement_before_replay"] < 1.0
+    assert report["missing_routes"] == 0
+    assert report["gap_with_replay"]["kl"] < 0.5 * report["gap_without_replay"]["kl"]
+    assert report["gap_with_replay"]["mean"] < report["gap_without_replay"]["mean"]
