@@ -86,6 +86,8 @@ test-fast: lint
 lint: $(TEST)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python tools/rooms.py --check
 
 sglang: $(SGLANG) $(SGLANG_0519)
 

@@ -499,7 +499,7 @@ def test_a_patched_router_is_refused(method: str, wrapped: bool, monkeypatch: py
             return somebody_elses_routing(self, *args, **kwargs)
 
     monkeypatch.setattr(TopKRouter, method, patch)
-    with pytest.raises(AttachError, match=rf"TopKRouter\.{method} was replaced by tests\.test_attach.*switch that one off"):
+    with pytest.raises(AttachError, match=rf"TopKRouter\.{method} was replaced by tests\.replay\.test_attach.*switch that one off"):
         attach(chunk, PR2_CONFIG)
     assert all(type(router) is TopKRouter for router in toy.routers(chunk))
     monkeypatch.undo()
