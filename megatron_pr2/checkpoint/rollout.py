@@ -149,7 +149,7 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
     starts = np.array([pr2.tokens.span(sid).start for sid in pr2.tokens.lengths], dtype=np.int64)
     for segment in segments:
         place = pr2.tokens.sequence_of(segment.tokens)
-        stage = np.broadcast_to([pr2.replica.stage.me, pr2.replica.stage.size], (len(place), 2))
+        stage = np.broadcast_to([pr2.replica.tp_cp.me, pr2.replica.tp_cp.size], (len(place), 2))
         index_S4 = torch.from_numpy(np.column_stack([ids[place], segment.tokens - starts[place], stage]))
         for site in pr2.sites:
             kinds = {"index": index_S4, "h_old": segment.h_LSH[site.local], "p_old": segment.p_LSE[site.local]}
@@ -218,7 +218,7 @@ def _held(pr2: Contents, reader: files.RowReader, sampled: npt.NDArray[np.bool_]
     """Tokens with features for every layer of this rank, ascending; and who held them, if the stage had as many ranks as now."""
     (held,) = np.nonzero(sampled)
     members = np.zeros(len(sampled), dtype=np.int64)
-    sizes = {pr2.replica.stage.size}
+    sizes = {pr2.replica.tp_cp.size}
     for site in pr2.sites:
         tokens_S, stage_S2 = _rows(pr2, reader, site.hidden_layer)
         held = np.intersect1d(held, tokens_S)

@@ -70,7 +70,7 @@ class Measurement:
         device: torch.device,
     ) -> None:
         """Args: `device` is the routers'."""
-        self._config, self._predictor, self._stage, self._device = config, predictor, replica.stage, device
+        self._config, self._predictor, self._stage, self._device = config, predictor, replica.tp_cp, device
         self._score_function = model_config.moe_router_score_function
         self.features = FeatureStore(
             len(sites),
@@ -82,7 +82,7 @@ class Measurement:
         # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
         self.plan = FeaturePlan(
-            self.features, replica.stage, budget_bytes=config.feature_bytes, most_layers=layers, device=device
+            self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device
         )
         self.agreement = AgreementCheck(device)
         self.drift = DriftMetrics(len(sites), device)

@@ -75,12 +75,13 @@ class Replica:
 
     Attributes:
         ranks: all that train the same sequences: tensor x context x pipeline.
-        stage: of these, the ranks that hold other tokens of the same layers: context, x tensor under sequence parallelism.
+        tp_cp: of these, the ranks that hold other tokens of the same layers: context x tensor, context only without sequence
+            parallelism.
         created: process groups made for it, to be destroyed with it.
     """
 
     ranks: RankGroup
-    stage: RankGroup
+    tp_cp: RankGroup
     created: tuple[dist.ProcessGroup, ...] = ()
 
     def release(self) -> None:
@@ -111,8 +112,8 @@ def find_replica(columns: Sequence[int], sequence_parallel: bool) -> Replica:
         else:
             everyone = _joined(tokens, stages)
             created = (everyone,)
-    stage = tokens if sequence_parallel else mpu.get_context_parallel_group()
-    return Replica(_introduced(me, everyone, cp_size, tp_size), _introduced(me, stage, cp_size, tp_size), created)
+    tp_cp = tokens if sequence_parallel else mpu.get_context_parallel_group()
+    return Replica(_introduced(me, everyone, cp_size, tp_size), _introduced(me, tp_cp, cp_size, tp_size), created)
 
 
 def _joined(tokens: dist.ProcessGroup, stages: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -94,7 +94,7 @@ def take_in(
         raise RouteError(f"{failures} other rank(s) refused the routes of their sequences; their errors say why")
     if all_missing > config.max_missing_share * all_tokens:
         # Each rank of a stage counted the sequences of the whole replica.
-        counts = all_missing // replica.stage.size, all_tokens // replica.stage.size
+        counts = all_missing // replica.tp_cp.size, all_tokens // replica.tp_cp.size
         message = too_many_missing(*counts, config.max_missing_share, by_sequence, tokens)
         if config.strict:
             raise RouteError(message)

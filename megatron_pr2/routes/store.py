@@ -121,7 +121,7 @@ class RouteStore:
         """
         if self._gathered:
             return
-        stage = self._replica.stage
+        stage = self._replica.tp_cp
         columns = list(stage.members[stage.me].columns)
         own = [(local.real()[0], ids) for grid, ids in self._recorded for local in (stage.rows(grid),)]
         # One copy to the host, once per rollout and only if the passes are cut differently.
