@@ -35,9 +35,8 @@ from megatron_pr2.drift.features import FeatureStore
 from megatron_pr2.drift.measurement import Measurement
 from megatron_pr2.drift.scalars import Scalars
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.parallel.groups import communication_device, every_layer, everyone, token_group, whole_model
+from megatron_pr2.parallel.groups import check_groups, communication_device, every_layer, everyone, token_group, whole_model
 from megatron_pr2.parallel.replica import find_replica
-from megatron_pr2.parallel.running import check_live_layout
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.gates import merge_gates
 from megatron_pr2.prediction.horizon import Forecast
@@ -83,7 +82,7 @@ class PR2:
         self._chunks = list(chunks)
         self.model_config = unwrapped(chunks[0]).config
         check_config(self.model_config)
-        check_live_layout(self.model_config, communication_device())
+        check_groups(self.model_config, communication_device())
         self.sites, self.layers = upgrade_routers(self._chunks)
         with ExitStack() as undo:  # an attach() that fails leaves the model as it was
             undo.callback(give_back, self.sites)

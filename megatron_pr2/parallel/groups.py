@@ -1,4 +1,4 @@
-"""What PR2 gathers over Megatron-Core's process groups beside routes and features: sums over tokens, stages' layers."""
+"""Megatron-Core's process groups as PR2 uses them: whether they fit the model, and what is gathered over them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,47 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_pr2.errors import AttachError
+from megatron_pr2.parallel.ranks import LOST_EXPERT_GRADIENTS
+
 T = TypeVar("T")
+
+
+def check_groups(config: TransformerConfig, device: torch.device) -> None:
+    """Refuses a model whose config contradicts the process groups, and a layout that loses expert gradients; collective.
+
+    Raises:
+        AttachError: on every rank.
+    """
+    if not mpu.model_parallel_is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise AttachError(
+                f"{dist.get_world_size()} processes, but Megatron-Core's parallel_state is not initialised, from which PR2 takes "
+                "its groups; call initialize_model_parallel() before attach()"
+            )
+        return
+    sizes = {
+        "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
+        "context_parallel_size": mpu.get_context_parallel_world_size(),
+        "pipeline_model_parallel_size": mpu.get_pipeline_model_parallel_world_size(),
+        "expert_model_parallel_size": mpu.get_expert_model_parallel_world_size(),
+    }
+    for name, size in sizes.items():
+        if getattr(config, name) != size:
+            raise AttachError(
+                f"the model's config says {name}={getattr(config, name)}, Megatron-Core's process groups say {size}; build the "
+                "model with the sizes that initialize_model_parallel() was given"
+            )
+    if config.expert_model_parallel_size == 1:
+        reduced, copies = mpu.get_data_parallel_group(with_context_parallel=True), mpu.get_expert_data_parallel_group()
+        # Some ranks may see equal groups by chance; all of them have to refuse.
+        wrong = torch.tensor(float(dist.get_process_group_ranks(reduced) != dist.get_process_group_ranks(copies)), device=device)
+        dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+        if wrong.item():
+            raise AttachError(LOST_EXPERT_GRADIENTS)
 
 
 def gathered(item: T, group: dist.ProcessGroup) -> list[T]:

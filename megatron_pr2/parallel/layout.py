@@ -14,14 +14,39 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.parallel.grid import TokenGrid, cut, moe_layer_indices
-from megatron_pr2.parallel.ranks import ORDER, RankNumbering
-from megatron_pr2.parallel.refusals import check_model, check_order, check_positive, check_sizes
-from megatron_pr2.parallel.stages import LayoutRows, Stages, cut_layers, layout_chunks, layout_rows, moe_columns, pattern_chunks
+from megatron_pr2.parallel.ranks import LOST_EXPERT_GRADIENTS, ORDER, RankNumbering
+from megatron_pr2.parallel.stages import LayoutRows, Stages, cut_layers, layout_chunks, layout_rows, pattern_chunks
+
+# TransformerConfig's names of the fields of a ParallelLayout.
+CONFIG_NAMES = {
+    "num_layers": "num_layers",
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+    "expert_tensor": "expert_tensor_parallel_size",
+    "sequence_parallel": "sequence_parallel",
+    "moe_layer_freq": "moe_layer_freq",
+    "num_experts": "num_moe_experts",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "layers_in_first": "num_layers_in_first_pipeline_stage",
+    "layers_in_last": "num_layers_in_last_pipeline_stage",
+    "account_for_embedding": "account_for_embedding_in_pipeline_split",
+    "account_for_loss": "account_for_loss_in_pipeline_split",
+    "pipeline_layout": "pipeline_model_parallel_layout",
+    "mtp_num_layers": "mtp_num_layers",
+}
+# These are at least 1 where they are given.
+_SIZES = (
+    "num_layers", "tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor", "num_experts",
+    "num_attention_heads", "num_query_groups",
+)  # fmt: skip
 
 
 class Coordinates(NamedTuple):
@@ -30,15 +55,6 @@ class Coordinates(NamedTuple):
     tp: int
     cp: int
     dp: int
-    pp: int
-
-
-class ExpertCoordinates(NamedTuple):
-    """A rank's place in its expert-tensor-, expert-, expert-data- and pipeline-parallel group."""
-
-    etp: int
-    ep: int
-    edp: int
     pp: int
 
 
@@ -88,32 +104,37 @@ class ParallelLayout:
     hybrid_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self)
-        rows = layout_rows(self.pipeline_layout)
+        for name in _SIZES:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ConfigError(f"{name}={size}: expected at least 1")
+        if isinstance(self.moe_layer_freq, int) and self.moe_layer_freq < 1:
+            raise ConfigError(f"moe_layer_freq={self.moe_layer_freq}: expected at least 1, or a list of 0 and 1 per layer")
+        rows, frequency, chunks = layout_rows(self.pipeline_layout), self.moe_layer_freq, 1
+        if self.hybrid_pattern is not None:
+            layers = DecoderLayers.of_pattern(self.hybrid_pattern)
+            frequency = [int(layer in layers.moe) for layer in range(layers.count)]
+            chunks = pattern_chunks(self.hybrid_pattern, self.pipeline)
+        elif rows is not None:
+            chunks = layout_chunks(rows, self.pipeline)
         self._replace("pipeline_layout", rows)
+        self._replace("moe_layer_freq", frequency if isinstance(frequency, int) else tuple(frequency))
+        if self.virtual_pipeline is None and chunks > 1:
+            self._replace("virtual_pipeline", chunks)
         if self.expert_tensor is None:
             self._replace("expert_tensor", self.tensor)
         if self.sequence_parallel is None:
             self._replace("sequence_parallel", self.tensor > 1)
-        if self.hybrid_pattern is not None:
-            layers = DecoderLayers.of_pattern(self.hybrid_pattern)
-            self._replace("moe_layer_freq", [int(layer in layers.moe) for layer in range(layers.count)])
-            if self.virtual_pipeline is None and (chunks := pattern_chunks(self.hybrid_pattern, self.pipeline)) > 1:
-                self._replace("virtual_pipeline", chunks)
-        if not isinstance(self.moe_layer_freq, int):
-            self._replace("moe_layer_freq", tuple(self.moe_layer_freq))
-        if rows is not None and self.virtual_pipeline is None and (chunks := layout_chunks(rows, self.pipeline)) > 1:
-            self._replace("virtual_pipeline", chunks)
-        check_sizes(self)
+        self._check_sizes()
         # These four raise where something does not fit.
         _ = self.ranks, self.expert_ranks, self.stages, self.moe_layers
-        check_order(self)
-        check_model(self)
+        self._check_order()
+        self._check_model()
+
+    def _replace(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @classmethod
-    def of(
-        cls, config: Any, *, world_size: int, order: str = ORDER, hybrid_pattern: str | None = None
-    ) -> ParallelLayout:
+    def of(cls, config: Any, *, world_size: int, order: str = ORDER, hybrid_pattern: str | None = None) -> ParallelLayout:
         """The layout of a model with this TransformerConfig on `world_size` ranks.
 
         Args:
@@ -122,36 +143,11 @@ class ParallelLayout:
         Raises:
             ConfigError: the world is not a multiple of the sizes, or as for the constructor.
         """
-        tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        model_size = tensor * pipeline * config.context_parallel_size
-        if world_size < 1 or world_size % model_size:
-            raise ConfigError(
-                f"world_size={world_size} is not a multiple of tensor_model_parallel_size={tensor} x pipeline_model_parallel_size="
-                f"{pipeline} x context_parallel_size={config.context_parallel_size} = {model_size}; change sizes or processes"
-            )
-        return cls(
-            num_layers=config.num_layers if hybrid_pattern is None else DecoderLayers.of_pattern(hybrid_pattern).count,
-            tensor=tensor,
-            pipeline=pipeline,
-            virtual_pipeline=config.virtual_pipeline_model_parallel_size,
-            context=config.context_parallel_size,
-            data=world_size // model_size,
-            expert=config.expert_model_parallel_size,
-            expert_tensor=config.expert_tensor_parallel_size,
-            sequence_parallel=config.sequence_parallel,
-            order=order,
-            moe_layer_freq=config.moe_layer_freq,
-            num_experts=config.num_moe_experts,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            layers_in_first=config.num_layers_in_first_pipeline_stage,
-            layers_in_last=config.num_layers_in_last_pipeline_stage,
-            account_for_embedding=config.account_for_embedding_in_pipeline_split,
-            account_for_loss=config.account_for_loss_in_pipeline_split,
-            pipeline_layout=config.pipeline_model_parallel_layout,
-            mtp_num_layers=config.mtp_num_layers,
-            hybrid_pattern=hybrid_pattern,
-        )
+        fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG_NAMES.items()}
+        if hybrid_pattern is not None:
+            fields["num_layers"] = DecoderLayers.of_pattern(hybrid_pattern).count
+        data = data_size(world_size, fields["tensor"], fields["pipeline"], fields["context"])
+        return cls(**fields, data=data, order=order, hybrid_pattern=hybrid_pattern)
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
 
@@ -161,15 +157,14 @@ class ParallelLayout:
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
-    def expert_model_size(self) -> int:
+    def _expert_model_size(self) -> int:
         """Ranks that hold one copy of all experts."""
-        assert self.expert_tensor is not None
-        return self.expert_tensor * self.expert * self.pipeline
+        return (self.expert_tensor or 1) * self.expert * self.pipeline
 
     @property
     def expert_data(self) -> int:
         """Ranks that hold the same share of the same experts."""
-        return self.world_size // self.expert_model_size
+        return self.world_size // self._expert_model_size
 
     @cached_property
     def ranks(self) -> RankNumbering:
@@ -180,8 +175,7 @@ class ParallelLayout:
     @cached_property
     def expert_ranks(self) -> RankNumbering:
         """Numbering of the ranks for the experts."""
-        assert self.expert_tensor is not None
-        sizes = {"tp": self.expert_tensor, "cp": 1, "ep": self.expert, "dp": self.expert_data, "pp": self.pipeline}
+        sizes = {"tp": self.expert_tensor or 1, "cp": 1, "ep": self.expert, "dp": self.expert_data, "pp": self.pipeline}
         return RankNumbering(self.order, sizes)
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -190,17 +184,8 @@ class ParallelLayout:
         Raises:
             ConfigError: the world has no such rank.
         """
-        digit = self.ranks.digits(rank)
-        return Coordinates(digit["tp"], digit["cp"], digit["dp"], digit["pp"])
-
-    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
-        """Place of a rank, seen from the experts.
-
-        Raises:
-            ConfigError: the world has no such rank.
-        """
-        digit = self.expert_ranks.digits(rank)
-        return ExpertCoordinates(digit["tp"], digit["ep"], digit["dp"], digit["pp"])
+        digits = self.ranks.digits(rank)
+        return Coordinates(*(digits[kind] for kind in Coordinates._fields))
 
     def rank(self, coordinates: Coordinates) -> int:
         """The rank at these coordinates.
@@ -210,20 +195,12 @@ class ParallelLayout:
         """
         return self.ranks.rank(coordinates._asdict())
 
-    def replicas(self) -> npt.NDArray[np.int64]:
-        """[data, tensor x context x pipeline] ranks: each row trains on the same sequences, its owner first."""
-        return self.ranks.groups("tp", "cp", "pp")
-
     def replica(self, rank: int) -> tuple[int, ...]:
-        """The row of `replicas` that a rank is in, ascending.
+        """The tensor x context x pipeline ranks that train on the same sequences as a rank, ascending.
 
-        Its first rank (tp = cp = pp = 0) is the owner: where the routes of the replica's sequences are given.
+        The first one (tp = cp = pp = 0) is the owner: where the routes of the replica's sequences are given.
         """
-        return tuple(self.replicas()[self.coordinates(rank).dp].tolist())
-
-    def owner(self, rank: int) -> int:
-        """The first rank of a rank's replica."""
-        return self.rank(Coordinates(0, 0, self.coordinates(rank).dp, 0))
+        return tuple(self.ranks.groups("tp", "cp", "pp")[self.coordinates(rank).dp].tolist())
 
     # ---- layers ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +231,8 @@ class ParallelLayout:
 
     def moe_columns(self, pp: int) -> tuple[int, ...]:
         """The stage's MoE layers, as indices among all MoE layers of the model (the L axis of a RouteTable); may be empty."""
-        return moe_columns([layer for chunk in self.stages[pp] for layer in chunk], self.moe_layers)
+        mine = {layer for chunk in self.stages[pp] for layer in chunk}
+        return tuple(column for column, layer in enumerate(self.moe_layers) if layer in mine)
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -265,8 +243,7 @@ class ParallelLayout:
         Context parallelism cuts a sequence into 2 x context chunks; sequence parallelism cuts what one context-parallel rank then
         holds into `tensor` shares. Megatron's own scripts pad to 2 x context x tensor, which is a multiple of it.
         """
-        chunks = 2 * self.context if self.context > 1 else 1
-        return math.lcm(chunks, self.context * self._sharing)
+        return math.lcm(2 * self.context if self.context > 1 else 1, self.context * self._sharing)
 
     def cut(self, grid: TokenGrid, rank: int) -> TokenGrid:
         """The rows of a whole micro-batch that a rank's routers see.
@@ -278,12 +255,89 @@ class ParallelLayout:
         share = place.tp if self.sequence_parallel else 0
         return cut(grid, cp_size=self.context, cp_rank=place.cp, tp_size=self._sharing, tp_rank=share)
 
-    # ---- inside ------------------------------------------------------------------------------------------------------
-
     @property
     def _sharing(self) -> int:
         """Tensor-parallel ranks that share the rows; without sequence parallelism each sees all of them."""
         return self.tensor if self.sequence_parallel else 1
 
-    def _replace(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+    # ---- refusals ----------------------------------------------------------------------------------------------------
+
+    def _check_sizes(self) -> None:
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size={self.virtual_pipeline} with pipeline_model_parallel_size=1: only the "
+                "stages of a pipeline can be interleaved; leave the former out, or raise the latter"
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError(
+                "sequence_parallel=True with tensor_model_parallel_size=1: there is nothing to share; set it to False"
+            )
+        if self.world_size % self._expert_model_size:
+            raise ConfigError(
+                f"world_size={self.world_size} (tensor {self.tensor} x context {self.context} x data {self.data} x pipeline "
+                f"{self.pipeline}) is not a multiple of expert_tensor_parallel_size={self.expert_tensor} x "
+                f"expert_model_parallel_size={self.expert} x pipeline_model_parallel_size={self.pipeline} = "
+                f"{self._expert_model_size}; lower the expert sizes, or add data parallelism"
+            )
+
+    def _check_order(self) -> None:
+        """Attention and experts agree on what a pipeline stage is."""
+        if self.pipeline == 1:
+            return
+        why = None
+        if self.ranks.rank({"pp": 1}) != self.expert_ranks.rank({"pp": 1}):
+            why = "attention and experts would be in different pipeline-parallel groups"
+        elif not self.order.endswith("pp") and self.expert_data != self.data:
+            why = f"data parallelism of attention ({self.data}) and of experts ({self.expert_data}) must then agree"
+        if why:
+            raise ConfigError(
+                f"order={self.order!r} with pipeline_model_parallel_size={self.pipeline}, expert_model_parallel_size="
+                f"{self.expert}, expert_tensor_parallel_size={self.expert_tensor}: {why}; put pp last, as in {ORDER!r}"
+            )
+
+    def _check_model(self) -> None:
+        """The model can be cut into these sizes; what the layout does not say about the model is not checked."""
+        tensor, heads, groups, experts = self.tensor, self.num_attention_heads, self.num_query_groups, self.num_experts
+        why = None
+        if heads is not None and heads % tensor:
+            why = f"num_attention_heads={heads} is not a multiple of tensor_model_parallel_size={tensor}; lower the latter"
+        elif groups is not None and groups % tensor and tensor % groups:
+            why = (
+                f"num_query_groups={groups} is neither a multiple nor a divisor of tensor_model_parallel_size={tensor}; change the "
+                "latter"
+            )
+        elif experts is None:
+            if self.expert > 1:
+                why = (
+                    f"expert_model_parallel_size={self.expert} with num_moe_experts=None: there are no experts to share out; set "
+                    "the former to 1"
+                )
+        elif experts % self.expert:
+            why = f"num_moe_experts={experts} is not a multiple of expert_model_parallel_size={self.expert}; lower the latter"
+        elif tensor > 1 and not self.sequence_parallel:
+            why = (
+                f"tensor_model_parallel_size={tensor} with sequence_parallel=False: Megatron-Core does not train MoE layers like "
+                "that; set sequence_parallel=True"
+            )
+        elif self.expert == 1 and not np.array_equal(self.ranks.groups("dp", "cp"), self.expert_ranks.groups("dp")):
+            why = (
+                f"tensor_model_parallel_size={tensor}, expert_tensor_parallel_size={self.expert_tensor}, order={self.order!r}, "
+                f"{LOST_EXPERT_GRADIENTS}"
+            )
+        if why:
+            raise ConfigError(why)
+
+
+def data_size(world_size: int, tensor: int, pipeline: int, context: int) -> int:
+    """Replicas in a world.
+
+    Raises:
+        ConfigError: the world is not a multiple of the sizes.
+    """
+    model_size = tensor * pipeline * context
+    if world_size < 1 or world_size % model_size:
+        raise ConfigError(
+            f"world_size={world_size} is not a multiple of tensor_model_parallel_size={tensor} x pipeline_model_parallel_size="
+            f"{pipeline} x context_parallel_size={context} = {model_size}; change sizes or processes"
+        )
+    return world_size // model_size

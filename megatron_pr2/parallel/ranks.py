@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,15 +13,18 @@ from megatron_pr2.errors import ConfigError
 ORDER = "tp-cp-ep-dp-pp"
 KINDS = ("tp", "cp", "ep", "dp", "pp")
 
+# With one expert-parallel rank Megatron-Core 0.16 takes experts for sharded like everything else and reduces their gradients over
+# the data x context parallel group, which is wrong unless this group holds the copies of each share (docs/parallelism.md).
+LOST_EXPERT_GRADIENTS = (
+    "expert_model_parallel_size=1: the ranks that hold the copies of an expert are not the data x context parallel ranks over "
+    "which Megatron-Core reduces its gradients: it would lose expert gradients. Set expert_model_parallel_size above 1, or "
+    "expert_tensor_parallel_size to tensor_model_parallel_size and the order of ranks to its default"
+)
+
 
 class RankNumbering:
-    """Ranks as digits; the same rule as `megatron.core.parallel_state.RankGenerator`.
-
-    Attributes:
-        sizes: ranks of each kind.
-        strides: distance in rank numbers between neighbours of each kind.
-        world_size: ranks in all.
-    """
+    """The rule of `megatron.core.parallel_state.RankGenerator`, which knows groups but no coordinates, and whose import takes
+    longer than a whole plan."""
 
     def __init__(self, order: str, sizes: Mapping[str, int]) -> None:
         """Args:
@@ -33,15 +37,11 @@ class RankNumbering:
         given = order.lower().split("-")
         if len(set(given)) < len(given) or not set(given) <= set(KINDS):
             raise ConfigError(f"order={order!r}: expected each of {', '.join(KINDS)} at most once, joined by '-', as in {ORDER!r}")
-        self._order = [*given, *(kind for kind in KINDS if kind not in given)]
-        self.sizes = dict(sizes)
-        self.strides: dict[str, int] = {}
-        self.world_size = 1
-        for kind in self._order:
-            if kind not in given and sizes[kind] > 1:
-                raise ConfigError(f"order={order!r} leaves out {kind}, whose size is {sizes[kind]}; add {kind} to the order")
-            self.strides[kind] = self.world_size
-            self.world_size *= sizes[kind]
+        for kind, size in sizes.items():
+            if kind not in given and size > 1:
+                raise ConfigError(f"order={order!r} leaves out {kind}, whose size is {size}; add {kind} to the order")
+        self._sizes = {kind: sizes[kind] for kind in given} | dict(sizes)
+        self.world_size = math.prod(sizes.values())
 
     def digits(self, rank: int) -> dict[str, int]:
         """Place of a rank within each kind.
@@ -51,7 +51,10 @@ class RankNumbering:
         """
         if not 0 <= rank < self.world_size:
             raise ConfigError(f"rank {rank} of a world of {self.world_size}: expected 0 to {self.world_size - 1}")
-        return {kind: rank // self.strides[kind] % self.sizes[kind] for kind in self._order}
+        digits = {}
+        for kind, size in self._sizes.items():
+            rank, digits[kind] = divmod(rank, size)
+        return digits
 
     def rank(self, digits: Mapping[str, int]) -> int:
         """The rank at these places; kinds that are absent count as 0.
@@ -59,15 +62,17 @@ class RankNumbering:
         Raises:
             ConfigError: a place is not below the size of its kind.
         """
-        for kind, digit in digits.items():
-            if not 0 <= digit < self.sizes[kind]:
-                raise ConfigError(f"{kind}={digit} of {self.sizes[kind]} ranks: expected 0 to {self.sizes[kind] - 1}")
-        return sum(digit * self.strides[kind] for kind, digit in digits.items())
+        rank, stride = 0, 1
+        for kind, size in self._sizes.items():
+            digit = digits.get(kind, 0)
+            if not 0 <= digit < size:
+                raise ConfigError(f"{kind}={digit} of {size} ranks: expected 0 to {size - 1}")
+            rank, stride = rank + digit * stride, stride * size
+        return rank
 
     def groups(self, *kinds: str) -> npt.NDArray[np.int64]:
         """Every group of ranks that differ in these kinds only, [groups, ranks], both ascending."""
-        varied = [axis for axis, kind in enumerate(reversed(self._order)) if kind in kinds]
-        fixed = [axis for axis in range(len(self._order)) if axis not in varied]
-        ranks = np.arange(self.world_size).reshape([self.sizes[kind] for kind in reversed(self._order)])
-        size = int(np.prod([self.sizes[kind] for kind in kinds], dtype=np.int64))
-        return ranks.transpose(fixed + varied).reshape(-1, size)
+        slowest_first = list(reversed(self._sizes))
+        axes = sorted(range(len(slowest_first)), key=lambda axis: slowest_first[axis] in kinds)
+        ranks = np.arange(self.world_size).reshape([self._sizes[kind] for kind in slowest_first])
+        return ranks.transpose(axes).reshape(-1, math.prod(self._sizes[kind] for kind in kinds))

@@ -6,7 +6,7 @@ then along the second chunk of every stage, and so on; so the sizes of the chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
@@ -15,6 +15,9 @@ from megatron_pr2.parallel.decoder_layers import DecoderLayers, pattern_segments
 # [pipeline stage][virtual chunk] -> 0-based decoder layers, ascending.
 Stages = tuple[tuple[tuple[int, ...], ...], ...]
 LayoutRows = str | tuple[tuple[str, ...], ...]
+_LAYOUT = "pipeline_model_parallel_layout"
+_NUMBERS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+_ACCOUNTS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def cut_layers(
@@ -51,32 +54,22 @@ def cut_layers(
     Raises:
         ConfigError: settings with which Megatron-Core would refuse to build the model, or would silently build another one.
     """
+    numbers = {name: value for name, value in zip(_NUMBERS, (in_first, in_last), strict=True) if value is not None}
+    accounts = {name: True for name, on in zip(_ACCOUNTS, (account_for_embedding, account_for_loss), strict=True) if on}
     if hybrid_pattern is not None:
-        if layout is not None or account_for_embedding or account_for_loss:
-            raise ConfigError(
-                f"hybrid_layer_pattern={hybrid_pattern!r} and pipeline_model_parallel_layout={layout!r}, "
-                f"account_for_embedding_in_pipeline_split={account_for_embedding}, account_for_loss_in_pipeline_split="
-                f"{account_for_loss}: HybridModel ignores the latter; cut the pattern into stages by '|'"
-            )
-        sizes = _pattern_sizes(num_layers, pipeline, virtual_pipeline, hybrid_pattern, in_first, in_last)
+        unread = {**({} if layout is None else {_LAYOUT: layout}), **accounts}
+        advice = "HybridModel ignores the latter; cut the pattern into stages by '|'"
+        _alone({"hybrid_layer_pattern": hybrid_pattern}, unread, advice)
+        sizes = _pattern_sizes(num_layers, pipeline, virtual_pipeline, hybrid_pattern, numbers)
     elif layout is not None:
-        if in_first is not None or in_last is not None or account_for_embedding or account_for_loss:
-            raise ConfigError(
-                f"pipeline_model_parallel_layout={layout!r} and num_layers_in_first_pipeline_stage={in_first}, "
-                f"num_layers_in_last_pipeline_stage={in_last}, account_for_embedding_in_pipeline_split={account_for_embedding}, "
-                f"account_for_loss_in_pipeline_split={account_for_loss}: the layout says everything alone; drop the others"
-            )
+        _alone({_LAYOUT: layout}, {**numbers, **accounts}, "the layout says everything alone; drop the others")
         sizes = _layout_sizes(num_layers, pipeline, virtual_pipeline, layout, mtp_num_layers)
-    elif in_first is not None or in_last is not None:
-        if account_for_embedding or account_for_loss:
-            raise ConfigError(
-                f"num_layers_in_first_pipeline_stage={in_first}, num_layers_in_last_pipeline_stage={in_last} and "
-                f"account_for_embedding_in_pipeline_split={account_for_embedding}, account_for_loss_in_pipeline_split="
-                f"{account_for_loss}: Megatron-Core takes one or the other; count embedding and loss yourself, or drop the numbers"
-            )
-        sizes = _uneven_sizes(num_layers, pipeline, virtual_pipeline, in_first, in_last)
+    elif numbers:
+        advice = "Megatron-Core takes one or the other; count embedding and loss yourself, or drop the numbers"
+        _alone(numbers, accounts, advice)
+        sizes = _uneven_sizes(num_layers, pipeline, virtual_pipeline, numbers)
     else:
-        sizes = _even_sizes(num_layers, pipeline, virtual_pipeline, account_for_embedding, account_for_loss)
+        sizes = _even_sizes(num_layers, pipeline, virtual_pipeline, accounts)
     stages: list[list[tuple[int, ...]]] = [[] for _ in range(pipeline)]
     start = 0
     for chunk in range(len(sizes[0])):
@@ -121,97 +114,75 @@ def pattern_chunks(pattern: str, pipeline: int) -> int:
 
 
 def _pattern_sizes(
-    num_layers: int, pipeline: int, virtual: int | None, pattern: str, in_first: int | None, in_last: int | None
+    num_layers: int, pipeline: int, virtual: int | None, pattern: str, numbers: Mapping[str, int]
 ) -> list[list[int]]:
     layers, segments = DecoderLayers.of_pattern(pattern), pattern_segments(pattern)
+    named = f"hybrid_layer_pattern={pattern!r}"
     if layers.count != num_layers:
-        raise ConfigError(
-            f"hybrid_layer_pattern={pattern!r} has {layers.count} layers, num_layers is {num_layers}; make them agree"
-        )
+        raise ConfigError(f"{named} has {layers.count} layers, num_layers is {num_layers}; make them agree")
     if len(segments) == 1:
         if virtual is not None and pipeline > 1:
             raise ConfigError(
-                f"hybrid_layer_pattern={pattern!r} with virtual_pipeline_model_parallel_size={virtual}: only '|' in the pattern "
-                f"cut it into chunks; expected {pipeline * virtual} segments between them"
+                f"{named} with virtual_pipeline_model_parallel_size={virtual}: only '|' in the pattern cut it into chunks; "
+                f"expected {pipeline * virtual} segments between them"
             )
-        if in_first is None and in_last is None:
-            return _even_sizes(num_layers, pipeline, virtual, False, False)
-        return _uneven_sizes(num_layers, pipeline, virtual, in_first, in_last)
-    if in_first is not None or in_last is not None:
-        raise ConfigError(
-            f"hybrid_layer_pattern={pattern!r} and num_layers_in_first_pipeline_stage={in_first}, "
-            f"num_layers_in_last_pipeline_stage={in_last}: its '|' say everything alone; drop the numbers"
-        )
+        even = not numbers
+        return _even_sizes(num_layers, pipeline, virtual, {}) if even else _uneven_sizes(num_layers, pipeline, virtual, numbers)
+    _alone({"hybrid_layer_pattern": pattern}, numbers, "its '|' say everything alone; drop the numbers")
     chunks = pattern_chunks(pattern, pipeline)
-    if chunks != (virtual or 1):
-        raise ConfigError(
-            f"hybrid_layer_pattern={pattern!r} has {chunks} chunks per stage for pipeline_model_parallel_size={pipeline}, but "
-            f"virtual_pipeline_model_parallel_size={virtual}; make them agree"
-        )
+    _check_chunks(named, chunks, pipeline, virtual)
     return [[len(segments[chunk * pipeline + stage]) for chunk in range(chunks)] for stage in range(pipeline)]
 
 
-def _even_sizes(num_layers: int, pipeline: int, virtual: int | None, embedding: bool, loss: bool) -> list[list[int]]:
+def _even_sizes(num_layers: int, pipeline: int, virtual: int | None, accounts: Mapping[str, bool]) -> list[list[int]]:
     chunks = virtual or 1
-    places = num_layers + embedding + loss
+    places = num_layers + len(accounts)
     if places % (pipeline * chunks):
-        taken = "".join(
-            f" + 1 ({name})"
-            for name, on in (
-                ("account_for_embedding_in_pipeline_split", embedding),
-                ("account_for_loss_in_pipeline_split", loss),
-            )
-            if on
-        )
+        taken = "".join(f" + 1 ({name})" for name in accounts)
         raise ConfigError(
             f"num_layers={num_layers}{taken} is not a multiple of {_product(pipeline, virtual)}; change one of them, or place the "
             "layers by num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
         )
     sizes = [[places // (pipeline * chunks)] * chunks for _ in range(pipeline)]
-    sizes[0][0] -= embedding
-    sizes[-1][-1] -= loss
+    sizes[0][0] -= _ACCOUNTS[0] in accounts
+    sizes[-1][-1] -= _ACCOUNTS[1] in accounts
     return sizes
 
 
-def _uneven_sizes(
-    num_layers: int, pipeline: int, virtual: int | None, in_first: int | None, in_last: int | None
-) -> list[list[int]]:
-    chunks = virtual or 1
-    given = {"num_layers_in_first_pipeline_stage": in_first, "num_layers_in_last_pipeline_stage": in_last}
-    named = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-    for name, value in given.items():
-        if value is not None and (value < 1 or value % chunks):
+def _uneven_sizes(num_layers: int, pipeline: int, virtual: int | None, numbers: Mapping[str, int]) -> list[list[int]]:
+    chunks, named = virtual or 1, _named(numbers)
+    for name, value in numbers.items():
+        if value < 1 or value % chunks:
             raise ConfigError(
                 f"{name}={value} with virtual_pipeline_model_parallel_size={virtual}: expected a positive multiple of {chunks}"
             )
-    middle_stages = pipeline - sum(value is not None for value in given.values())
-    middle_layers = num_layers - sum(value or 0 for value in given.values())
-    if middle_stages < 0:
+    # What the stages between the first and the last share.
+    stages, layers = pipeline - len(numbers), num_layers - sum(numbers.values())
+    if stages < 0:
         raise ConfigError(
             f"{named} with pipeline_model_parallel_size={pipeline}: one stage cannot be both; Megatron-Core would build it without "
-            f"{middle_layers} of the layers. Drop both"
+            f"{layers} of the layers. Drop both"
         )
-    if virtual is not None and not middle_stages and pipeline > 1:
+    if virtual is not None and not stages and pipeline > 1:
         raise ConfigError(
             f"{named} with pipeline_model_parallel_size={pipeline} and virtual_pipeline_model_parallel_size={virtual}: "
             "Megatron-Core divides by the stages in between, and there is none; use pipeline_model_parallel_layout"
         )
-    share = middle_stages * chunks
-    if not middle_stages and middle_layers:
+    share = stages * chunks
+    if not stages and layers:
         raise ConfigError(
-            f"{named} of num_layers={num_layers} leave {middle_layers} layers, and pipeline_model_parallel_size={pipeline} no "
-            "stage for them; the numbers must add up to num_layers"
+            f"{named} of num_layers={num_layers} leave {layers} layers, and pipeline_model_parallel_size={pipeline} no stage for "
+            "them; the numbers must add up to num_layers"
         )
-    if middle_stages and (middle_layers < 1 or middle_layers % share):
+    if stages and (layers < 1 or layers % share):
         raise ConfigError(
-            f"{named} of num_layers={num_layers} leave {middle_layers} layers for {middle_stages} of "
-            f"{_product(pipeline, virtual)} stages; expected a positive multiple of {share}"
+            f"{named} of num_layers={num_layers} leave {layers} layers for {stages} of {_product(pipeline, virtual)} stages; "
+            f"expected a positive multiple of {share}"
         )
-    sizes = [[middle_layers // share if share else 0] * chunks for _ in range(pipeline)]
-    if in_first is not None:
-        sizes[0] = [in_first // chunks] * chunks
-    if in_last is not None:
-        sizes[-1] = [in_last // chunks] * chunks
+    sizes = [[layers // share if share else 0] * chunks for _ in range(pipeline)]
+    for name, stage in zip(_NUMBERS, (0, -1), strict=True):
+        if name in numbers:
+            sizes[stage] = [numbers[name] // chunks] * chunks
     return sizes
 
 
@@ -232,12 +203,8 @@ def _layout_sizes(
     num_layers: int, pipeline: int, virtual: int | None, layout: LayoutRows, mtp_num_layers: int | None
 ) -> list[list[int]]:
     parsed = _parse_layout(layout, pipeline)
-    chunks: int = parsed.virtual_pipeline_model_parallel_size
-    if virtual is not None and chunks != virtual:
-        raise ConfigError(
-            f"pipeline_model_parallel_layout={layout!r} has {chunks} chunks per stage for pipeline_model_parallel_size={pipeline}, "
-            f"but virtual_pipeline_model_parallel_size={virtual}; make them agree, or leave the latter out"
-        )
+    if virtual is not None:
+        _check_chunks(f"{_LAYOUT}={layout!r}", parsed.virtual_pipeline_model_parallel_size, pipeline, virtual)
     try:
         parsed.validate_layer_layout(num_layers, mtp_num_layers)
     except (AssertionError, NotImplementedError) as error:
@@ -247,13 +214,24 @@ def _layout_sizes(
     return [[sum(layer.name == "decoder" for layer in chunk) for chunk in stage] for stage in parsed.layout]
 
 
+def _check_chunks(named: str, chunks: int, pipeline: int, virtual: int | None) -> None:
+    if chunks != (virtual or 1):
+        raise ConfigError(
+            f"{named} has {chunks} chunks per stage for pipeline_model_parallel_size={pipeline}, but "
+            f"virtual_pipeline_model_parallel_size={virtual}; make them agree"
+        )
+
+
+def _alone(settings: Mapping[str, Any], others: Mapping[str, Any], why: str) -> None:
+    """Refuses settings beside others that contradict them."""
+    if others:
+        raise ConfigError(f"{_named(settings)} and {_named(others)}: {why}")
+
+
+def _named(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
 def _product(pipeline: int, virtual: int | None) -> str:
-    if virtual is None:
-        return f"pipeline_model_parallel_size={pipeline}"
-    return f"pipeline_model_parallel_size={pipeline} x virtual_pipeline_model_parallel_size={virtual}"
-
-
-def moe_columns(layers: Sequence[int], moe_layers: Sequence[int]) -> tuple[int, ...]:
-    """Positions among the model's MoE layers of those MoE layers that are in `layers`: the L axis of a RouteTable."""
-    mine = set(layers)
-    return tuple(column for column, layer in enumerate(moe_layers) if layer in mine)
+    chunks = "" if virtual is None else f" x virtual_pipeline_model_parallel_size={virtual}"
+    return f"pipeline_model_parallel_size={pipeline}{chunks}"

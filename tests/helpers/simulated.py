@@ -31,7 +31,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import TokenGrid, packed, padded
-from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
+from megatron_pr2.parallel.layout import CONFIG_NAMES, Coordinates, ParallelLayout
 from megatron_pr2.parallel.ranks import ORDER
 
 ORDERS = [ORDER, "tp-cp-ep-pp-dp", "tp-pp-cp-ep-dp", "cp-tp-ep-dp-pp", "dp-tp-ep-cp-pp", "ep-tp-dp-cp-pp"]
@@ -95,34 +95,13 @@ def initialize(fields: dict[str, Any], order: str) -> None:
     )
 
 
-# ParallelLayout's names of TransformerConfig's fields.
-FIELDS = {
-    "num_layers": "num_layers",
-    "tensor": "tensor_model_parallel_size",
-    "pipeline": "pipeline_model_parallel_size",
-    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
-    "context": "context_parallel_size",
-    "expert": "expert_model_parallel_size",
-    "expert_tensor": "expert_tensor_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-    "moe_layer_freq": "moe_layer_freq",
-    "num_experts": "num_moe_experts",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_query_groups",
-    "layers_in_first": "num_layers_in_first_pipeline_stage",
-    "layers_in_last": "num_layers_in_last_pipeline_stage",
-    "account_for_embedding": "account_for_embedding_in_pipeline_split",
-    "account_for_loss": "account_for_loss_in_pipeline_split",
-    "pipeline_layout": "pipeline_model_parallel_layout",
-    "mtp_num_layers": "mtp_num_layers",
-}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ParallelLayout) if field.name != "num_layers"}
 
 
 def config_fields(sizes: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig's fields for ParallelLayout's arguments."""
     full = {**DEFAULTS, **sizes}
-    fields = {theirs: full[ours] for ours, theirs in FIELDS.items()}
+    fields = {theirs: full[ours] for ours, theirs in CONFIG_NAMES.items()}
     if fields["sequence_parallel"] is None:
         fields["sequence_parallel"] = full["tensor"] > 1
     fields["num_attention_heads"] = fields["num_attention_heads"] or 64 * 27 * 25 * 7
@@ -205,7 +184,7 @@ def megatron_refuses(sizes: dict[str, Any]) -> str | None:
         config = make_config(sizes)
         layer_specs().get_gpt_decoder_layer_specs(config, use_transformer_engine=False)
         with megatron_world(world) as made:
-            initialize({name: getattr(config, name) for name in FIELDS.values()}, sizes["order"])
+            initialize({name: getattr(config, name) for name in CONFIG_NAMES.values()}, sizes["order"])
             if config.num_moe_experts is not None:
                 Experts(config, pg_collection=SimpleNamespace(ep=mpu.get_expert_model_parallel_group(), tp=None))
                 tensor = mpu.get_tensor_model_parallel_group()

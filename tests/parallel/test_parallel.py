@@ -17,7 +17,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import PADDING, packed, padded
-from megatron_pr2.parallel.layout import Coordinates, ExpertCoordinates, ParallelLayout
+from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
 from megatron_pr2.parallel.ranks import ORDER
 from tests.helpers.simulated import (
     ORDERS,
@@ -33,6 +33,13 @@ from tests.helpers.simulated import (
     megatron_layers,
     megatron_world,
 )
+
+
+def expert_place(layout: ParallelLayout, rank: int) -> list[int]:
+    """A rank's place in its expert-tensor-, expert-, expert-data- and pipeline-parallel group."""
+    digits = layout.expert_ranks.digits(rank)
+    return [digits[kind] for kind in ("tp", "ep", "dp", "pp")]
+
 
 # ---- who computes what ------------------------------------------------------------------------------------------------
 
@@ -107,13 +114,11 @@ def test_ranks_and_coordinates_are_inverse(sizes: dict[str, Any], data: st.DataO
     assert [layout.rank(place) for place in places] == list(range(layout.world_size))
     every = itertools.product(range(layout.tensor), range(layout.context), range(layout.data), range(layout.pipeline))
     assert sorted(places) == sorted(every)
-    assert len({layout.expert_coordinates(rank) for rank in range(layout.world_size)}) == layout.world_size
+    assert len({tuple(expert_place(layout, rank)) for rank in range(layout.world_size)}) == layout.world_size
     rank = data.draw(st.integers(0, layout.world_size - 1))
     mine = layout.replica(rank)
     assert mine == tuple(other for other, place in enumerate(places) if place.dp == places[rank].dp)
-    assert layout.owner(rank) == mine[0]
     assert places[mine[0]] == (0, 0, places[rank].dp, 0)
-    assert [tuple(row) for row in layout.replicas().tolist()].count(mine) == 1
 
 
 @settings(max_examples=40)
@@ -130,7 +135,6 @@ def test_groups_are_megatrons(sizes: dict[str, Any]) -> None:
         assert layout.ranks.groups(*kinds.split("-")).tolist() == attention.get_ranks(kinds), kinds
     for kinds in ("tp", "ep", "dp", "pp", "tp-ep", "tp-ep-pp", "ep-dp"):
         assert layout.expert_ranks.groups(*kinds.split("-")).tolist() == experts.get_ranks(kinds), kinds
-    assert layout.replicas().tolist() == attention.get_ranks("tp-cp-pp")
 
 
 @settings(max_examples=40)
@@ -148,12 +152,12 @@ def test_coordinates_are_those_of_an_initialized_megatron(sizes: dict[str, Any],
             mpu.get_data_parallel_rank(),
             mpu.get_pipeline_model_parallel_rank(),
         )
-        assert layout.expert_coordinates(rank) == (
+        assert expert_place(layout, rank) == [
             mpu.get_expert_tensor_parallel_rank(),
             mpu.get_expert_model_parallel_rank(),
             mpu.get_expert_data_parallel_rank(),
             mpu.get_pipeline_model_parallel_rank(),
-        )
+        ]
         assert layout.expert_data == mpu.get_expert_data_parallel_world_size()
 
 
@@ -164,9 +168,9 @@ def test_a_layout_by_hand() -> None:
         moe_layer_freq=[0, 1, 1, 1, 1, 1, 1, 0],
     )  # fmt: skip
     assert layout.coordinates(11) == Coordinates(tp=1, cp=1, dp=0, pp=1)
-    assert layout.expert_coordinates(11) == ExpertCoordinates(etp=0, ep=3, edp=0, pp=1)
+    assert expert_place(layout, 11) == [0, 3, 0, 1]
     assert layout.replica(11) == (0, 1, 2, 3, 8, 9, 10, 11)
-    assert (layout.owner(11), layout.owner(15)) == (0, 4)
+    assert layout.replica(15)[0] == 4
     assert layout.layers(1) == ((2, 3), (6, 7))
     assert layout.moe_columns(1) == (1, 2, 5)
     assert layout.alignment == 4
@@ -191,7 +195,7 @@ def test_the_picture_shows_this_layout() -> None:
         assert texts[at + 2 : at + 5] == ["pad" if s == PADDING else f"{'AB'[s]} {p}" for s, p in rows]
         assert layout.moe_columns(place.pp) == ((0, 1), (2, 3))[place.pp]
         assert f"MoE layers {2 * place.pp} and {2 * place.pp + 1}" in texts
-        assert layout.expert_coordinates(rank).ep == rank % 4
+        assert expert_place(layout, rank)[1] == rank % 4
 
 
 def test_the_documented_example_is_true() -> None:

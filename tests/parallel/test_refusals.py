@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import padded
-from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
+from megatron_pr2.parallel.layout import CONFIG_NAMES, Coordinates, ParallelLayout
 from megatron_pr2.parallel.ranks import ORDER
-from tests.helpers.simulated import FIELDS, ORDERS, accepted, initialize, layouts, make_config, megatron_refuses, megatron_world
+from tests.helpers.simulated import ORDERS, accepted, initialize, layouts, make_config, megatron_refuses, megatron_world
 
 
 @st.composite
@@ -207,7 +207,7 @@ def test_refusals_name_the_settings_and_megatron_agrees(case: str) -> None:
 def test_a_world_that_the_sizes_do_not_divide() -> None:
     config = make_config({"num_layers": 4, "tensor": 2, "pipeline": 2, "num_experts": 2})
     with megatron_world(6), pytest.raises(RuntimeError, match="not divisible by 4"):
-        initialize({name: getattr(config, name) for name in FIELDS.values()}, ORDER)
+        initialize({name: getattr(config, name) for name in CONFIG_NAMES.values()}, ORDER)
     with pytest.raises(ConfigError, match=r"world_size=6 .* tensor_model_parallel_size=2 x pipeline_model_parallel_size=2"):
         ParallelLayout.of(config, world_size=6)
     assert ParallelLayout.of(config, world_size=8).data == 2

@@ -250,7 +250,7 @@ def test_what_is_planned_is_what_is_held_and_moved(name: str) -> None:
     dropped = 0
     for rank, found in enumerate(pool(case.processes).run(measured_job, case, timeout=90.0)):
         memory, moved = made.rank(rank).memory, made.rank(rank).moved
-        place, owner = layout.coordinates(rank), layout.owner(rank) == rank
+        place, owner = layout.coordinates(rank), layout.replica(rank)[0] == rank
         assert found["rank"] == rank
         assert found["replica"] == tuple(sorted(layout.replica(rank)))
         # Adam has moments from its first update on: with one mini-step there is none.
