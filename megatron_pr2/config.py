@@ -26,32 +26,43 @@ class PR2Config:
     """Settings of predictive routing replay.
 
     Attributes:
-        routes: "live" (nothing is replayed), "actor" (recorded in the old-log-prob pass) or "engine" (returned by the rollout
-            engine).
-        route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): "scatter" sends each its
-            share from the first rank, "local" slices tables that every rank was given.
-        predictor: what W_p comes from: "none", "learned" (arXiv 2606.00395: a linear predictor per router, trained on the router's
-            drift), "momentum" (the direction in which the policy's Adam or Lion moves the gate), or "learned+momentum".
-        target: what the predictor matches: "post" = KL(rho_theta || q_hat), "delta" = KL of the softmax of the logit change.
-        alpha: the predictor's learning rate is alpha times the policy's current one.
-        betas, eps: the predictor's Adam.
-        momentum: c of W_p = c * horizon * (the gate's last update).
-        horizon: updates between the weights that a rollout is sampled under and those that train on it, on average; 0 takes
-            (kappa - 1) / 2 for the kappa mini-steps that it sees. More where an asynchronous pipeline is further behind.
-        hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers,
-            on sampled tokens that nothing learned from; 0 (exactly r3) until the gain is measured to be one.
-        held_out_share: share of the sampled tokens for that.
-        hold_back_decay: weight of a rollout batch in that measurement, relative to the next one's.
-        hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is believed.
+        routes: what the training passes replay: `live` nothing, `actor` what the old-log-prob pass recorded, `engine` what the
+            rollout engine returned. Set by the preset.
+        route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): `scatter` sends each its
+            share from the first rank, `local` slices tables that every rank was given. The same where a replica is one rank.
+        predictor: source of W_p: `none`; `learned`, a linear predictor per router, trained on the router's drift (arXiv
+            2606.00395); `momentum`, the direction in which the policy's Adam or Lion moves the gate, without training or features;
+            `learned+momentum`, where the first learns what the second misses. Set by the preset (docs/predictor.md).
+        target: what the predictor matches: `post`, the distribution of the updated router, or `delta`, the change of its logits
+            (the paper's ablation).
+        alpha: learning rate of the predictor, relative to the policy's current one. Lower it if the report says that prediction
+            hurt, raise it if it made no difference. The paper used 1e3 to 1e4 at policy rates near 1e-6.
+        betas: decay rates of the predictor's own Adam.
+        eps: epsilon of the predictor's own Adam.
+        momentum: factor c in W_p = c * horizon * (the gate's last update), for `momentum`.
+        horizon: updates between the weights that a rollout is sampled under and those that train on it, on average, for
+            `momentum`. 0 takes (kappa - 1) / 2 for the kappa mini-steps that it sees; an asynchronous pipeline adds the updates
+            that it is behind. Lift and hold-back compare with the weights of the old-log-prob pass: where these are newer than the
+            rollout's, hold-back uses less of a longer horizon.
+        hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers in
+            the last rollout batches, on sampled tokens that nothing learned from; 0 (exactly `r3`) until a gain is measured.
+            `false` is the paper: beta = 1 always.
+        held_out_share: share of the sampled tokens on which that is measured. Raise it for small models and batches, where a few
+            hundred tokens say little; up to 1 for `momentum` alone.
+        hold_back_decay: weight of a rollout batch in that measurement, relative to the next one's: 0.9 remembers ten to twenty.
+        hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is used. Lower values use
+            predictions earlier, and wrong ones more often.
         sample_fraction: share of the loss-bearing tokens of each sequence whose router inputs are kept as features, in (0, 1].
+            Raise it for small models; it costs `2 hidden + 4 experts` bytes per token and layer.
         feature_bytes: byte budget of the features on this rank; beyond it whole sequences, spread over the batch, are dropped,
-            counted and warned of.
-        feature_device: "device" keeps features where they were computed, "cpu" in host memory.
+            counted and warned of. Tokens that a mini-step computes on another rank than the log-prob pass did come on top, and
+            with `feature_device=cpu` 256 MiB of transfers.
+        feature_device: `device` keeps features where they were computed, `cpu` in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
-        min_agreement: smallest share of an engine's routes that the live router must agree with in the old-log-prob pass, on the
-            sampled tokens; fewer mean that routes lie on other tokens' rows. 0 switches the check off.
-        strict: raise RouteError above max_missing_share; otherwise log a warning and count.
-        seed: seeds the choice of sampled tokens.
+        min_agreement: smallest share of an engine's routes that the actor's own router must agree with in the old-log-prob pass, on
+            the sampled tokens; fewer mean that routes lie on other tokens' rows, and the step fails. 0 disables the check.
+        strict: above max_missing_share: `true` raises RouteError, `false` warns, and those tokens use the model's own router.
+        seed: seeds the choice of sampled tokens. `megatron-pr2 train` uses its own `seed` unless this is set.
     """
 
     routes: str = "engine"

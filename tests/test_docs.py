@@ -27,11 +27,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIG = (ROOT / "docs/config.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 DOCUMENTS = (
-    "README.md", "CHANGELOG.md", "docs/design.md", "docs/config.md", "docs/parallelism.md", "docs/platforms.md", "docs/sglang.md",
-    "docs/gpu.md", "docs/plan.md", "docs/results.md", "docs/attach.md",
-    "docs/megatron_lm.md", "docs/bridges.md", "docs/clusters.md", "docs/slime.md", "docs/nemo_rl.md", "docs/off_policy.md",
-    "docs/verl.md", "examples/calculator/README.md",
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/calculator/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 )  # fmt: skip
+
+
+PAGES_WITH_COMMANDS = ("docs/install.md", "docs/quickstart.md", "docs/config.md", "docs/cli.md", "CONTRIBUTING.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -52,7 +53,8 @@ def rows(text: str) -> list[list[str]]:
 
 def commands(program: str) -> list[list[str]]:
     """Words of every command line in README and docs that starts with `program`."""
-    lines = [line for text in (README, CONFIG) for block in blocks(text, "bash") for line in block.splitlines()]
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *PAGES_WITH_COMMANDS)]
+    lines = [line for text in texts for block in blocks(text, "bash") for line in block.splitlines()]
     return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == program]
 
 
@@ -113,20 +115,29 @@ def defaults() -> dict[str, Any]:
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
+    generated = CONFIG.partition("## `rollout.sglang`: servers")[0]
     documented = {
         cells[0].strip("`"): OmegaConf.from_dotlist([f"value={cells[1].strip('`')}"]).value
-        for cells in rows(CONFIG)
+        for cells in rows(generated)
         if len(cells) == 3 and cells[0].startswith("`") and cells[0].strip("`") not in PRESETS
     }
     assert documented == defaults()
     assert all(cells[2] for cells in rows(CONFIG))
 
 
+def test_the_reference_pages_are_those_of_the_code() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/reference.py", "--check"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_documented_presets_are_the_presets() -> None:
     table = [[cell.strip("`") for cell in cells] for cells in rows(CONFIG)]
     documented = {name: {"routes": rest[0], "predictor": rest[1]} for name, *rest in table if name in PRESETS}
     assert documented == PRESETS
-    assert {cells[0].strip("`") for cells in rows(README) if cells[0].strip("`") in PRESETS} == set(PRESETS)
+    methods = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert {cells[0].strip("`") for cells in rows(methods) if cells[0].strip("`") in PRESETS} == set(PRESETS)
 
 
 def test_yaml_examples_load(tmp_path: Path) -> None:
@@ -161,6 +172,29 @@ def test_files_named_in_the_documents_exist() -> None:
     assert {"megatron_pr2/attach.py"} <= named
     for name in named:
         assert (ROOT / name).exists(), f"{name} does not exist"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1000
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    sources = [re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_pr2").rglob("*.py")]
+    found = [cells for cells in rows(text) if cells[0].startswith("`")]
+    assert len(found) > 50
+    for cells in found:
+        assert cells[1]
+        assert cells[2]
+        for message in re.findall(r"`([^`]+)`", cells[0]):
+            pattern = re.compile(".{1,300}?".join(map(re.escape, message.split("…"))))
+            assert any(pattern.search(source) for source in sources), f"no such message in the code: {message}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = [page for section in navigation for entry in next(iter(section.values())) for page in entry.values()]
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_every_room_says_what_it_is_for() -> None:

@@ -23,8 +23,18 @@ from megatron_pr2.rl.task import LESSONS
 
 @dataclass
 class ModelConfig:
-    """The policy. Without `path` a tiny Qwen3-MoE is made, warm-started on what `warm_start` names, and cached under `cache`.
-    `bridge` is the library that reads and writes its checkpoints (megatron_pr2.hf.model_types)."""
+    """The policy.
+
+    Attributes:
+        path: directory of a Hugging Face mixture-of-experts checkpoint. `null` makes the examples' tiny Qwen3-MoE.
+        warm_start: what that tiny model is shown before RL: `worked` sums (the quickstart), or sums with a `calculator`
+            (examples/calculator, needs its `rollout.environment`); unused with `model.path`.
+        cache: where the warm-started policies are kept between runs; unused with `model.path`.
+        dtype: `float32` or `bfloat16`, of the actor and of an SGLang server that the run starts. Use `bfloat16` for real models;
+            the handshake's thresholds follow it.
+        bridge: library between Hugging Face and Megatron-Core: `mbridge`, `megatron-bridge`, or `auto`, which takes mbridge where
+            it knows the model type (docs/bridges.md).
+    """
 
     path: str | None = None
     warm_start: str = "worked"
@@ -35,7 +45,12 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """Processes, all of them data-parallel, and how the experts are spread over them."""
+    """Processes of one machine.
+
+    Attributes:
+        processes: training processes, all of them data-parallel; one GPU each where there are GPUs.
+        expert: expert-parallel size; divides `parallel.processes`. Raise it until the experts fit.
+    """
 
     processes: int = 2
     expert: int = 2
@@ -43,8 +58,32 @@ class ParallelConfig:
 
 @dataclass
 class RolloutConfig:
-    """Sampling. `urls` attaches to running SGLang servers instead of starting `engines` of them; `sglang` holds further fields of
-    SGLangConfig. `oversample` above 1 asks for more prompts than a batch has and carries unfinished responses over."""
+    """Sampling.
+
+    Attributes:
+        engine: `megatron` samples with the actor itself, without a KV cache: for small models only. `sglang` uses servers
+            (docs/sglang.md).
+        engines: SGLang servers that the run starts, and stops at the end. Each takes `rollout.sglang.tp_size` GPUs.
+        urls: `http://127.0.0.1:PORT` of running SGLang servers, instead of own ones; they are left running.
+        router: what stands in front of several servers: `none` (each request goes to the server that knows its prompt, else to the
+            least busy one), `own` (SGLang's router is started; needs sglang-router), or the URL of a running router.
+        sglang: further fields of SGLangConfig, for example `rollout.sglang.tp_size=2`; the last table of this page.
+        oversample: prompts requested per prompt of a batch. Above 1 the batch is the first `rollout.prompts` prompts whose
+            responses are all there; the rest stops and is continued first in the next batch. For batches that wait for a few long
+            responses; the embedded engine answers all responses at the same time and gains nothing.
+        environment: `package.module:Name` of what replies to the policy between its turns
+            (`megatron_pr2.rl.calculator:Calculator`); called with the tokenizer, once per response. `null`: one turn.
+        max_turns: turns of the policy in one response at most.
+        prompts: prompts per rollout batch; a multiple of `parallel.processes`.
+        responses: responses per prompt, the group that advantages are normalised over.
+        max_new_tokens: tokens that the policy samples in one response at most, over all turns. Raise it if the report shows many
+            truncated responses.
+        temperature: sampling temperature, above 0. Importance ratios are taken at the same temperature.
+        restarts: how often one rollout may restart a dead engine before the run fails.
+        handshake: compare every server's routes and log-probs with the actor's after each push of weights, on one short probe (with
+            the embedded engine: once). Without it a server that returns wrong routes, or took only a part of the weights, is not
+            noticed.
+    """
 
     engine: str = "megatron"
     engines: int = 1
@@ -64,7 +103,16 @@ class RolloutConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam on the policy."""
+    """Adam on the policy.
+
+    Attributes:
+        lr: constant learning rate. The default is for the tiny model; real models take about 1e-6. The predictor's is `pr2.alpha`
+            times this.
+        beta1: Adam's first decay.
+        beta2: Adam's second decay.
+        weight_decay: decoupled weight decay.
+        clip_grad: largest norm of the policy's gradient; the predictor's gradient is not part of it.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9
@@ -75,9 +123,27 @@ class OptimizerConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO. `mini_steps` is kappa of off-kappa: update batches per rollout batch. What the ratio is taken to (`old_logprobs`,
-    megatron_pr2.rl.old_logprobs) and how it is corrected for what the engine sampled from (`importance*`,
-    megatron_pr2.rl.corrections)."""
+    """GRPO.
+
+    Attributes:
+        mini_steps: kappa of off-kappa: updates per rollout batch, each on its own share of the samples. With 1 the routes are never
+            stale and the predictor never learns.
+        micro_batch_size: sequences in one forward pass of one process. Lower it when memory runs out.
+        clip_low: the importance ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
+        clip_high: see `algorithm.clip_low`.
+        old_logprobs: policy whose log-probs the ratio is taken to: `recompute` the weights at the start of the rollout batch,
+            `rollout` the engine's own, kept with every token, `ewma` a moving average of the policy (docs/off_policy.md).
+        importance: correction for what the engine sampled from instead: `tis` weights every token by old over sampled probability,
+            at most `importance_cap`; `mis` drops tokens whose ratio is outside of `[importance_floor, importance_cap]`. `ewma`
+            needs one; with `rollout` there is nothing to correct.
+        importance_level: `token`, or `sequence`: all tokens of a response take the geometric mean of their ratios, and `mis` drops
+            whole responses. Its bounds lie much closer to 1.
+        importance_cap: largest weight; 1 or more.
+        importance_floor: smallest weight that `mis` keeps, from 0 to 1; `tis` has none.
+        proximal_decay: of the moving average, per update: its mean age is `decay / (1 - decay)` updates. Unused without `ewma`.
+        proximal_device: where the moving average is kept, 4 bytes per parameter of a process: `device`, or `cpu` at the price of
+            copies in every mini-step.
+    """
 
     mini_steps: int = 4
     micro_batch_size: int = 32
@@ -97,11 +163,14 @@ class TrainConfig:
     """The whole job.
 
     Attributes:
-        preset: grpo, r2, r3 or pr2; they differ in pr2.routes and pr2.predictor only.
+        preset: `grpo`, `r2`, `r3` or `pr2`: sets `pr2.routes` and `pr2.predictor`, nothing else.
         pr2: overrides of PR2Config's fields.
-        data: JSONL with prompt/answer or GSM8K's question/answer lines; None generates the quickstart's arithmetic task.
-        steps: rollout batches.
-        checkpoint_every: rollout batches between checkpoints (the last one is always kept).
+        run: directory of everything that the run writes. One directory per run.
+        data: JSONL file: `prompt`/`answer` lines, or GSM8K's `question`/`answer` lines. `null` makes up arithmetic for the
+            quickstart's model. `--data FILE` is the same. The prompt is given to the policy verbatim, without a chat template.
+        steps: rollout batches. May be raised when a run is continued.
+        seed: decides the quickstart's model and data, the order of prompts and what is sampled.
+        checkpoint_every: rollout batches between checkpoints; the last batch is always kept. The newest two stay on disk.
     """
 
     preset: str = "pr2"

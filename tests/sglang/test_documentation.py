@@ -1,4 +1,4 @@
-"""docs/sglang.md is true: fields and defaults, flags, commands, settings that are refused, messages, files, releases."""
+"""docs/sglang.md is true: flags, commands, settings that are refused, files, releases."""
 
 from __future__ import annotations
 
@@ -35,16 +35,6 @@ def table(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
 
 
-def test_every_field_is_documented_with_its_default() -> None:
-    documented = {cells[0].strip("`"): cells[1].strip("`").replace('"', "'") for cells in table("Fields of SGLangConfig")}
-    defaults = {
-        field.name: repr(field.default_factory() if callable(field.default_factory) else field.default)
-        for field in dataclasses.fields(SGLangConfig)
-    }
-    assert documented == defaults
-    assert all(cells[2] for cells in table("Fields of SGLangConfig"))
-
-
 @pytest.mark.parametrize("cuda", [False, True])
 def test_every_flag_that_is_set_is_explained(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
@@ -66,16 +56,6 @@ def test_the_releases_are_those_that_are_tested() -> None:
     assert re.findall(r"\d+\.\d+\.\d+", heading) == [release_text(release) for release in TESTED_RELEASES]
 
 
-def test_messages_are_raised_somewhere() -> None:
-    sources = [re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in (ROOT / "megatron_pr2").rglob("*.py")]
-    for cells in table("Troubleshooting"):
-        assert cells[1]
-        assert cells[2]
-        for message in re.findall(r"`([^`]+)`", cells[0]):
-            pattern = re.compile(".{1,300}?".join(map(re.escape, message.split("…"))))
-            assert any(pattern.search(source) for source in sources), f"no such message in the code: {message}"
-
-
 def test_files_exist_and_commands_are_accepted() -> None:
     for name in re.findall(r"`((?:megatron_pr2|tests|tools|docs|examples)/[\w./-]*)`", TEXT):
         assert (ROOT / name).exists(), name
@@ -94,7 +74,7 @@ def test_files_exist_and_commands_are_accepted() -> None:
 
 
 def test_settings_in_the_text_are_settings() -> None:
-    for name in re.findall(r"rollout\.sglang\.(\w+)", TEXT):
+    for name in re.findall(r"(?<!megatron_pr2\.)rollout\.sglang\.(\w+)", TEXT):
         assert name in {field.name for field in dataclasses.fields(SGLangConfig)}, name
 
 

@@ -62,46 +62,46 @@ class SGLangConfig:
     """Exactly one of `model_path` (start own servers) and `urls` (attach to running ones) is set.
 
     Attributes:
-        model_path: directory of a Hugging Face checkpoint.
-        urls: "http://127.0.0.1:PORT" of running servers; other hosts, and https, only with `allow_remote`.
+        model_path: directory of the Hugging Face checkpoint of own servers.
+        urls: `http://127.0.0.1:PORT` of running servers; other hosts, and https, only with `allow_remote`.
         engines: number of own servers; each takes `tp_size` GPUs, one after the other from `first_gpu` on.
-        router: "none" (each request goes to the engine with the fewest), "own" (SGLang's router is started in front; needs the
-            package sglang-router), or the URL of a running one. Engines behind a router need this package's plugin to return
-            routes.
-        allow_remote: whether `urls` may name other hosts; then `api_key_file` is required, and whoever can read the network between
-            the two reads tokens, weights and, without https, the key.
-        device: "cpu", "cuda" or "auto" (CUDA if there is one).
-        dtype: dtype that the own server computes in, SGLang's names.
-        tp_size, ep_size: tensor and expert parallelism of the own server.
-        max_running_requests: requests that the own server decodes together.
-        max_total_tokens: KV cache of the own server in tokens; None leaves it to SGLang (required on CPU).
-        python: interpreter that own servers and an own router run in; where None looks for it says sglang_python.find_python.
-            Its environment needs SGLang and torch, not Megatron-Core; this package is found through PYTHONPATH.
-        bind: address that the own server listens on; other machines reach it only if this is not a loopback address, which
-            `api_key_file` is required for.
-        first_gpu: index of the first GPU of the own server (SGLang's --base-gpu-id); it takes the tp_size from there on.
-        extra_flags: further SGLang flags for the own server, e.g. ("--mem-fraction-static", "0.7").
-        env: further environment variables for the own server.
-        log_path: log file of the own server; a temporary file if None.
-        api_key_file: file with the API key. An own server without one gets a random key. Never put on a command line or in a log.
-        push: how weights get in: "distributed" (a process group of each sender and the servers) or "disk" (a directory that all
-            processes and servers see; whole models only).
-        push_directory: where "disk" writes; the system's temporary directory if None.
-        weight_backend: backend of the weight update group: "nccl", "gloo" or "auto" (nccl on CUDA). NCCL needs the server's GPU
-            to be another one than the trainer's; gloo also works on a shared GPU.
+        router: `none` (the client chooses the server), `own` (SGLang's router is started in front; needs the package
+            sglang-router), or the URL of a running one. Engines behind a router need this package's plugin to return routes.
+        device: `cpu`, `cuda`, or `auto`: CUDA if there is one.
+        dtype: what own servers compute in, by SGLang's names.
+        tp_size: tensor-parallel ranks of an own server.
+        ep_size: expert-parallel ranks of an own server; divides `tp_size`.
+        python: interpreter of own servers and of an own router; `null` looks for one (docs/sglang.md). Its environment needs SGLang
+            and torch, not Megatron-Core; this package is found through PYTHONPATH.
+        bind: address that own servers listen on. Other machines reach them only if it is not loopback, which needs `api_key_file`.
+        first_gpu: first GPU of own servers (SGLang's --base-gpu-id). Give the trainer the others.
+        allow_remote: whether `urls` may name other hosts; needs `api_key_file`. Whoever can read the network between the two reads
+            tokens, weights and, without https, the key.
+        max_running_requests: requests that a server decodes together.
+        max_total_tokens: KV cache of a server in tokens; `null` leaves it to SGLang (not on CPU). Prompts and responses of all
+            running requests must fit.
+        extra_flags: further SGLang flags for own servers, for example `[--mem-fraction-static, "0.7"]`.
+        env: further environment variables for own servers.
+        log_path: log file of own servers; a temporary file if `null`.
+        api_key_file: file with the API key. Own servers without one get a random key. Never on a command line or in a log.
+        push: how weights are sent: `distributed` (a process group of each sender and the servers) or, for own servers only, `disk`
+            (a directory that all processes and servers see; whole models only).
+        push_directory: where `disk` writes; the system's temporary directory if `null`.
+        weight_backend: backend of the weight update group: `nccl`, `gloo`, or `auto` (nccl on CUDA). NCCL needs the server's GPU to
+            be another one than the trainer's; gloo also works on a shared GPU.
         weight_bucket_bytes: weights travel in buckets of at most this size (a larger tensor is its own bucket).
-        concurrency: responses in work at once, over all engines.
-        start_timeout_s: from process start to a healthy server.
+        concurrency: responses in progress at once, over all engines.
+        start_timeout_s: from process start to a healthy server. Raise it for large checkpoints.
         request_timeout_s: one attempt of one request; also one weight bucket.
         retries: further attempts after a refused or broken connection or an HTTP 429/5xx, while the server is alive.
         retry_backoff_s: pause before the first retry; doubles with each.
-        rerolls: how often a response is sampled anew after an answer that cannot be believed or a time-out.
+        rerolls: how often a response is retried after an invalid answer or a time-out.
         deadline_s: for a whole response: all turns, retries and waits for new weights; not the time before it is first sent.
-        interrupt: what a weight update does to responses in work: "abort" stops them and lets them continue under the new weights
-            from what they have; "in_place" only pauses them, and they keep the old weights' KV cache.
+        interrupt: what a weight update does to responses in progress: `abort` stops them and continues them under the new weights
+            from what they have; `in_place` only pauses them, and they keep the old weights' KV cache.
         answer_bytes: answers that are being received or decoded at once, in bytes; engines wait beyond it.
         route_bytes: decoded routes kept in memory, in bytes; beyond it they go to a memory-mapped file.
-        spill_directory: where that file lies (deleted with its last table); the system's temporary directory if None.
+        spill_directory: where that file lies (deleted with its last table); the system's temporary directory if `null`.
     """
 
     model_path: str | None = None
