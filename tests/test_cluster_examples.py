@@ -88,7 +88,7 @@ def test_the_layout_is_trained_and_planned(name: str) -> None:
     assert gpus % (layout["ep"] * layout["etp"] * layout["pp"]) == 0
     assert spec.attention_heads is not None
     assert spec.query_groups is not None
-    assert spec.attention_heads % layout["tp"] == spec.query_groups % layout["tp"] == spec.experts % layout["ep"] == 0
+    assert spec.attention_heads % layout["tp"] == spec.query_groups % layout["tp"] == spec.num_experts % layout["ep"] == 0
     # A tensor-parallel group within a node.
     assert 8 % layout["tp"] == 0
     # Every replica trains equally many sequences, in every mini-step; a mini-step has micro-batches enough for the pipeline.
@@ -108,7 +108,7 @@ def test_the_layout_is_trained_and_planned(name: str) -> None:
     rollout = found["rollout"]
     assert rollout["engines"] * rollout["gpus"] == gpus
     assert rollout["gpus"] in (1, 2, 4, 8) or rollout["gpus"] % 8 == 0
-    assert spec.experts % rollout["expert"] == spec.attention_heads % (rollout["gpus"] // rollout["attention_data"]) == 0
+    assert spec.num_experts % rollout["expert"] == spec.attention_heads % (rollout["gpus"] // rollout["attention_data"]) == 0
 
 
 def test_what_is_planned_for_qwen3_is_what_a_hand_computes() -> None:
@@ -258,10 +258,10 @@ def test_overridden_settings_are_those_of_a_transformer_config(name: str) -> Non
     overrides.pop("moe_permute_fusion")
     spec, layout = MODELS[name], planned("--config", CLUSTERS / f"{name}.yaml")["layout"]
     TransformerConfig(
-        num_layers=spec.num_layers,
+        num_layers=spec.num_hidden_layers,
         hidden_size=256,
         num_attention_heads=spec.attention_heads or 1,
-        num_moe_experts=spec.experts,
+        num_moe_experts=spec.num_experts,
         moe_router_topk=spec.topk,
         tensor_model_parallel_size=layout["tp"],
         pipeline_model_parallel_size=layout["pp"],

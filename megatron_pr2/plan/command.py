@@ -79,7 +79,7 @@ def plan(
     values = dict(context.params)
     with errors():
         from megatron_pr2.plan.megatron_lm_flags import megatron_lm_flags
-        from megatron_pr2.plan.models import load_spec, make_layout
+        from megatron_pr2.plan.models import LAYOUT_OPTIONS, load_spec, make_layout
         from megatron_pr2.plan.plan import plan as make_plan
         from megatron_pr2.plan.table import as_json as plan_as_json
         from megatron_pr2.plan.table import print_plan, print_run
@@ -94,32 +94,14 @@ def plan(
         if values["model"] is None:
             raise ConfigError("no model; give --model, or --config with actor_rollout_ref.model.path")
         spec = load_spec(values["model"])
-        layout = make_layout(
-            spec,
-            tensor=values["tp"],
-            pipeline=values["pp"],
-            expert=values["ep"],
-            context=values["cp"],
-            data=values["dp"],
-            world=values["world"],
-            expert_tensor=values["etp"],
-            virtual_pipeline=values["vpp"],
-            sequence_parallel=values["sequence_parallel"],
-            layers_in_first=values["first_stage"],
-            layers_in_last=values["last_stage"],
-            account_for_embedding=values["count_embedding"],
-            account_for_loss=values["count_loss"],
-            pipeline_layout=values["pipeline_layout"],
-        )
+        layout = make_layout(spec, **{name: values[option] for option, name in LAYOUT_OPTIONS.items()})
         sizes = ("batch", "seq", "prompt", "mini_steps", "micro_batch", "log_prob_micro_batch", "padded")
         work = Workload(**{name: values[name] for name in sizes})
         made = make_plan(spec, layout, work, _settings(values, given, run))
         found = plan_as_json(made)
         if run:
-            found |= {
-                "rollout": vars(run.rollout),
-                "megatron_lm": megatron_lm_flags(layout, work, run.transformer, run.preset, run.pr2),
-            }
+            flags = megatron_lm_flags(layout, work, run.transformer, run.preset, run.pr2)
+            found |= {"rollout": run.rollout, "megatron_lm": flags}
     if not as_json:
         print_plan(made)
         if run:

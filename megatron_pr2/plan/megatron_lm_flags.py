@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_pr2.parallel.layout import ParallelLayout
+from megatron_pr2.parallel.layout import CONFIG_NAMES, ParallelLayout
 from megatron_pr2.plan.tokens import Workload
 
 # TransformerConfig's names that Megatron-LM (megatron/training/arguments.py) calls otherwise; the rest is spelled with hyphens.
 _RENAMED = {
+    "virtual_pipeline_model_parallel_size": "num-virtual-stages-per-pipeline-rank",
     "fp8": "fp8-format",
     "num_layers_in_first_pipeline_stage": "decoder-first-pipeline-num-layers",
     "num_layers_in_last_pipeline_stage": "decoder-last-pipeline-num-layers",
 }
+_SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "sequence_parallel")
 # Of a TransformerConfig, what shapes memory and speed on a cluster.
 _TRANSFORMER = (
     "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
@@ -32,13 +34,7 @@ def megatron_lm_flags(
     The model's own flags are not among them: they come with its checkpoint or its script.
     """
     sizes: dict[str, Any] = {
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "num_virtual_stages_per_pipeline_rank": layout.virtual_pipeline,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": layout.expert_tensor,
-        "sequence_parallel": layout.sequence_parallel,
+        **{CONFIG_NAMES[name]: getattr(layout, name) for name in _SIZES},
         "use_distributed_optimizer": True,
         "seq_length": work.seq,
         "micro_batch_size": work.micro_batch,

@@ -4,7 +4,7 @@ Nothing here is an estimate of its own: rows, layers and owners come from Parall
 send the bytes (FeatureStore, RouteTable, the predictor). What lasts is counted, and what a whole pass holds; what one layer of one
 micro-batch needs for a moment is not.
 
-Shape suffixes: G kinds of replicas, D pipeline stages, P places of a stage (plan_tokens); E experts, K top-k.
+Shape suffixes: G kinds of replicas, D pipeline stages, P places of a stage (tokens.py); E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,9 +101,16 @@ class Plan:
     def __init__(self, model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Config) -> None:
         self.model, self.layout, self.work, self.config = model, layout, work, config
         self._layers_D = np.array([len(layout.moe_columns(pp)) for pp in range(layout.pipeline)], dtype=np.int64)
+        # 1 on all ranks, on the first one of a replica, on those that are given tables, send routes and receive them; [D, P] each.
+        self._all = np.ones((layout.pipeline, layout.context * layout.tensor), dtype=np.int64)
+        self._owner = np.zeros_like(self._all)
+        self._owner[0, 0] = 1
+        scatter = config.route_delivery == "scatter"
+        self._given = self._owner if scatter else self._all
+        self._senders, self._receivers = scatter * self._owner, scatter * (self._all - self._owner)
         # [(first data-parallel index, replicas)]: the first replica pushes weights, the first ones may train a sequence more.
         self._kinds = _kinds(work.batch, layout.data)
-        store = FeatureStore(0, model.experts, model.hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
+        store = FeatureStore(0, model.num_experts, model.hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
         self._feature_D = np.array([store.bytes_of(int(layers)) for layers in self._layers_D], dtype=np.int64)
         # The stage with most layers decides for all of them.
         self._room = config.feature_bytes // store.bytes_of(int(self._layers_D.max()))
@@ -113,7 +119,7 @@ class Plan:
             if (count := work.sequences(dp, layout.data)) not in made:
                 made[count] = replica_tokens(layout, work, config, count, self._room)
         self.tokens = [made[work.sequences(dp, layout.data)] for dp, _ in self._kinds]
-        self._table = RouteTable.missing(work.seq, len(layout.moe_layers), model.topk, model.experts)
+        self._table = RouteTable.missing(work.seq, len(layout.moe_layers), model.topk, model.num_experts)
         self.memory = {name: np.stack([rows[name] for rows in map(self._memory, self.tokens)]) for name in MEMORY}
         moved = [self._moved(tokens, dp) for tokens, (dp, _) in zip(self.tokens, self._kinds, strict=True)]
         self.moved = {name: np.stack([rows[name] for rows in moved]) for name in MOVED}
@@ -198,52 +204,36 @@ class Plan:
 
     def _route_bytes(self, tokens_P: IntArray) -> IntArray:
         """Compact ids of tokens in a stage's layers, [D, P]."""
-        return self._layers_D[:, None] * tokens_P[None, :] * self.model.topk * expert_dtype(self.model.experts).itemsize
+        return self._layers_D[:, None] * tokens_P * self.model.topk * expert_dtype(self.model.num_experts).itemsize
 
-    def _at_owner(self, value: int) -> IntArray:
-        """[D, P], zero but for the first rank of a replica."""
-        out = np.zeros((self.layout.pipeline, self.layout.context * self.layout.tensor), dtype=np.int64)
-        out[0, 0] = value
-        return out
+    def _sent_by_owner(self, tokens_P: IntArray) -> IntArray:
+        """[D, P], everybody's routes but its own."""
+        shares = self._route_bytes(tokens_P)
+        return self._senders * (shares.sum() - shares[0, 0])
 
-    def _where_given(self, value: int) -> IntArray:
-        """[D, P], on the ranks that are given route tables."""
-        return self._everywhere(value) if self.config.route_delivery == "local" else self._at_owner(value)
-
-    def _scattered(self, value_DP: IntArray) -> IntArray:
-        """[D, P], zero where every rank has the tables and nothing is sent."""
-        return np.zeros_like(value_DP) if self.config.route_delivery == "local" else value_DP
-
-    def _everywhere(self, value_D: IntArray | int) -> IntArray:
-        """[D, P], the same on all ranks of a stage."""
-        shape = self.layout.pipeline, self.layout.context * self.layout.tensor
-        column = np.asarray(value_D, dtype=np.int64).reshape(-1, 1)
-        return np.broadcast_to(column, shape).astype(np.int64)
-
-    def _predictor_D(self, name: str, predictor: str | None = None) -> IntArray:
-        """Bytes on the ranks of each stage, of the predictor that is configured unless another one is named."""
-        model, predictor = self.model, predictor or self.config.predictor
-        sizes = [
-            predictor_bytes(int(n), model.experts, model.hidden, predictor, hold_back=self.config.hold_back) for n in self._layers_D
+    def _predictor(self, strategy: str) -> dict[str, IntArray]:
+        """Bytes of a predictor's tensors, [D, P]."""
+        model, hold_back = self.model, self.config.hold_back
+        sizes_D = [
+            predictor_bytes(int(n), model.num_experts, model.hidden, strategy, hold_back=hold_back) for n in self._layers_D
         ]
-        return np.array([size[name] for size in sizes], dtype=np.int64)
+        return {name: self._all * np.array([[size[name]] for size in sizes_D]) for name in sizes_D[0]}
 
     def _memory(self, tokens: ReplicaTokens) -> dict[str, IntArray]:
         feature_D1 = self._feature_D[:, None]
         features = feature_D1 * tokens.sampled_P
-        under_way = np.minimum(features, STAGING_BYTES) if self.config.feature_device == "cpu" else np.zeros_like(features)
-        # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
-        on_the_way = self._scattered(np.where(self._is_other, 8 * tokens.opened_P, self._sent_by_owner(tokens.opened_P)))
+        replica_tokens = tokens.sequences * self.work.seq
         return {
-            **{name: self._everywhere(self._predictor_D(name)) for name in ("weight", "gradient", "adam", "momentum", "snapshot")},
+            **self._predictor(self.config.predictor),
             "features": features,
             "features_fetched": feature_D1 * tokens.held_P,
-            "features_under_way": under_way,
-            "tables": self._where_given(tokens.sequences * self._table.nbytes),
+            "features_under_way": np.minimum(features, STAGING_BYTES) * (self.config.feature_device == "cpu"),
+            "tables": self._given * (tokens.sequences * self._table.nbytes),
             "slices": self._route_bytes(tokens.rows_P),
-            "routes_under_way": on_the_way,
-            "token_ids": self._everywhere(torch.int32.itemsize * (tokens.sequences * self.work.seq + 1)),
-            "index": self._everywhere(INDEX_BYTES * tokens.sequences * self.work.seq),
+            # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
+            "routes_under_way": self._receivers * 8 * tokens.opened_P + self._sent_by_owner(tokens.opened_P),
+            "token_ids": self._all * torch.int32.itemsize * (replica_tokens + 1),
+            "index": self._all * INDEX_BYTES * replica_tokens,
         }
 
     def _moved(self, tokens: ReplicaTokens, dp: int) -> dict[str, IntArray]:
@@ -251,36 +241,27 @@ class Plan:
         layout, learning = self.layout, self.work.mini_steps - 1
         holders = layout.data * layout.context
         learners = holders * (layout.tensor if layout.sequence_parallel else 1)
-        gates_D = self._layers_D * self.model.experts * self.model.hidden * GATE_BYTES
-        pushed = np.zeros_like(self._is_other, dtype=np.int64)
+        layers_D1 = self._layers_D[:, None]
+        pushed = np.zeros_like(self._all)
         if dp == 0:
-            pushed[:, 0] = gates_D
+            pushed[:, :1] = layers_D1 * self.model.num_experts * self.model.hidden * GATE_BYTES
         # A gate's update per layer, and of how many elements it is (optimizer_moments.next_updates).
-        followed_D = (self._predictor_D("momentum", "momentum") + 4 * self._layers_D) * self.config.follows
+        followed = (self._predictor("momentum")["momentum"] + 4 * layers_D1) * self.config.follows
+        gradient = self._predictor(self.config.predictor)["gradient"]
         # sequences.agree_on_rollout: a bit per token.
         validity = math.ceil(tokens.sequences * self.work.seq / 8)
         return {
-            "engine_routes": self._at_owner(tokens.sequences * sglang_route_bytes(self.work.seq, self.model)),
-            "compact_routes": self._where_given(tokens.sequences * self._table.encoded_size),
-            "validity_received": self._scattered(np.where(self._is_other, validity, 0)),
-            "routes_sent": self._scattered(self._sent_by_owner(tokens.routed_P)),
-            "routes_received": self._scattered(np.where(self._is_other, self._route_bytes(tokens.routed_P), 0)),
+            "engine_routes": self._owner * (tokens.sequences * sglang_route_bytes(self.work.seq, self.model)),
+            "compact_routes": self._given * (tokens.sequences * self._table.encoded_size),
+            "validity_received": self._receivers * validity,
+            "routes_sent": self._sent_by_owner(tokens.routed_P),
+            "routes_received": self._receivers * self._route_bytes(tokens.routed_P),
             "features_sent": feature_D1 * tokens.sent_P,
             "features_received": feature_D1 * tokens.fetched_P,
-            "gradient_reduced": self._everywhere(learning * ring_bytes(self._predictor_D("gradient"), learners)),
-            "momentum_reduced": self._everywhere(self.work.mini_steps * ring_bytes(followed_D, holders)),
+            "gradient_reduced": learning * ring_bytes(gradient, learners),
+            "momentum_reduced": self.work.mini_steps * ring_bytes(followed, holders),
             "gates_pushed": pushed,
         }
-
-    @property
-    def _is_other(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[D, P]: everyone but the first rank of a replica."""
-        return self._at_owner(1) == 0
-
-    def _sent_by_owner(self, tokens_P: IntArray) -> IntArray:
-        """Everybody's routes but its own."""
-        shares = self._route_bytes(tokens_P)
-        return self._at_owner(int(shares.sum() - shares[0, 0]))
 
 
 def _kinds(batch: int, data: int) -> list[tuple[int, int]]:
@@ -296,4 +277,4 @@ def ring_bytes(payload: IntArray, ranks: int) -> IntArray:
 
 def sglang_route_bytes(tokens: int, model: ModelSpec) -> int:
     """Characters of the base64 of int32 [tokens - 1, decoder layers, K], dense layers included (rollout/sglang/routes.py)."""
-    return math.ceil((tokens - 1) * model.num_layers * model.topk * 4 / 3) * 4
+    return math.ceil((tokens - 1) * model.num_hidden_layers * model.topk * 4 / 3) * 4

@@ -23,11 +23,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "name": plan.model.name,
-            "layers": plan.model.num_layers,
+            "layers": plan.model.num_hidden_layers,
             "moe_layers": len(plan.model.moe_layers),
-            "first_dense_layers": plan.model.first_dense_layers,
+            "first_dense_layers": plan.model.moe_layers[0],
             "hidden": plan.model.hidden,
-            "experts": plan.model.experts,
+            "experts": plan.model.num_experts,
             "topk": plan.model.topk,
             "score_function": plan.model.score_function,
         },
@@ -76,12 +76,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The plan as two tables, with what they are about above and what to watch below."""
     console = console or Console()
     model, layout, work = plan.model, plan.layout, plan.work
-    dense = model.num_layers - len(model.moe_layers)
+    dense = model.num_hidden_layers - len(model.moe_layers)
     heads = f", {model.mtp_layers} multi-token-prediction head not counted" if model.mtp_layers else ""
     replica = layout.world_size // layout.data
     lines = [
         f"{model.name}: {len(model.moe_layers)} MoE layers (and {dense} dense{heads}), hidden {model.hidden}, top-{model.topk} of "
-        f"{model.experts} experts",
+        f"{model.num_experts} experts",
         f"{count(layout.world_size)} ranks: TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, "
         f"experts EP {layout.expert} x ETP {layout.expert_tensor}; {count(replica)} ranks (a replica) train the same sequences",
         f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
@@ -106,7 +106,7 @@ def print_run(run: Mapping[str, Any], console: Console | None = None) -> None:
     """What a configuration says beyond the plan: the rollout engines, and the actor's layout as flags of Megatron-LM.
 
     Args:
-        run: `rollout` (plan_verl.RolloutLayout) and `megatron_lm`, a flag per entry.
+        run: `rollout` (VerlRun.rollout) and `megatron_lm`, a flag per entry.
     """
     console = console or Console()
     rollout = run["rollout"]

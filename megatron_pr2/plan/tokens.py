@@ -155,18 +155,9 @@ def replica_tokens(layout: ParallelLayout, work: Workload, config: PR2Config, co
                     sent += np.bincount(before[before != after], minlength=places)
             fetched += arrived
             held = np.maximum(held, arrived)
-    return ReplicaTokens(
-        count,
-        int(kept.sum()),
-        int(counts.sum(axis=0).max()),
-        sum((cut.tokens_P for cut in cuts), zero),
-        sum((cut.rows_P for cut in cuts), zero),
-        opened,
-        sampled,
-        fetched,
-        sent,
-        held,
-    )
+    routed, rows = sum((cut.tokens_P for cut in cuts), zero), sum((cut.rows_P for cut in cuts), zero)
+    wanted = int(counts.sum(axis=0).max())
+    return ReplicaTokens(count, int(kept.sum()), wanted, routed, rows, opened, sampled, fetched, sent, held)
 
 
 def cut_micro_batch(layout: ParallelLayout, work: Workload, size: int) -> Cut:

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PRESETS
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.plan.models import MODELS
+from megatron_pr2.parallel.layout import CONFIG_NAMES
+from megatron_pr2.plan.models import LAYOUT_OPTIONS, MODELS
 from megatron_pr2.rollout.sglang.refusals import refusals
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -57,23 +58,6 @@ DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class RolloutLayout:
-    """SGLang engines on the same GPUs.
-
-    Attributes:
-        engines: of them.
-        gpus: of each.
-        attention_data: data-parallel attention groups within an engine; 1 without DP attention.
-        expert: expert-parallel size; 1 shares every expert out over all GPUs of an engine.
-    """
-
-    engines: int
-    gpus: int
-    attention_data: int
-    expert: int
-
-
-@dataclass(frozen=True)
 class VerlRun:
     """A configuration as a plan takes it.
 
@@ -82,14 +66,15 @@ class VerlRun:
         pr2: values of PR2Config.
         preset: they start from it, or None.
         transformer: `override_transformer_config`.
-        rollout: how SGLang lies on the GPUs.
+        rollout: SGLang on the same GPUs: `engines`, `gpus` of each, `attention_data` (data-parallel attention groups of an engine,
+            1 without DP attention) and `expert` (expert-parallel size; 1 shares every expert out over all GPUs of an engine).
     """
 
     options: dict[str, Any]
     pr2: dict[str, Any]
     preset: str | None
     transformer: dict[str, Any]
-    rollout: RolloutLayout
+    rollout: dict[str, int]
 
 
 def read_verl(path: Path) -> VerlRun:
@@ -101,11 +86,7 @@ def read_verl(path: Path) -> VerlRun:
     """
     tree = _Tree(path)
     world = tree.count("trainer.nnodes") * tree.count("trainer.n_gpus_per_node")
-    sizes = {
-        "tp": tree.count(f"{MEGATRON}.tensor_model_parallel_size"),
-        "pp": tree.count(f"{MEGATRON}.pipeline_model_parallel_size"),
-        "cp": tree.count(f"{MEGATRON}.context_parallel_size"),
-    }
+    sizes = {option: tree.count(f"{MEGATRON}.{_setting(option)}") for option in ("tp", "pp", "cp", "ep")}
     model_size = sizes["tp"] * sizes["pp"] * sizes["cp"]
     if world % model_size:
         raise tree.error(
@@ -119,14 +100,9 @@ def read_verl(path: Path) -> VerlRun:
         "model": _model_name(str(tree.get("actor_rollout_ref.model.path", ""))),
         **sizes,
         "world": world,
-        "ep": tree.count(f"{MEGATRON}.expert_model_parallel_size"),
-        "etp": tree.count(f"{MEGATRON}.expert_tensor_parallel_size", optional=True),
-        "vpp": tree.count(f"{MEGATRON}.virtual_pipeline_model_parallel_size", optional=True),
-        "first_stage": transformer.get("num_layers_in_first_pipeline_stage"),
-        "last_stage": transformer.get("num_layers_in_last_pipeline_stage"),
-        "count_embedding": bool(transformer.get("account_for_embedding_in_pipeline_split", False)),
-        "count_loss": bool(transformer.get("account_for_loss_in_pipeline_split", False)),
-        "pipeline_layout": transformer.get("pipeline_model_parallel_layout"),
+        **{option: tree.count(f"{MEGATRON}.{_setting(option)}", optional=True) for option in ("etp", "vpp")},
+        **{option: transformer.get(_setting(option)) for option in ("first_stage", "last_stage", "pipeline_layout")},
+        **{option: bool(transformer.get(_setting(option))) for option in ("count_embedding", "count_loss")},
         "padded": not tree.get(f"{MEGATRON}.use_remove_padding"),
         **_batch(tree, world // model_size, sizes["cp"]),
         # Under verl every rank of a replica is given the routes.
@@ -135,6 +111,11 @@ def read_verl(path: Path) -> VerlRun:
     run = VerlRun(options, pr2, preset, transformer, _rollout(tree, world))
     _check_routes(tree, run)
     return run
+
+
+def _setting(option: str) -> str:
+    """A layout option's name in a TransformerConfig, which is verl's, too."""
+    return CONFIG_NAMES[LAYOUT_OPTIONS[option]]
 
 
 def _batch(tree: _Tree, data: int, context: int) -> dict[str, int]:
@@ -184,7 +165,7 @@ def _sequences(tree: _Tree, key: str, tokens: int, context: int, seq: int) -> in
     return tokens * context // seq
 
 
-def _rollout(tree: _Tree, world: int) -> RolloutLayout:
+def _rollout(tree: _Tree, world: int) -> dict[str, int]:
     attention, data = tree.count(f"{ROLLOUT}.tensor_model_parallel_size"), tree.count(f"{ROLLOUT}.data_parallel_size")
     expert, per_node = tree.count(f"{ROLLOUT}.expert_parallel_size"), tree.count("trainer.n_gpus_per_node")
     gpus = attention * data
@@ -204,7 +185,7 @@ def _rollout(tree: _Tree, world: int) -> RolloutLayout:
     }
     if wrong := refusals(settings):
         raise tree.error(f"{ROLLOUT}.engine_kwargs.sglang: {'; '.join(wrong)}")
-    return RolloutLayout(world // gpus, gpus, data, expert)
+    return {"engines": world // gpus, "gpus": gpus, "attention_data": data, "expert": expert}
 
 
 def _check_routes(tree: _Tree, run: VerlRun) -> None:

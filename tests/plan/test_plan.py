@@ -23,7 +23,6 @@ from torch import Tensor
 from megatron_pr2.attach import ReplaySequence, attach
 from megatron_pr2.config import PREDICTORS, PR2Config
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.parallel.grid import TokenGrid, packed, padded
 from megatron_pr2.parallel.layout import ParallelLayout
 from megatron_pr2.plan.models import MODELS, ModelSpec, load_spec, make_layout
@@ -54,7 +53,8 @@ class Case:
 
     def spec(self) -> ModelSpec:
         layers = tuple(i for i, is_moe in enumerate(self.moe) if is_moe)
-        return ModelSpec("toy", len(self.moe), layers, toy.HIDDEN, self.experts, toy.TOPK, attention_heads=2, query_groups=2)
+        sizes = {"hidden": toy.HIDDEN, "attention_heads": 2, "query_groups": 2}
+        return ModelSpec(len(self.moe), layers, self.experts, toy.TOPK, 100, name="toy", **sizes)
 
     def layout(self) -> ParallelLayout:
         return make_layout(self.spec(), world=self.processes, **self.sizes)
@@ -314,7 +314,7 @@ def followed_job(checkpoint: Path) -> list[int]:
 
 def test_gate_updates_of_a_distributed_optimizer_are_reduced_as_planned(tiny_checkpoint: Path) -> None:
     spec = load_spec(str(tiny_checkpoint))
-    payload = len(spec.moe_layers) * (spec.experts * spec.hidden * 4 + 4)
+    payload = len(spec.moe_layers) * (spec.num_experts * spec.hidden * 4 + 4)
     for strategy in ("momentum", "learned+momentum"):
         config = PR2Config.preset("pr2", predictor=strategy)
         made = plan(spec, make_layout(spec, data=2), Workload(batch=2, mini_steps=3), config)
@@ -370,7 +370,8 @@ def plans(draw: Any) -> Plan:
     expert = draw(st.sampled_from([1, 2]))
     experts = draw(st.sampled_from([4, 512]))
     moe = draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
-    spec = ModelSpec("m", 4, tuple(i for i, is_moe in enumerate(moe) if is_moe), draw(st.integers(1, 40)), experts, 2)
+    layers = tuple(i for i, is_moe in enumerate(moe) if is_moe)
+    spec = ModelSpec(4, layers, experts, 2, 100, name="m", hidden=draw(st.integers(1, 40)))
     layout = make_layout(
         spec,
         tensor=tensor,
@@ -414,7 +415,7 @@ def test_ranks_add_up_to_the_totals(made: Plan) -> None:
         assert sum(made.held(each, device) for each in ranks) == made.held(made.total, device)
     total = made.total
     # The totals once more, from what does not depend on the layout.
-    routes = work.batch * len(spec.moe_layers) * spec.topk * (1 if spec.experts <= 256 else 2) * work.seq
+    routes = work.batch * len(spec.moe_layers) * spec.topk * (1 if spec.num_experts <= 256 else 2) * work.seq
     # Once, or on each rank of its replica.
     holders = layout.world_size // layout.data if made.config.route_delivery == "local" else 1
     assert total.memory["tables"] == holders * (routes + work.batch * -(-work.seq // 8))
@@ -427,9 +428,9 @@ def test_ranks_add_up_to_the_totals(made: Plan) -> None:
         assert total.moved["features_received"] == 0
     samples = min(work.seq - work.prompt, max(1, round((work.seq - work.prompt) * made.config.sample_fraction)))
     kept = work.batch - made.dropped_sequences
-    assert total.memory["features"] == kept * samples * len(spec.moe_layers) * (2 * spec.hidden + 4 * spec.experts)
+    assert total.memory["features"] == kept * samples * len(spec.moe_layers) * (2 * spec.hidden + 4 * spec.num_experts)
     replicated = layout.tensor * layout.context * layout.data
-    one = len(spec.moe_layers) * spec.experts * spec.hidden * 4 * replicated
+    one = len(spec.moe_layers) * spec.num_experts * spec.hidden * 4 * replicated
     assert total.memory["weight"] == (one if "learned" in made.config.predictor else 0)
     assert total.memory["adam"] == 2 * total.memory["weight"]
     assert total.moved["gates_pushed"] == one // replicated // 2
@@ -493,7 +494,7 @@ def test_known_sizes() -> None:
         made = plan(spec, make_layout(spec), one, PR2Config.preset("pr2"))
         assert made.total.memory["slices"] == 2 * route
         assert made.total.memory["weight"] / 4 == pytest.approx(parameters, rel=0.01)
-        assert made.total.memory["features"] == len(spec.moe_layers) * (2 * spec.hidden + 4 * spec.experts)
+        assert made.total.memory["features"] == len(spec.moe_layers) * (2 * spec.hidden + 4 * spec.num_experts)
 
 
 def test_models_are_those_of_their_configs(tmp_path: Path) -> None:
@@ -512,7 +513,7 @@ def test_models_are_those_of_their_configs(tmp_path: Path) -> None:
         for path in (directory, directory / "config.json"):
             found = load_spec(str(path))
             assert replace(found, name=name) == MODELS[name]
-    assert MODELS["deepseek-v3"].first_dense_layers == 3
+    assert MODELS["deepseek-v3"].moe_layers[0] == 3
 
 
 def test_models_that_cannot_be_read(tmp_path: Path) -> None:
@@ -598,12 +599,11 @@ def test_routes_that_no_engine_returned_are_not_planned() -> None:
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(2, 4))
 def test_routes_from_sglang_are_as_long_as_planned(tokens: int, layers: int, topk: int) -> None:
-    spec = ModelSpec("m", layers + 1, tuple(range(1, layers + 1)), 8, 16, topk)
+    spec = ModelSpec(layers + 1, tuple(range(1, layers + 1)), 16, topk, 100, name="m", hidden=8)
     ids = np.tile(np.arange(topk, dtype="<i4"), (tokens - 1, layers + 1, 1))
     encoded = base64.b64encode(ids.tobytes())
     assert len(encoded) == sglang_route_bytes(tokens, spec)
-    shape = ModelShape(spec.num_layers, spec.moe_layers, spec.experts, topk, 100)
-    assert decode_table(encoded, num_tokens=tokens, shape=shape, where="here").num_missing == 1
+    assert decode_table(encoded, num_tokens=tokens, shape=spec, where="here").num_missing == 1
 
 
 def test_a_ring_moves_twice_the_rest() -> None:
