@@ -174,6 +174,16 @@ def test_files_named_in_the_documents_exist() -> None:
         assert (ROOT / name).exists(), f"{name} does not exist"
 
 
+def test_dotted_names_in_the_documents_exist() -> None:
+    for document in DOCUMENTS:
+        for name in re.findall(r"\b(megatron_pr2(?:\.\w+)+)", (ROOT / document).read_text(encoding="utf-8")):
+            module, rest = ROOT / "megatron_pr2", name.split(".")[1:]
+            while rest and ((module / rest[0]).is_dir() or (module / f"{rest[0]}.py").is_file()):
+                module /= rest.pop(0)
+            source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+            assert not rest or re.search(rf"\b{rest[0]}\b", source.read_text(encoding="utf-8")), f"{document}: no {name}"
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1000
 
