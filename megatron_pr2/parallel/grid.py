@@ -96,32 +96,27 @@ def packed(sequence_ids: Sequence[int], lengths: Sequence[int], padded_lengths: 
     )
 
 
-def _zigzag(length: int, cp_size: int, cp_rank: int) -> IntArray:
-    """Rows of one padded sequence on one context-parallel rank: chunks r and 2*cp-1-r of 2*cp."""
-    if length % (2 * cp_size):
-        raise ConfigError(
-            f"context parallelism: padded length {length} is not a multiple of 2 * context_parallel_size = {2 * cp_size}"
-        )
-    chunk = length // (2 * cp_size)
-    rows = np.arange(length, dtype=np.int64).reshape(2 * cp_size, chunk)
-    return np.concatenate([rows[cp_rank], rows[2 * cp_size - 1 - cp_rank]]) if chunk else rows[0]
-
-
 def context_parallel(grid: TokenGrid, cp_size: int, cp_rank: int) -> TokenGrid:
-    """Rows that one context-parallel rank holds (zigzag); in a packed grid every sequence is cut on its own.
+    """Rows that one context-parallel rank holds: of every padded sequence chunks r and 2 * cp - 1 - r of 2 * cp (zigzag).
 
     Raises:
         ConfigError: a padded length is not a multiple of 2 * cp_size.
     """
     if cp_size == 1:
         return grid
-    if grid.padded_lengths is None:
-        index = _zigzag(grid.sequence.shape[0], cp_size, cp_rank)
-        return TokenGrid(grid.sequence[index], grid.position[index])
-    starts = np.cumsum([0, *grid.padded_lengths])[:-1]
-    parts = [start + _zigzag(n, cp_size, cp_rank) for start, n in zip(starts, grid.padded_lengths, strict=True)]
-    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return TokenGrid(grid.sequence[index], grid.position[index], tuple(n // cp_size for n in grid.padded_lengths))
+    lengths = grid.sequence.shape[:1] if grid.padded_lengths is None else grid.padded_lengths
+    parts, start = [np.zeros(0, dtype=np.int64)], 0
+    for length in lengths:
+        if length % (2 * cp_size):
+            raise ConfigError(
+                f"context parallelism: padded length {length} is not a multiple of 2 * context_parallel_size = {2 * cp_size}"
+            )
+        chunks = np.arange(start, start + length).reshape(2 * cp_size, length // (2 * cp_size))
+        parts += [chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]]
+        start += length
+    index = np.concatenate(parts)
+    shares = None if grid.padded_lengths is None else tuple(length // cp_size for length in lengths)
+    return TokenGrid(grid.sequence[index], grid.position[index], shares)
 
 
 def sequence_parallel(grid: TokenGrid, tp_size: int, tp_rank: int) -> TokenGrid:

@@ -10,54 +10,41 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_pr2.plan.models import LAYOUT_OPTIONS
 from megatron_pr2.plan.plan import MEMORY, MOVED, Plan, RankPlan
 from megatron_pr2.report.formats import count, size
 
+_SETTINGS = ("predictor", "hold_back", "sample_fraction", "feature_device", "route_delivery")
 WHERE = {"device": "GPU", "host": "host"}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything that the tables show, in bytes."""
-    layout, work = plan.layout, plan.work
+    model, layout, work = plan.model, plan.layout, plan.work
     first, last = plan.tokens[0], plan.tokens[-1]
     return {
         "model": {
-            "name": plan.model.name,
-            "layers": plan.model.num_hidden_layers,
-            "moe_layers": len(plan.model.moe_layers),
-            "first_dense_layers": plan.model.moe_layers[0],
-            "hidden": plan.model.hidden,
-            "experts": plan.model.num_experts,
-            "topk": plan.model.topk,
-            "score_function": plan.model.score_function,
+            "name": model.name,
+            "layers": model.num_hidden_layers,
+            "moe_layers": len(model.moe_layers),
+            "first_dense_layers": model.moe_layers[0],
+            "hidden": model.hidden,
+            "experts": model.num_experts,
+            "topk": model.topk,
+            "score_function": model.score_function,
         },
         "layout": {
             "world": layout.world_size,
-            "tp": layout.tensor,
-            "pp": layout.pipeline,
-            "vpp": layout.virtual_pipeline,
-            "cp": layout.context,
-            "dp": layout.data,
-            "ep": layout.expert,
-            "etp": layout.expert_tensor,
+            **{option: getattr(layout, LAYOUT_OPTIONS[option]) for option in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")},
             "alignment": layout.alignment,
             "moe_layers_per_stage": [len(layout.moe_columns(pp)) for pp in range(layout.pipeline)],
         },
-        "workload": {
-            **asdict(work),
-            "predictor": plan.config.predictor,
-            "hold_back": plan.config.hold_back,
-            "sample_fraction": plan.config.sample_fraction,
-            "feature_device": plan.config.feature_device,
-            "route_delivery": plan.config.route_delivery,
-        },
+        "workload": {**asdict(work), **{name: getattr(plan.config, name) for name in _SETTINGS}},
         "sequences_per_replica": [last.sequences, first.sequences],
         "sequences_without_features": plan.dropped_sequences,
         "fitting_sample_fraction": plan.fitting_fraction,
         "distinct_ranks": plan.distinct_ranks,
-        "typical": _rank_as_json(plan, plan.typical),
-        "largest": _rank_as_json(plan, plan.largest),
-        "total": _rank_as_json(plan, plan.total),
+        **{name: _rank_as_json(plan, getattr(plan, name)) for name in ("typical", "largest", "total")},
     }
 
 
@@ -87,8 +74,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
         f"{plan.config.sample_fraction:g} of the response tokens; predictor {plan.config.predictor}",
     ]
-    for line in lines:
-        console.print(Text(line))
+    console.print(Text("\n".join(lines)))
     console.print(_table(plan, "Memory", {name: words for name, (_, words) in MEMORY.items()}, "memory"))
     console.print(_table(plan, "Moved per rollout batch", MOVED, "moved"))
     if lost := plan.dropped_sequences:

@@ -53,10 +53,9 @@ def save_routes(path: str | os.PathLike[str], tables: Mapping[int, RouteTable], 
     first_id, first = next(iter(tables.items()))
     arrays: dict[str, npt.NDArray[Any]] = {}
     for sid, table in tables.items():
-        if _model(table) != _model(first):
+        if (found := _model(table)) != (expected := _model(first)):
             raise RouteError(
-                f"{path}: sequence {sid} has {_described(*_model(table))}, sequence {first_id} has {_described(*_model(first))}; "
-                "a file holds routes of one model"
+                f"{path}: sequence {sid} has {found}, sequence {first_id} has {expected}; a file holds routes of one model"
             )
         # The id may be numpy's; the arrays may be views into something else.
         arrays[f"routes.{int(sid)}"] = np.ascontiguousarray(table.experts)
@@ -199,9 +198,5 @@ class RouteFile(Mapping[int, RouteTable]):
         return lengths, *model
 
 
-def _model(table: RouteTable) -> tuple[int, int, int]:
-    return table.num_layers, table.topk, table.num_experts
-
-
-def _described(layers: int, topk: int, experts: int) -> str:
-    return f"{layers} MoE layers, top-{topk} of {experts} experts"
+def _model(table: RouteTable) -> str:
+    return f"{table.num_layers} MoE layers, top-{table.topk} of {table.num_experts} experts"

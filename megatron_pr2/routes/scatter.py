@@ -6,7 +6,7 @@ all-to-all in which only the owner sends gives every other rank its own tokens x
 earlier: PR2.prefetch) and awaited when their micro-batch runs, so that the transfer overlaps with the compute of the ones before.
 Cutting the shares out of the tables is the work of the owner's host, before its first micro-batch.
 
-`slice_tables` is the variant without communication, for pipelines in which every rank already has the tables.
+`slice_all` is the variant without communication, for pipelines in which every rank already has the tables.
 
 Shape suffixes: R rows that hold a token, T rows of the local grid, L local MoE layers, K top-k.
 """
@@ -53,11 +53,7 @@ class RouteSlice:
 
 
 def pack_rows(
-    sequence_R: IntArray,
-    position_R: IntArray,
-    tables: Mapping[int, RouteTable],
-    columns: Sequence[int],
-    out_RLK: CompactIds,
+    sequence_R: IntArray, position_R: IntArray, tables: Mapping[int, RouteTable], columns: Sequence[int], out_RLK: CompactIds
 ) -> None:
     """Writes the ids of tokens into `out_RLK`, from per-sequence tables, run by run: neighbours stay neighbours in most layouts.
 
@@ -75,26 +71,15 @@ def pack_rows(
     breaks = np.nonzero((np.diff(sequence_R) != 0) | (np.diff(position_R) != 1))[0] + 1
     starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), len(sequence_R)]
     if len(starts) * 4 > len(sequence_R):
-        _pack_scattered(sequence_R, position_R, tables, wanted, out_RLK)
+        # Rows of several sequences alternate, as in a padded batch.
+        for sid in np.unique(sequence_R).tolist():
+            (rows,) = np.nonzero(sequence_R == sid)
+            positions = position_R[rows]
+            out_RLK[rows] = _table(tables, sid, int(positions.max())).experts[:, wanted][positions]
         return
     for start, stop in zip(starts, stops, strict=True):
-        first = int(position_R[start])
-        experts = _table(tables, int(sequence_R[start]), first + stop - start - 1).experts
-        out_RLK[start:stop] = experts[first : first + stop - start, wanted]
-
-
-def _pack_scattered(
-    sequence_R: IntArray,
-    position_R: IntArray,
-    tables: Mapping[int, RouteTable],
-    wanted: slice | list[int],
-    out_RLK: CompactIds,
-) -> None:
-    """The same where rows of several sequences alternate, as in a padded batch."""
-    for sid in np.unique(sequence_R).tolist():
-        (rows,) = np.nonzero(sequence_R == sid)
-        positions = position_R[rows]
-        out_RLK[rows] = _table(tables, sid, int(positions.max())).experts[:, wanted][positions]
+        first, end = int(position_R[start]), int(position_R[stop - 1])
+        out_RLK[start:stop] = _table(tables, int(sequence_R[start]), end).experts[first : end + 1, wanted]
 
 
 def _table(tables: Mapping[int, RouteTable], sid: int, position: int) -> RouteTable:
@@ -109,7 +94,10 @@ def _table(tables: Mapping[int, RouteTable], sid: int, position: int) -> RouteTa
 def slice_tables(
     local: TokenGrid, tables: Mapping[int, RouteTable], columns: Sequence[int], topk: int, experts: int, device: torch.device
 ) -> RouteSlice:
-    """The local variant: this rank's slice from tables that it has.
+    """This rank's slice of one micro-batch from tables that it has.
+
+    Args:
+        local: this rank's rows.
 
     Raises:
         ReplayError: as for :func:`pack_rows`.
@@ -121,6 +109,14 @@ def slice_tables(
     signed = packed if packed.dtype == np.uint8 else packed.view(np.int16)
     ids_RLK, rows_R = (torch.from_numpy(each).to(device, non_blocking=True) for each in (signed, rows))
     return RouteSlice(_placed(ids_RLK, rows_R, local.num_rows))
+
+
+def slice_all(
+    group: RankGroup, grids: Sequence[TokenGrid], tables: Mapping[int, RouteTable], topk: int, experts: int, device: torch.device
+) -> list[RouteSlice]:
+    """This rank's slices of whole micro-batches, without communication."""
+    columns = group.members[group.me].columns
+    return [slice_tables(group.rows(grid), tables, columns, topk, experts, device) for grid in grids]
 
 
 def scatter_tables(
@@ -143,8 +139,7 @@ def scatter_tables(
         ReplayError: on the owner, before the micro-batch is sent: a sequence without table, or one that is too short.
     """
     if group.size == 1 or group.handle is None:
-        columns = group.members[group.me].columns
-        return [slice_tables(group.rows(grid), tables or {}, columns, topk, experts, device) for grid in grids]
+        return slice_all(group, grids, tables or {}, topk, experts, device)
     slices: list[RouteSlice] = []
     per_token = sum(len(member.columns) for member in group.members) / (group.cp_size * group.tp_size)
     per_token *= topk * expert_dtype(experts).itemsize
@@ -158,23 +153,18 @@ def scatter_tables(
 
 
 def _scatter_bucket(
-    group: RankGroup,
-    grids: Sequence[TokenGrid],
-    tables: Mapping[int, RouteTable],
-    topk: int,
-    experts: int,
-    device: torch.device,
+    group: RankGroup, grids: Sequence[TokenGrid], tables: Mapping[int, RouteTable], topk: int, experts: int, device: torch.device
 ) -> list[RouteSlice]:
     """One collective for some micro-batches."""
-    columns = group.members[group.me].columns
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     if group.me == group.owner:
         outgoing, sizes = _outgoing(group, grids, tables, topk, experts)
         sent = torch.from_numpy(outgoing).to(device, non_blocking=True)
         work = dist.all_to_all_single(nothing, sent, [0] * group.size, sizes, group=group.handle, async_op=True)
         # Its own share is cut while the others' are under way.
-        own = [slice_tables(group.rows(grid), tables, columns, topk, experts, device) for grid in grids]
+        own = slice_all(group, grids, tables, topk, experts, device)
         return [RouteSlice(partial(_sent, work, each)) for each in own]
+    columns = group.members[group.me].columns
     locals_ = [group.rows(grid) for grid in grids]
     rows = [local.real()[0] for local in locals_]
     dtype = torch.uint8 if expert_dtype(experts).itemsize == 1 else torch.int16

@@ -18,7 +18,7 @@ from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import TokenGrid
 from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.routes.scatter import RouteSlice, scatter_tables, slice_tables
+from megatron_pr2.routes.scatter import RouteSlice, scatter_tables, slice_all
 from megatron_pr2.routes.table import RouteTable, file_rows
 
 BoolArray = npt.NDArray[np.bool_]
@@ -54,7 +54,10 @@ class RouteStore:
         return sum(table.nbytes for table in self._tables.values())
 
     def tables(self) -> Mapping[int, RouteTable]:
-        """Tables per sequence: an engine's where it is owned, recorded ones with this stage's layers; collective over the stage."""
+        """Tables per sequence: an engine's where it is owned, recorded ones with this stage's layers.
+
+        Collective over the tensor and context parallel ranks.
+        """
         self._gather_recorded()
         return self._tables
 
@@ -85,18 +88,13 @@ class RouteStore:
         fresh = {key: grid for key, grid in wanted.items() if key not in self._slices}
         if fresh:
             self._gather_recorded()
-            made = self._scattered(list(fresh.values())) if self._scatter else self._sliced(list(fresh.values()))
+            deliver = scatter_tables if self._scatter else slice_all
+            made = deliver(
+                self._replica.ranks, list(fresh.values()), self._tables, self._topk, self._experts, self._device
+            )
             self._slices.update(zip(fresh, made, strict=True))
             self.received_bytes += sum(each.received_bytes for each in made)
         return [(self._slices[grid.fingerprint], self._valid_rows(grid)) for grid in grids]
-
-    def _scattered(self, grids: list[TokenGrid]) -> list[RouteSlice]:
-        return scatter_tables(self._replica.ranks, grids, self._tables, self._topk, self._experts, self._device)
-
-    def _sliced(self, grids: list[TokenGrid]) -> list[RouteSlice]:
-        ranks = self._replica.ranks
-        columns = ranks.members[ranks.me].columns
-        return [slice_tables(ranks.rows(g), self._tables, columns, self._topk, self._experts, self._device) for g in grids]
 
     def _valid_rows(self, grid: TokenGrid) -> BoolArray:
         index = self._tokens.of_grid(self._replica.ranks.rows(grid))
@@ -109,7 +107,7 @@ class RouteStore:
         self._gathered = False
 
     def mark_recorded(self, grids: Sequence[TokenGrid]) -> None:
-        """After a recorded pass: its tokens have routes, also in the eyes of a stage that recorded none."""
+        """After a recorded pass: its tokens have routes, also where a pipeline stage recorded none."""
         for grid in grids:
             index = self._tokens.of_grid(grid)
             self.valid[index[index >= 0]] = True
@@ -117,27 +115,22 @@ class RouteStore:
     def _gather_recorded(self) -> None:
         """Tables of this stage's layers from what its ranks recorded: another cut may give this rank tokens of another one.
 
-        Collective over the stage: every rank of it comes here with the same micro-batches.
+        Collective over the tensor and context parallel ranks: each of them comes here with the same micro-batches.
         """
         if self._gathered:
             return
-        stage = self._replica.tp_cp
-        columns = list(stage.members[stage.me].columns)
-        own = [(local.real()[0], ids) for grid, ids in self._recorded for local in (stage.rows(grid),)]
+        group = self._replica.tp_cp
+        places = [[group.rows(grid, member).real() for grid, _ in self._recorded] for member in range(group.size)]
+        own = zip(places[group.me], self._recorded, strict=True)
         # One copy to the host, once per rollout and only if the passes are cut differently.
-        mine = torch.cat([ids[torch.from_numpy(rows).to(ids.device)] for rows, ids in own])
-        counts = [sum(len(stage.rows(grid, m).real()[0]) for grid, _ in self._recorded) for m in range(stage.size)]
-        shares = _all_gathered(mine.contiguous(), counts, stage.handle)
-        for member, share in enumerate(shares):
-            ids_RLK = share.cpu().numpy()
-            start = 0
-            for grid, _ in self._recorded:
-                rows, sequence, position = stage.rows(grid, member).real()
-                part, start = ids_RLK[start : start + len(rows)], start + len(rows)
-                file_rows(
-                    self._tables, part, sequence, position,
-                    columns=columns, lengths=self._tokens.lengths, num_columns=self._num_columns, num_experts=self._experts,
-                )  # fmt: skip
+        mine = torch.cat([ids[torch.from_numpy(rows).to(ids.device)] for (rows, *_), (_, ids) in own])
+        counts = [sum(len(rows) for rows, *_ in parts) for parts in places]
+        for parts, share in zip(places, _all_gathered(mine.contiguous(), counts, group.handle), strict=True):
+            _, sequence, position = (np.concatenate(each) for each in zip(*parts, strict=True))
+            file_rows(
+                self._tables, share.cpu().numpy(), sequence, position, columns=group.members[group.me].columns,
+                lengths=self._tokens.lengths, num_columns=self._num_columns, num_experts=self._experts,
+            )  # fmt: skip
         self._gathered = True
 
     def _require_known(self, grid: TokenGrid) -> None:

@@ -1,6 +1,6 @@
 """RouteTable: the experts that every token of one sequence took, in every MoE layer.
 
-Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E experts.
+Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E experts; N rows of ids, R tokens of several sequences.
 
 Scope: one table per sequence, in host memory, as compact as the ids allow (design decision 6). Row ``t`` belongs to *input*
 token ``t``. The last sampled token was never an input, so an engine returns one row fewer than there are tokens; that row is
@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.routes.distinct import all_distinct
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,6 +40,36 @@ def expert_dtype(num_experts: int) -> np.dtype:
     if not 1 <= num_experts <= 1 << 15:
         raise RouteError(f"num_experts={num_experts}: expected 1..32768; route tables hold at most 15-bit expert ids")
     return np.dtype(np.uint8 if num_experts <= 1 << 8 else np.uint16)
+
+
+def all_distinct(ids_NK: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Which rows [N, K] hold K different ids, [N] (a repeated one collapses in a routing map), at the speed of memory.
+
+    Bytes and 16-bit ids that fill a 32- or 64-bit word (top-8 of at most 256 experts is one) are compared within the word: against
+    itself rotated by every distance, where equal ids cancel to a zero lane. Other rows are sorted.
+    """
+    rows, topk = ids_NK.shape
+    if topk < 2:
+        return np.ones(rows, dtype=bool)
+    lane = ids_NK.dtype.itemsize
+    if lane in (1, 2) and lane * topk in (4, 8) and ids_NK.flags.c_contiguous:
+        return _distinct_lanes(ids_NK.reshape(-1).view(f"<u{lane * topk}"), 8 * lane, topk)
+    ordered = np.sort(ids_NK, axis=1)
+    return np.asarray((ordered[:, 1:] != ordered[:, :-1]).all(axis=1))
+
+
+def _distinct_lanes(words_N: npt.NDArray[np.unsignedinteger], bits: int, lanes: int) -> npt.NDArray[np.bool_]:
+    word = words_N.dtype.type
+    width = bits * lanes
+    low = word(sum(1 << (bits * lane) for lane in range(lanes)))
+    high = word(int(low) << (bits - 1))
+    repeated = np.zeros_like(words_N)
+    for distance in range(1, lanes // 2 + 1):
+        shift = word(bits * distance)
+        difference = words_N ^ ((words_N << shift) | (words_N >> word(width - int(shift))))
+        # The high bit of a lane remains where the lowest zero lane is, and none if there is no zero lane.
+        repeated |= (difference - low) & ~difference & high
+    return np.asarray(repeated == 0)
 
 
 def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
@@ -218,10 +247,10 @@ class RouteTable:
 
     def encode(self) -> bytes:
         """Compact, self-describing bytes (little-endian header of five uint32, ids, packed validity bits)."""
-        return b"".join((self._header().data, np.ascontiguousarray(self._wire_ids()).data, np.packbits(self.valid).data))
+        return b"".join(part.data for part in self._wire_parts())
 
     def encode_into(self, buffer: Buffer) -> int:
-        """Writes what :meth:`encode` returns to the start of a buffer, the ids straight from the table to their place.
+        """Writes what :meth:`encode` returns to the start of a buffer; ids that are contiguous go straight to their place.
 
         Args:
             buffer: writable and contiguous, at least `encoded_size` bytes, e.g. `multiprocessing.shared_memory.SharedMemory.buf`.
@@ -238,11 +267,11 @@ class RouteTable:
                 f"encode_into: got a {'writable' if out.flags.writeable else 'read-only'} buffer of {len(out)} bytes; "
                 f"expected a writable one of at least encoded_size={self.encoded_size}"
             )
-        ids_end = _HEADER_BYTES + self.experts.nbytes
-        out[:_HEADER_BYTES] = self._header().view(np.uint8)
-        out[_HEADER_BYTES:ids_end].view(_little_endian(self.experts.dtype)).reshape(self.experts.shape)[...] = self.experts
-        out[ids_end : self.encoded_size] = np.packbits(self.valid)
-        return self.encoded_size
+        start = 0
+        for part in self._wire_parts():
+            out[start : start + part.nbytes] = part
+            start += part.nbytes
+        return start
 
     @classmethod
     def decode(cls, payload: Buffer) -> RouteTable:
@@ -284,11 +313,10 @@ class RouteTable:
         arrays = (np.ascontiguousarray(np.asarray(each)) for each in (self.experts, self.valid))
         return type(self), (*arrays, self.num_experts)
 
-    def _header(self) -> npt.NDArray[np.uint32]:
-        return np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")
-
-    def _wire_ids(self) -> npt.NDArray[np.unsignedinteger]:
-        return self.experts.astype(_little_endian(self.experts.dtype), copy=False)
+    def _wire_parts(self) -> list[npt.NDArray[np.uint8]]:
+        header = np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")
+        ids = np.ascontiguousarray(self.experts, dtype=_little_endian(self.experts.dtype))
+        return [part.reshape(-1).view(np.uint8) for part in (header, ids, np.packbits(self.valid))]
 
 
 def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -19,8 +19,7 @@ import pybase64
 
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
-from megatron_pr2.routes.distinct import all_distinct
-from megatron_pr2.routes.table import RouteTable, expert_dtype
+from megatron_pr2.routes.table import RouteTable, all_distinct, expert_dtype
 
 # An unescaped quote ends a JSON string, so that generated text can never look like this key.
 _KEY = re.compile(rb'"routed_experts"\s*:\s*"')
