@@ -53,7 +53,7 @@ def check_groups(config: TransformerConfig, device: torch.device) -> None:
 
 
 def gathered(item: T, group: dist.ProcessGroup) -> list[T]:
-    """What every rank of a group says, in the order of its ranks; collective. For small objects, once in a while."""
+    """One small object of every rank of a group, in the order of its ranks; collective and slow."""
     parts: list[Any] = [None] * group.size()
     dist.all_gather_object(parts, item, group=group)
     return parts

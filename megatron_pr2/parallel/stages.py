@@ -43,10 +43,10 @@ def cut_layers(
             stages between them share the rest.
         account_for_embedding, account_for_loss: the embedding, the loss take the place of one layer
             (`account_for_embedding_in_pipeline_split`, `account_for_loss_in_pipeline_split`).
-        layout: `pipeline_model_parallel_layout`, see `layout_rows`; says everything alone.
+        layout: `pipeline_model_parallel_layout`, see `layout_rows`; excludes the settings above.
         mtp_num_layers: multi-token-prediction heads; they are no decoder layers, but a layout must place them.
-        hybrid_pattern: `hybrid_layer_pattern` of a HybridModel, whose "|" say everything alone; without them its layers are shared
-            out evenly, or as in_first and in_last say.
+        hybrid_pattern: `hybrid_layer_pattern` of a HybridModel, whose "|" alone place all layers; without them its layers are
+            shared out evenly, or as in_first and in_last say.
 
     Returns:
         [pipeline][virtual_pipeline or 1] tuples of 0-based layer indices; a chunk may be empty.
@@ -62,7 +62,7 @@ def cut_layers(
         _alone({"hybrid_layer_pattern": hybrid_pattern}, unread, advice)
         sizes = _pattern_sizes(num_layers, pipeline, virtual_pipeline, hybrid_pattern, numbers)
     elif layout is not None:
-        _alone({_LAYOUT: layout}, {**numbers, **accounts}, "the layout says everything alone; drop the others")
+        _alone({_LAYOUT: layout}, {**numbers, **accounts}, "the layout alone places all layers; drop the others")
         sizes = _layout_sizes(num_layers, pipeline, virtual_pipeline, layout, mtp_num_layers)
     elif numbers:
         advice = "Megatron-Core takes one or the other; count embedding and loss yourself, or drop the numbers"
@@ -128,7 +128,7 @@ def _pattern_sizes(
             )
         even = not numbers
         return _even_sizes(num_layers, pipeline, virtual, {}) if even else _uneven_sizes(num_layers, pipeline, virtual, numbers)
-    _alone({"hybrid_layer_pattern": pattern}, numbers, "its '|' say everything alone; drop the numbers")
+    _alone({"hybrid_layer_pattern": pattern}, numbers, "its '|' alone place all layers; drop the numbers")
     chunks = pattern_chunks(pattern, pipeline)
     _check_chunks(named, chunks, pipeline, virtual)
     return [[len(segments[chunk * pipeline + stage]) for chunk in range(chunks)] for stage in range(pipeline)]
@@ -223,7 +223,7 @@ def _check_chunks(named: str, chunks: int, pipeline: int, virtual: int | None) -
 
 
 def _alone(settings: Mapping[str, Any], others: Mapping[str, Any], why: str) -> None:
-    """Refuses settings beside others that contradict them."""
+    """Refuses settings together with others that contradict them."""
     if others:
         raise ConfigError(f"{_named(settings)} and {_named(others)}: {why}")
 

@@ -51,7 +51,7 @@ def plan(
     ] = None,
     padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
     predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum or learned+momentum.")] = "learned",
-    hold_back: Annotated[bool, typer.Option(help="Predictions are held back where they do not help.")] = True,
+    hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
     sample_fraction: Annotated[float, typer.Option(help="Share of the response tokens that features are kept of.")] = 0.125,
     feature_bytes: Annotated[int, typer.Option(help="Byte budget of the features on a rank.")] = 4 << 30,
     feature_device: Annotated[str, typer.Option(help="device (where they are computed) or cpu (host memory).")] = "device",
@@ -63,8 +63,8 @@ def plan(
     """How much memory replay and prediction take on each rank, and what they move, before any GPU is there.
 
     Computed in seconds by the functions that training runs, for any number of ranks. A layout that cannot be trained is refused
-    with the same words. Columns: a typical rank, the one with most memory (usually the first rank of a replica), and the sum of all
-    ranks. The last line printed is a JSON object with every number in bytes.
+    with the same message. Columns: a typical rank, the one with most memory (usually the first rank of a replica), and the sum of
+    all ranks. The last line printed is a JSON object with every number in bytes.
 
     With --config the layout, the batch and PR2's settings come from a verl configuration; options that are given override it, and
     the same layout is printed as flags of Megatron-LM.
@@ -88,7 +88,7 @@ def plan(
 
         run = read_verl(config) if config else None
         if run:
-            # The data-parallel size and the ranks in all are two ways to say the same.
+            # The data-parallel size and the ranks in all are alternatives.
             said = given | ({"world"} if "dp" in given else set())
             values |= {name: value for name, value in run.options.items() if name not in said}
         if values["model"] is None:

@@ -108,7 +108,7 @@ def load_spec(model: str) -> ModelSpec:
 def make_layout(
     model: ModelSpec, *, data: int | None = None, world: int | None = None, pipeline_layout: str | None = None, **sizes: Any
 ) -> ParallelLayout:
-    """The layout of a model under these sizes, refused with the words of the code that builds it.
+    """The layout of a model under these sizes, refused with the same message as in training.
 
     Args:
         data: data-parallel size; None for 1, or for what `world` leaves over.

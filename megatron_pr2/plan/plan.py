@@ -1,6 +1,6 @@
 """plan(): the memory that PR2 takes and the bytes that it moves, per rank of a layout that need not exist.
 
-Nothing here is an estimate of its own: rows, layers and owners come from ParallelLayout, sizes from the classes that hold and
+Nothing is estimated separately: rows, layers and owners come from ParallelLayout, sizes from the classes that hold and
 send the bytes (FeatureStore, RouteTable, the predictor). What lasts is counted, and what a whole pass holds; what one layer of one
 micro-batch needs for a moment is not.
 
@@ -25,7 +25,7 @@ from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_
 from megatron_pr2.prediction.predictor import predictor_bytes
 from megatron_pr2.routes.table import RouteTable, expert_dtype
 
-# What is counted: name -> (where it lies, in plain words). "features" is where PR2Config.feature_device says.
+# What is counted: name -> (where it is held, what it is). "features" is where PR2Config.feature_device says.
 MEMORY: dict[str, tuple[str, str]] = {
     "weight": ("device", "predictor: W_p"),
     "gradient": ("device", "predictor: gradient sums"),
@@ -78,7 +78,7 @@ class RankPlan:
 
 
 def plan(model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Config) -> Plan:
-    """Computes the plan; ranks that are alike are computed once.
+    """Computes the plan; identical ranks are computed once.
 
     Raises:
         ConfigError: routes do not come from the engine.
@@ -179,11 +179,11 @@ class Plan:
 
     @property
     def distinct_ranks(self) -> int:
-        """Ranks that were computed; every other one is like one of them."""
+        """Ranks that were computed; every other one is identical to one of them."""
         return self._sums.size
 
     def device_of(self, name: str) -> str:
-        """Where an entry of MEMORY lies: "device" or "host"."""
+        """Where an entry of MEMORY is held: "device" or "host"."""
         where = MEMORY[name][0]
         return ("host" if self.config.feature_device == "cpu" else "device") if where == "features" else where
 
@@ -265,7 +265,7 @@ class Plan:
 
 
 def _kinds(batch: int, data: int) -> list[tuple[int, int]]:
-    """(first data-parallel index, replicas) of replicas that are alike."""
+    """(first data-parallel index, replicas) of identical replicas."""
     firsts = sorted({0, *((1,) if data > 1 else ()), *((batch % data,) if 0 < batch % data < data else ())})
     return [(first, end - first) for first, end in zip(firsts, [*firsts[1:], data], strict=True)]
 

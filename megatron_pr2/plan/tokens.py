@@ -1,7 +1,7 @@
-"""Where the tokens of a planned rollout batch lie: how a batch is cut, what each place computes, which features it keeps and moves.
+"""Tokens of a planned rollout batch: how it is cut, what each place computes, which features it keeps and moves.
 
 A place is a rank's context- and tensor-parallel index, numbered cp * tensor + tp. All stages of a pipeline compute the same tokens,
-and all replicas that train equally many sequences are alike; so one replica's places stand for every rank. Rows are cut by
+and replicas that train equally many sequences are identical; so one replica's places stand for every rank. Rows are cut by
 `ParallelLayout.cut` and tokens sampled by `tokens.sample_positions`, as in a run whose sequences have the ids 0, 1, 2, ...
 
 Shape suffixes: P places, B sequences of a micro-batch, N tokens of a sequence.
@@ -133,7 +133,7 @@ def replica_tokens(layout: ParallelLayout, work: Workload, config: PR2Config, co
     mini_steps, log_prob = work.training_parts(count), work.log_prob_parts(count)
     places = layout.context * layout.tensor
     zero = np.zeros(places, dtype=np.int64)
-    # A micro-batch that is cut alike in both passes gets its routes once.
+    # A micro-batch that both passes cut in the same way gets its routes once.
     distinct = {part for parts in [log_prob, *mini_steps] for part in parts}
     cuts = [cut_of(stop - start) for start, stop in distinct]
     opened = sum((cut_of(stop - start).tokens_P for start, stop in log_prob), zero)

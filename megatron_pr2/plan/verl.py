@@ -1,8 +1,8 @@
 """What a plan reads of a verl configuration: the model, the layout, the batch, PR2's settings and the rollout engine's layout.
 
 A file as verl's `--config-path` and `--config-name` take it, read without Hydra and without verl: keys that it does not set have
-the defaults of verl 0.9.1, and of its `defaults` list those entries count that lie beside it. Only what a plan needs is read;
-whether verl knows every key is checked where verl is (tests/test_cluster_examples.py).
+the defaults of verl 0.9.1; entries of its `defaults` list are read if they are in the same directory. Only what a plan needs is
+read; whether verl knows every key is checked where verl is installed (tests/test_cluster_examples.py).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _model_name(path: str) -> str:
 
 
 class _Tree:
-    """The settings of a file and of the files beside it that it names, over verl's defaults."""
+    """The settings of a file and of the files in its directory that it names, over verl's defaults."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

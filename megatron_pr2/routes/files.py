@@ -162,7 +162,7 @@ class RouteFile(Mapping[int, RouteTable]):
         metadata = self._file.metadata() or {}
         kind, version = metadata.get("format"), metadata.get("version")
         if kind != FORMAT:
-            raise DataError(f"{self.path}: metadata says format {kind!r}; expected {FORMAT!r}: these are no route tables")
+            raise DataError(f"{self.path}: metadata says format {kind!r}; expected {FORMAT!r}: this file holds no route tables")
         if version != VERSION:
             raise DataError(f"{self.path}: version {version!r}; this release reads version {VERSION!r}")
         experts = metadata.get("num_experts", "")

@@ -36,7 +36,7 @@ CompactIds = npt.NDArray[np.unsignedinteger]
 
 @dataclass
 class RouteSlice:
-    """Routes of one micro-batch's rows on this rank; perhaps still on their way.
+    """Routes of one micro-batch's rows on this rank, received or still in flight.
 
     Attributes:
         received_bytes: route bytes that this rank got from another one.

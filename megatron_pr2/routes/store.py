@@ -80,19 +80,19 @@ class RouteStore:
         Every rank of the replica asks for the same micro-batches in the same order.
 
         Raises:
-            ReplayError: a micro-batch holds tokens that begin() was not told of.
+            ReplayError: a micro-batch holds tokens of sequences that begin() was not given.
         """
         for grid in grids:
             self._require_known(grid)
         wanted = {grid.fingerprint: grid for grid in grids}
-        fresh = {key: grid for key, grid in wanted.items() if key not in self._slices}
-        if fresh:
+        missing = {key: grid for key, grid in wanted.items() if key not in self._slices}
+        if missing:
             self._gather_recorded()
             deliver = scatter_tables if self._scatter else slice_all
             made = deliver(
-                self._replica.ranks, list(fresh.values()), self._tables, self._topk, self._experts, self._device
+                self._replica.ranks, list(missing.values()), self._tables, self._topk, self._experts, self._device
             )
-            self._slices.update(zip(fresh, made, strict=True))
+            self._slices.update(zip(missing, made, strict=True))
             self.received_bytes += sum(each.received_bytes for each in made)
         return [(self._slices[grid.fingerprint], self._valid_rows(grid)) for grid in grids]
 

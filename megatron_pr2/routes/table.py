@@ -4,7 +4,8 @@ Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E ex
 
 Scope: one table per sequence, in host memory, as compact as the ids allow (design decision 6). Row ``t`` belongs to *input*
 token ``t``. The last sampled token was never an input, so an engine returns one row fewer than there are tokens; that row is
-present here and marked invalid. A row that is not valid is never replayed: the live router decides (design decision 5).
+present here and marked invalid. A row that is not valid is never replayed: its token falls back to the current router (design
+decision 5).
 
 Tables travel without copies: pickle protocol 5 takes the arrays out of band (Ray's object store keeps them that way and hands out
 views), and `encode_into` / `decode` write to and read from a buffer in place (shared memory, a file's mapping). Arrays that come
@@ -137,7 +138,7 @@ class RouteTable:
 
     Attributes:
         experts: [T, L, K] uint8 or uint16, ids in the order of the engine's top-k. Rows that are not valid hold zeros.
-        valid: [T] bool; False where the live router has to decide.
+        valid: [T] bool; False where the token falls back to the current router.
         num_experts: E, for checks on the way.
     """
 
@@ -171,7 +172,7 @@ class RouteTable:
 
     @property
     def num_missing(self) -> int:
-        """Rows that the live router will decide, the last sampled token included."""
+        """Rows that fall back to the current router, the last sampled token included."""
         return int(self.valid.size - np.count_nonzero(self.valid))
 
     @property

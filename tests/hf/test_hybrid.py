@@ -157,7 +157,7 @@ def test_a_layout_from_a_config_that_knows_nothing_of_the_pattern() -> None:
         ("*E*", 2, {}, "num_layers=3 is not a multiple of pipeline_model_parallel_size=2", "evenly divisible"),
         ("*E|*E|*E", 2, {}, "has 3 segments between '|', pipeline_model_parallel_size=2: expected a multiple", "evenly divisible"),
         ("*E*E", 2, {"virtual_pipeline": 2}, "expected 4 segments", "Virtual pipeline parallelism"),
-        ("*E|*E", 2, {"in_first": 2}, "its '|' say everything alone; drop the numbers", "Cannot specify"),
+        ("*E|*E", 2, {"in_first": 2}, "its '|' alone place all layers; drop the numbers", "Cannot specify"),
         ("*E|*E", 2, {"virtual_pipeline": 2}, "1 chunks per stage .* virtual_pipeline_model_parallel_size=2", "out of range"),
         # What Megatron-Core would silently build a part of.
         ("*E|*E", 1, {}, "has 2 segments between '|', pipeline_model_parallel_size=1: expected one", None),
