@@ -57,7 +57,7 @@ class PR2Config:
         feature_bytes: byte budget of the features on this rank; beyond it whole sequences, spread over the batch, are dropped,
             counted and warned of. Tokens that a mini-step computes on another rank than the log-prob pass did come on top, and
             with `feature_device=cpu` 256 MiB of transfers.
-        feature_device: `device` keeps features where they were computed, `cpu` in host memory.
+        feature_device: where features are kept: `device`, where they were computed, or `cpu`, in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
         min_agreement: smallest share of an engine's routes that the actor's own router must agree with in the old-log-prob pass, on
             the sampled tokens; fewer mean that routes lie on other tokens' rows, and the step fails. 0 disables the check.
