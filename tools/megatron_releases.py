@@ -39,7 +39,6 @@ TESTS = (
     "tests/checkpoint/test_checkpoint.py",
     "tests/checkpoint/test_pr2_checkpoint.py",
     "tests/hf/test_bridge.py",
-    "tests/hf/test_model_chunks.py",
     "tests/replay/test_entry_parity.py",
     "tests/replay/test_model_settings.py",
     "tests/prediction/test_predictor.py",

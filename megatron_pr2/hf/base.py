@@ -1,4 +1,4 @@
-"""What a bridge between Hugging Face checkpoints and Megatron-Core models has to do for this package, and who owns which weight.
+"""What a bridge between Hugging Face checkpoints and Megatron-Core models does for this package, and which rank owns which weight.
 
 The rest of the package knows this interface only. Its back ends are :mod:`megatron_pr2.hf.mbridge_backend` and
 :mod:`megatron_pr2.hf.megatron_bridge_backend`; :func:`megatron_pr2.hf.bridge.load_model` chooses one.
@@ -24,16 +24,18 @@ class Bridge(Protocol):
         source_config: the Hugging Face config as it was read.
         dtype: of the parameters.
         config: Megatron's TransformerConfig of the model.
-        label: the library's name, for messages.
     """
 
     source_config: Any
     dtype: torch.dtype
     config: Any
-    label: str
 
     def build(self, *, wrap_with_ddp: bool, ddp_config: Mapping[str, Any]) -> Chunks:
-        """This rank's part of the model with weights of no meaning: one chunk, or one per virtual pipeline stage."""
+        """This rank's part of the model, its weights not loaded: one chunk, or one per virtual pipeline stage.
+
+        Args:
+            ddp_config: fields of DistributedDataParallelConfig.
+        """
         ...
 
     def parameter_names(self, chunks: Chunks) -> set[str]:
@@ -42,10 +44,6 @@ class Bridge(Protocol):
         Raises:
             ConfigError: a parameter that the library has no name for.
         """
-        ...
-
-    def is_extra_weight(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint belongs to a part that is not built (multi-token prediction layers)."""
         ...
 
     def load_weights(self, chunks: Chunks, path: Path) -> None:
@@ -59,11 +57,12 @@ class Bridge(Protocol):
     def export_owned_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of every parameter that this rank owns (:func:`owns_weights`).
 
-        Ranks yield different numbers of tensors, some none; yet every rank walks it to the end, because tensor-parallel peers
-        send it their shards on the way. At most one gathered tensor is held at a time.
+        Ranks yield different numbers of tensors, some none; yet every rank must walk it to the end, because tensor-parallel peers
+        send it their shards on the way. At most one gathered tensor is held at a time. Tensors may alias the model's parameters:
+        copy what must survive the next update.
 
-        Yields:
-            Tensors that may alias the model's parameters: copy what must survive the next update.
+        Raises:
+            ConfigError: at the first step and on every rank, for a layout in which the library cannot put a tensor together.
         """
         ...
 
@@ -75,9 +74,3 @@ def owns_weights(*, experts: bool) -> bool:
         anything else  tensor-parallel rank 0 of data-parallel rank 0 of each pipeline stage
     """
     return (mpu.get_expert_data_parallel_rank() if experts else mpu.get_data_parallel_rank(with_context_parallel=True)) == 0
-
-
-def is_multi_token_prediction(name: str, num_layers: int) -> bool:
-    """Whether a name is that of a layer behind the decoder's last one (DeepSeek, GLM: `model.layers.<num_layers>`...)."""
-    layer = name.removeprefix("model.layers.").partition(".")[0]
-    return name.startswith("model.layers.") and layer.isdigit() and int(layer) >= num_layers

@@ -1,9 +1,7 @@
 """Hugging Face checkpoints <-> Megatron-Core models, through a bridge of :mod:`megatron_pr2.hf.base`.
 
-The library behind the bridge owns the mapping of names and layouts. This module checks that every tensor of the checkpoint has a
-place in the model, and writes complete directories. Router modules stay Megatron's own ``TopKRouter``.
-
-All functions that take a bridge are collective: every rank calls them.
+The library behind the bridge maps names and layouts. This module checks that every tensor of the checkpoint has a place in the
+model, and writes complete directories. Routers stay Megatron's own ``TopKRouter``. All functions that take a bridge are collective.
 """
 
 from __future__ import annotations
@@ -29,8 +27,9 @@ from megatron_pr2.parallel.layout import ParallelLayout
 
 logger = logging.getLogger(__name__)
 
-# Tensors that a checkpoint may hold and the decoder does not: cached rotary frequencies of old releases.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Cached rotary frequencies, which checkpoints of old releases hold.
+_ROTARY = re.compile(r"rotary_emb\.inv_freq$")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def load_model(
@@ -49,7 +48,7 @@ def load_model(
         hf_path: directory with config.json and safetensors files.
         dtype: of the parameters.
         wrap_with_ddp: wrap each chunk in Megatron's DistributedDataParallel.
-        ddp_config: fields of DistributedDataParallelConfig; mbridge's defaults are ``grad_reduce_in_fp32=True`` and
+        ddp_config: fields of DistributedDataParallelConfig; defaults are ``grad_reduce_in_fp32=True`` and
             ``use_distributed_optimizer=True``.
         extra_config: fields of TransformerConfig that override the bridge's (recompute, dispatcher, dropout, ...).
         require_moe: refuse models without routed experts.
@@ -66,7 +65,10 @@ def load_model(
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json; expected a Hugging Face model directory")
     backend = _make_bridge(path, dtype, dict(extra_config or {}), require_moe, bridge)
-    chunks = backend.build(wrap_with_ddp=wrap_with_ddp, ddp_config=dict(ddp_config or {}))
+    chunks = backend.build(
+        wrap_with_ddp=wrap_with_ddp,
+        ddp_config={"grad_reduce_in_fp32": True, "use_distributed_optimizer": True, **(ddp_config or {})},
+    )
     check_query_norm(chunks)
     try:
         mine = backend.parameter_names(chunks)
@@ -99,7 +101,7 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a complete Hugging Face directory and puts it in place at once; a failure leaves what was there whole.
+    """Writes a complete Hugging Face directory and renames it into place; a failure leaves what was there unchanged.
 
     Args:
         path: directory to create or replace.
@@ -119,7 +121,7 @@ def save_hf(
         except Exception as failure:
             logger.exception("saving to %s failed", path)
             error = f"{type(failure).__name__}: {failure}"
-    # Runs empty on rank 0 unless it failed: the export is collective, and the other ranks are still in it.
+    # The export is collective: the other ranks walk through it, and rank 0 walks through what a failure left.
     for _ in weights:
         pass
     outcome = [error]
@@ -138,6 +140,8 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
         if require_moe:
             raise ConfigError(f"{path}: {error}") from None
         shape = None
+    if host.is_enabled():
+        extra = {**extra, **host.config_overrides()}
     bridge: Bridge
     dense = shape is None and wanted in ("auto", "mbridge")  # mbridge alone has such models, which no table lists
     if dense or choose_bridge(source.model_type, wanted) == "mbridge":
@@ -157,17 +161,19 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
 
 def _check_names(bridge: Bridge, mine: set[str], path: Path) -> None:
     """Every tensor that the model needs is in the checkpoint, and every tensor of the checkpoint has a place in the model."""
-    everyone: list[set[str] | None] = [None] * dist.get_world_size()
+    everyone: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    needed = set().union(*(names for names in everyone if names))
-    present = set(TensorIndex(path).names())
-    tied = getattr(bridge.source_config, "tie_word_embeddings", False)
+    needed, present = set().union(*everyone), set(TensorIndex(path).names())
+
+    def is_ignored(name: str) -> bool:
+        layer = _LAYER.match(name)
+        # Multi-token prediction layers follow the decoder's last one (DeepSeek, GLM) and are not built.
+        return bool(_ROTARY.search(name) or (layer and int(layer[1]) >= bridge.config.num_layers)) or (
+            name == "lm_head.weight" and getattr(bridge.source_config, "tie_word_embeddings", False)
+        )
+
     missing = sorted(needed - present)
-    unused = sorted(
-        name
-        for name in present - needed
-        if not _IGNORED.search(name) and not (tied and name == "lm_head.weight") and not bridge.is_extra_weight(name)
-    )
+    unused = sorted(name for name in present - needed if not is_ignored(name))
     for kind, names in (("lacks", missing), ("has, unknown to the model,", unused)):
         if names:
             raise ConfigError(

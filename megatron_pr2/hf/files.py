@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import functools
 import json
 import os
@@ -35,8 +33,8 @@ _COMPANIONS = (
 class TensorIndex:
     """The tensors in the files of a directory that :func:`tensor_files` chooses.
 
-    It is what mbridge reads checkpoints through: its own readers want an index for DeepSeek, set torch's default dtype on the
-    way, and read every *.safetensors file of a directory without an index.
+    mbridge reads checkpoints through it: its own readers need an index for DeepSeek, set torch's default dtype, and read every
+    *.safetensors file of a directory without an index.
 
     Raises:
         ConfigError: from every method, if the files are not one whole model that all readers understand alike.
@@ -50,11 +48,7 @@ class TensorIndex:
         return list(self._files)
 
     def load_some_hf_weight(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors on the CPU, as they are in the files; the name is mbridge's.
-
-        Raises:
-            ConfigError: also for an FP8 tensor, which means nothing without its scales.
-        """
+        """The named tensors on the CPU, as they are in the files; FP8 is refused, since it means nothing without its scales."""
         by_file: dict[Path, list[str]] = {}
         for name in dict.fromkeys(names):
             if name not in self._files:
@@ -73,7 +67,6 @@ class TensorIndex:
         return tensors
 
     def load_one_hf_weight(self, name: str) -> torch.Tensor:
-        """One tensor of :meth:`load_some_hf_weight`."""
         return self.load_some_hf_weight([name])[name]
 
     @functools.cached_property
@@ -88,7 +81,7 @@ def write_checkpoint(
     tokenizer_from: str | Path | None,
     max_shard_bytes: int,
 ) -> None:
-    """Writes config, weights, tokenizer and generation config to a sibling directory, then puts it in the place of ``path``.
+    """Writes config, weights, tokenizer and generation config to a sibling directory, then renames it to ``path``.
 
     Args:
         weights: (name, CPU tensor), consumed once; at most one shard is held in memory.
@@ -99,6 +92,7 @@ def write_checkpoint(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    old = fresh.with_suffix(".old")
     try:
         if tokenizer_from is not None:
             copy_companions(Path(tokenizer_from), fresh)
@@ -112,9 +106,18 @@ def write_checkpoint(
             _sync(file)
         fresh.chmod(0o777 & ~umask)
         _sync(fresh)
-        replace_directory(fresh, path)
+        try:
+            # Two renames: os.replace does not replace a directory that has files in it.
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        # After success this is what was there before, or nothing.
         shutil.rmtree(fresh, ignore_errors=True)
 
 
@@ -124,39 +127,6 @@ def copy_companions(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
-
-
-def replace_directory(fresh: Path, path: Path) -> None:
-    """Puts directory ``fresh`` at ``path``. What was at ``path`` is then at ``fresh``.
-
-    One atomic exchange where the file system has it; otherwise two renames, the second of which is undone if it fails.
-    """
-    if not path.exists():
-        fresh.rename(path)
-    elif not _exchange(fresh, path):
-        aside = path.with_name(f"{fresh.name}.old")
-        path.rename(aside)
-        try:
-            fresh.rename(path)
-        except BaseException:
-            aside.rename(path)
-            raise
-        aside.rename(fresh)
-    _sync(path.parent)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE) of Linux; False where kernel, C library or file system do not have it."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    at_cwd, exchange = -100, 2
-    if rename(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
 
 
 def _write_weights(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """GPT-OSS for mbridge, which has no bridge for it: biases, attention sinks, YaRN, and the experts of a layer in one tensor.
 
-A checkpoint holds `experts.gate_up_proj` [E, H, 2 I], whose last axis takes turns between gate and up, and `experts.down_proj`
-[E, I, H]; Megatron-Core has a weight per expert, gates before ups. mbridge converts parameter by parameter, so that an expert's
-part is named `<tensor>#<expert>` here until all of them have come by.
+A checkpoint holds `experts.gate_up_proj` [E, H, 2 I], whose last axis alternates between gate and up, and `experts.down_proj`
+[E, I, H]; Megatron-Core has a weight per expert, gates before ups. mbridge converts parameter by parameter, so an expert's part is
+named `<tensor>#<expert>` here until all of them are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megatron.core.fusions import fused_bias_geglu
 from torch import Tensor
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)(?:\.weight)?(\d+)$")
-_FUSED = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
 
 
 class GptOssBridge(LLMBridge):
@@ -48,8 +47,6 @@ class GptOssBridge(LLMBridge):
             moe_router_topk=source.num_experts_per_tok,
             moe_ffn_hidden_size=source.intermediate_size,
             moe_router_score_function="softmax",
-            moe_router_pre_softmax=False,
-            moe_router_load_balancing_type="none",
             moe_grouped_gemm=True,
             add_bias_linear=True,
             bias_dropout_fusion=False,
@@ -82,16 +79,14 @@ class GptOssBridge(LLMBridge):
         return {**super()._get_gptmodel_args(), "position_embedding_type": "yarn" if self._yarn() else "rope"}
 
     def _weight_name_mapping_mcore_local_to_global(self, model: torch.nn.Module, consider_ep: bool = True) -> dict[str, str]:
-        names = super()._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
         first = self._first_expert() if consider_ep else 0
 
-        def renamed(name: str) -> str:
-            if (match := _EXPERT.search(name)) is None:
-                return name
+        def renamed(match: re.Match[str]) -> str:
             kind = "weight" if match[2] == "weight" else "bias.weight"
-            return f"{name[: match.start(2)]}{kind}{int(match[3]) + first}"
+            return f".mlp.experts.{match[1]}.{kind}{int(match[3]) + first}"
 
-        return {local: renamed(name) for local, name in names.items()}
+        names = super()._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
+        return {local: _EXPERT.sub(renamed, name) for local, name in names.items()}
 
     def _first_expert(self) -> int:
         experts: int = self.config.num_moe_experts // self.mpu.ep_size
@@ -99,8 +94,7 @@ class GptOssBridge(LLMBridge):
 
     def _weight_to_mcore_format(self, mcore_weights_name: str, hf_weights: list[Tensor]) -> Tensor:
         if (match := _EXPERT.search(mcore_weights_name)) is None:
-            whole: Tensor = super()._weight_to_mcore_format(mcore_weights_name, hf_weights)
-            return whole
+            return super()._weight_to_mcore_format(mcore_weights_name, hf_weights)
         # mbridge gives this rank's name here.
         part = hf_weights[0][int(match[3]) + self._first_expert()].to(self.dtype)
         if match[1] == "linear_fc1":
@@ -109,8 +103,7 @@ class GptOssBridge(LLMBridge):
 
     def _weight_to_hf_format(self, mcore_weights_name: str, mcore_weights: Tensor) -> tuple[list[str], list[Tensor]]:
         if (match := _EXPERT.search(mcore_weights_name)) is None:
-            pairs: tuple[list[str], list[Tensor]] = super()._weight_to_hf_format(mcore_weights_name, mcore_weights)
-            return pairs
+            return super()._weight_to_hf_format(mcore_weights_name, mcore_weights)
         (name,) = self._weight_name_mapping_mcore_to_hf(mcore_weights_name)
         part = mcore_weights.t()
         if match[1] == "linear_fc1":
@@ -122,14 +115,13 @@ class GptOssBridge(LLMBridge):
             # Megatron-Core allows biases of experts without expert tensor parallelism only.
             (whole,) = mcore_weights
             return whole
-        merged: Tensor = super()._weight_merge_across_tp(mcore_weights_name, mcore_weights, param)
-        return merged
+        return super()._weight_merge_across_tp(mcore_weights_name, mcore_weights, param)
 
     def export_weights(self, models: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
         yield from self.joined(super().export_weights(models))
 
     def joined(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Experts' parts put together; what is no part passes through. Holds the experts of a layer at a time."""
+        """Stacks the experts' parts; other tensors pass through. Holds the experts of one layer at a time."""
         waiting: dict[str, dict[int, Tensor]] = {}
         for name, tensor in weights:
             whole, separator, expert = name.partition("#")

@@ -7,13 +7,11 @@ loaded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_pr2.errors import ConfigError
 
@@ -22,7 +20,7 @@ _NORM = "self_attention.linear_q_proj.layer_norm_weight"
 
 
 class PlainQuerySelfAttention(MLASelfAttention):
-    """MLASelfAttention with the linear_q_proj of its spec."""
+    """MLASelfAttention with the linear_q_proj of its spec; earlier releases do not call what it overrides."""
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         resolved: dict[str, Any] = super()._resolve_qk_norm_config(submodules)
@@ -31,28 +29,12 @@ class PlainQuerySelfAttention(MLASelfAttention):
         return resolved
 
 
-def with_plain_queries(block_spec: Any) -> Any:
-    """A copy of a decoder block's spec that builds such attention; the spec itself where this release needs no help.
-
-    Args:
-        block_spec: TransformerBlockSubmodules.
-    """
-    if not hasattr(MLASelfAttention, "_resolve_qk_norm_config"):
-        return block_spec
-    changed = copy.copy(block_spec)
-    changed.layer_specs = [_plain(layer) for layer in block_spec.layer_specs]
-    return changed
-
-
-def _plain(layer: ModuleSpec) -> ModuleSpec:
-    attention = getattr(layer.submodules, "self_attention", None)
-    if not isinstance(attention, ModuleSpec) or attention.module is not MLASelfAttention:
-        return layer
-    layer, attention = copy.copy(layer), copy.copy(attention)
-    attention.module = PlainQuerySelfAttention
-    layer.submodules = copy.copy(layer.submodules)
-    layer.submodules.self_attention = attention
-    return layer
+def use_plain_queries(block_spec: Any) -> None:
+    """Puts such attention into the layers of a TransformerBlockSubmodules."""
+    for layer in block_spec.layer_specs:
+        attention: Any = getattr(layer.submodules, "self_attention", None)
+        if getattr(attention, "module", None) is MLASelfAttention:
+            attention.module = PlainQuerySelfAttention
 
 
 def check_query_norm(chunks: Sequence[torch.nn.Module]) -> None:

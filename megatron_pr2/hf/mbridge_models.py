@@ -1,4 +1,4 @@
-"""What mbridge 0.15.1 leaves out per model family, as a subclass of its bridge; settings come from settings.py."""
+"""What mbridge 0.15.1 leaves out per model family, as a subclass of its bridge; settings come from hf/settings.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.files import TensorIndex
-from megatron_pr2.hf.latent_attention import with_plain_queries
+from megatron_pr2.hf.latent_attention import use_plain_queries
+from megatron_pr2.hf.settings import check_fields
 
 # Dense layers of models whose mbridge mapping only knows MoE layers (Qwen: decoder_sparse_step, mlp_only_layers).
 _DENSE_MAPPING = {
@@ -31,17 +32,17 @@ class _AdaptedBridge:
     _DIRECT_MAPPING: dict[str, str]
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> Any:
+        check_fields(self.TransformerConfigClass, self.overrides)
+        # mbridge passes fields of older Megatron releases (DeepSeek: max_position_embeddings), which nothing reads.
         fields = {field.name for field in dataclasses.fields(self.TransformerConfigClass)}
-        if unknown := sorted(set(self.overrides) - fields):
-            raise ConfigError(f"extra_config: {self.TransformerConfigClass.__name__} has no fields {unknown}")
-        # mbridge passes fields of older Megatron releases (DeepSeek: max_position_embeddings); nothing reads them any more.
         known = {name: value for name, value in kwargs.items() if name in fields}
-        # Into the first build already: some settings decide whether a config is valid at all.
+        # Before the config is built: some settings decide whether it is valid.
         return super()._build_base_config(*args, **{**known, **self.overrides})  # type: ignore[misc]
 
     def _get_transformer_layer_spec(self, *args: Any, **kwargs: Any) -> Any:
         spec = super()._get_transformer_layer_spec(*args, **kwargs)  # type: ignore[misc]
-        return with_plain_queries(spec) if getattr(self.config, "multi_latent_attention", False) else spec
+        use_plain_queries(spec)
+        return spec
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         if getattr(self.hf_config, "tie_word_embeddings", False):
@@ -52,7 +53,7 @@ class _AdaptedBridge:
         return TensorIndex(weights_path)
 
     def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
-        # Some families write these names out again, and forget tied embeddings.
+        # Some families repeat these names in a mapping of their own, without tied embeddings.
         if mcore_weights_name in self._DIRECT_MAPPING:
             return [self._DIRECT_MAPPING[mcore_weights_name]]
         return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)  # type: ignore[misc]

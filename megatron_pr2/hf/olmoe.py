@@ -6,7 +6,7 @@ cuts them. Under tensor parallelism a rank has some of the heads, so that the me
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mbridge.models.qwen3moe import Qwen3MoEBridge
@@ -24,17 +24,22 @@ class WholeProjectionNorm(torch.nn.Module):
 
     The weight [all heads * channels] is whole on every tensor-parallel rank, and each uses its part: Megatron-Core sums the
     gradients of q/k norms over these ranks, which makes the whole gradient of the parts.
+
+    Attributes:
+        heads: field of TransformerConfig with the number of heads of the whole projection.
     """
 
-    def __init__(self, heads: int, hidden_size: int, config: TransformerConfig, eps: float) -> None:
+    heads: ClassVar[str]
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float = 1e-5) -> None:
         """Args:
-        heads: of the whole projection.
         hidden_size: channels of a head.
 
         Raises:
             ConfigError: the heads cannot be shared out among the tensor-parallel ranks.
         """
         super().__init__()
+        heads: int = getattr(config, self.heads)
         self._group = get_tensor_model_parallel_group_if_none(None)
         if heads % self._group.size():
             raise ConfigError(
@@ -57,17 +62,11 @@ class WholeProjectionNorm(torch.nn.Module):
 
 
 class QueryNorm(WholeProjectionNorm):
-    """The norm of a query projection, as Megatron-Core builds one."""
-
-    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float = 1e-5) -> None:
-        super().__init__(config.num_attention_heads, hidden_size, config, eps)
+    heads = "num_attention_heads"
 
 
 class KeyNorm(WholeProjectionNorm):
-    """The norm of a key projection, as Megatron-Core builds one."""
-
-    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float = 1e-5) -> None:
-        super().__init__(config.num_query_groups, hidden_size, config, eps)
+    heads = "num_query_groups"
 
 
 class ClippedSelfAttention(SelfAttention):
@@ -93,8 +92,6 @@ class OlmoeBridge(Qwen3MoEBridge):
             # There are no dense layers: this is the width of an expert.
             moe_ffn_hidden_size=config.intermediate_size,
             moe_router_score_function="softmax",
-            moe_router_pre_softmax=not config.norm_topk_prob,
-            moe_router_load_balancing_type="none",
             moe_grouped_gemm=True,
             qk_layernorm=True,
         )

@@ -6,15 +6,16 @@ What Megatron-Core cannot compute as Transformers does is refused here, by name:
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.shape import ModelShape
 
-# Families whose router takes a softmax over all experts and may leave the weights of the selected ones as they are.
-_SOFTMAX = ("qwen2_moe", "qwen3_moe", "olmoe")
-# Families whose router takes a sigmoid, selects with a bias and scales the weights.
+# Families whose router takes a sigmoid, selects with a bias and scales the weights. The others take a softmax.
 _SIGMOID = ("deepseek_v3", "glm4_moe")
+_WITH_QKV_BIAS = ("qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe")
 
 
 def bridge_config(source: Any) -> Any:
@@ -25,7 +26,7 @@ def bridge_config(source: Any) -> Any:
     """
     family = source.model_type
     config = copy.deepcopy(source)
-    rope = dict(getattr(source, "rope_parameters", None) or {})
+    rope = getattr(source, "rope_parameters", None) or {}
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rope:
             setattr(config, name, rope[name])
@@ -44,6 +45,12 @@ def bridge_config(source: Any) -> Any:
     return config
 
 
+def check_fields(config_class: Any, names: Iterable[str]) -> None:
+    """Raises ConfigError for names that are no fields of a dataclass of settings."""
+    if unknown := sorted(set(names) - {field.name for field in dataclasses.fields(config_class)}):
+        raise ConfigError(f"extra_config: {config_class.__name__} has no fields {unknown}")
+
+
 def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
     """TransformerConfig fields that follow from the Hugging Face config and that mbridge leaves out or gets wrong.
 
@@ -57,21 +64,20 @@ def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
     overrides = _window_overrides(config)
     if shape is None:
         return overrides
+    overrides |= _router_overrides(config)
     if len(shape.moe_layers) < shape.num_hidden_layers:
         # Only where layers differ: Megatron saves a model with a list layer by layer, one without as stacked layers.
         overrides["moe_layer_freq"] = [int(index in shape.moe_layers) for index in range(shape.num_hidden_layers)]
-    overrides["moe_router_load_balancing_type"] = "none"
-    overrides |= _router_overrides(config)
-    if config.model_type in ("qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"):
+    family = config.model_type
+    if family in _WITH_QKV_BIAS:
         overrides["add_qkv_bias"] = getattr(config, "qkv_bias", getattr(config, "attention_bias", False))
-    if config.model_type == "qwen2_moe":
+    if family == "qwen2_moe":
         overrides["moe_shared_expert_gate"] = True
-    elif config.model_type == "glm4_moe":
-        shared = config.moe_intermediate_size * config.n_shared_experts
-        overrides["moe_shared_expert_intermediate_size"] = shared or None
-    elif config.model_type == "deepseek_v3":
+    elif family == "glm4_moe":
+        overrides["moe_shared_expert_intermediate_size"] = config.moe_intermediate_size * config.n_shared_experts or None
+    elif family == "deepseek_v3":
         overrides |= _deepseek_overrides(config)
-    elif config.model_type == "gpt_oss":
+    elif family == "gpt_oss":
         _check_gpt_oss(config)
     return overrides
 
@@ -79,84 +85,66 @@ def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
 def _router_overrides(config: Any) -> dict[str, Any]:
     """How the router of the family selects and weighs experts."""
     family, topk = config.model_type, config.num_experts_per_tok
-    # Mixtral has no such setting: it normalizes.
+    overrides: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    # Mixtral and gpt-oss have no such setting: they normalize.
     normalized = getattr(config, "norm_topk_prob", True)
-    if normalized and topk == 1 and family in (*_SOFTMAX, *_SIGMOID, "mixtral", "gpt_oss"):
+    if normalized and topk == 1:
         raise ConfigError(
             f"num_experts_per_tok=1 with normalized weights (model_type={family!r}): each weight is 1 whatever the router says; "
             "Megatron-Core has no such router"
         )
-    if family in _SOFTMAX:
+    if family not in _SIGMOID:
         # A softmax over the selected experts only is what normalizing the selected probabilities gives.
-        return {"moe_router_pre_softmax": not normalized}
-    if family == "mixtral":
-        return {"moe_router_pre_softmax": False}
-    if family in _SIGMOID:
-        return _sigmoid_overrides(config, normalized)
-    return {}
-
-
-def _sigmoid_overrides(config: Any, normalized: bool) -> dict[str, Any]:
+        return {**overrides, "moe_router_pre_softmax": not normalized}
     if not normalized:
         raise ConfigError(
-            f"norm_topk_prob=False of model_type={config.model_type!r}: Megatron-Core always divides sigmoid weights by their sum"
+            f"norm_topk_prob=False of model_type={family!r}: Megatron-Core always divides sigmoid weights by their sum"
         )
     # The selection bias balances load in pretraining; reinforcement learning keeps it, as it does without a balancing loss.
-    overrides: dict[str, Any] = {"moe_router_bias_update_rate": 0.0}
+    overrides["moe_router_bias_update_rate"] = 0.0
     groups, chosen = config.n_group or 1, config.topk_group
-    if groups == 1:
-        return overrides
-    if config.num_experts_per_tok // chosen != 2:
-        raise ConfigError(
-            f"num_experts_per_tok={config.num_experts_per_tok}, topk_group={chosen}: the model ranks groups of experts by their "
-            f"two best, Megatron-Core by their {config.num_experts_per_tok // chosen} best (num_experts_per_tok // topk_group)"
-        )
-    return {**overrides, "moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    if groups > 1:
+        if topk // chosen != 2:
+            raise ConfigError(
+                f"num_experts_per_tok={topk}, topk_group={chosen}: the model ranks groups of experts by their two best, "
+                f"Megatron-Core by their {topk // chosen} best (num_experts_per_tok // topk_group)"
+            )
+        overrides |= {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    return overrides
 
 
 def _deepseek_overrides(config: Any) -> dict[str, Any]:
     if not getattr(config, "rope_interleave", True):
         raise ConfigError("rope_interleave=False of model_type='deepseek_v3': Megatron-Core's latent attention interleaves always")
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    overrides: dict[str, Any] = {
-        # The multi-token prediction head takes no part in reinforcement learning.
-        "mtp_num_layers": None,
-        "rope_type": "yarn" if rope.get("rope_type") == "yarn" else "rope",
-    }
+    # The multi-token prediction head takes no part in reinforcement learning.
+    overrides: dict[str, Any] = {"mtp_num_layers": None, "rope_type": "rope"}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "yarn":
-        overrides["rotary_scaling_factor"] = rope["factor"]
-        for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings"):
-            if rope.get(name) is not None:
-                overrides[name] = rope[name]
+        overrides |= {"rope_type": "yarn", "rotary_scaling_factor": rope["factor"]}
+        names = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings")
+        overrides |= {name: rope[name] for name in names if rope.get(name) is not None}
     return overrides
 
 
 def _check_gpt_oss(config: Any) -> None:
     """The bridge builds what every published checkpoint has."""
-    rope = config.rope_parameters
-    expected = {"attention_bias": True, "swiglu_alpha": 1.702}
-    for name, value in expected.items():
+    for name, value in {"attention_bias": True, "swiglu_alpha": 1.702}.items():
         if (given := getattr(config, name, value)) != value:
             raise ConfigError(f"{name}={given!r} of model_type='gpt_oss': Megatron-Core has {value!r} only")
-    if rope.get("attention_factor") is not None:
-        raise ConfigError(
-            f"attention_factor={rope['attention_factor']!r} of model_type='gpt_oss': Megatron-Core takes it from YaRN's factor"
-        )
+    if (factor := config.rope_parameters.get("attention_factor")) is not None:
+        raise ConfigError(f"attention_factor={factor!r} of model_type='gpt_oss': Megatron-Core takes it from YaRN's factor")
 
 
 def _window_overrides(config: Any) -> dict[str, Any]:
     """Sliding-window attention: Megatron-Core's window counts the keys before the query, Transformers' the query as well."""
     window = getattr(config, "sliding_window", None)
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    sliding = [int(kind == "sliding_attention") for kind in types]
-    if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
         raise ConfigError(
             f"layer_types {unknown} of model_type={config.model_type!r}: expected 'full_attention' or 'sliding_attention'"
         )
-    if not window or not any(sliding):
+    sliding = [int(kind == "sliding_attention") for kind in kinds]
+    if not window or getattr(config, "use_sliding_window", True) is False or not any(sliding):
         return {}
     overrides: dict[str, Any] = {"window_size": (window - 1, 0)}
     if not all(sliding):

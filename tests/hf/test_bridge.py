@@ -267,16 +267,16 @@ def _save_with_full_disk(path: Path, target: Path, limit: int) -> str:
 
 
 def _save_with_failing_rename(path: Path, target: Path) -> str:
-    from megatron_pr2.hf import files as hf_files
+    real = Path.rename
 
-    def fail(first: Path, second: Path) -> bool:
-        raise OSError(errno.EIO, "on purpose")
+    def rename(self: Path, other: Path) -> Path:
+        if self.suffix == ".new":
+            raise OSError(errno.EIO, "on purpose")
+        return real(self, other)
 
-    real, hf_files._exchange = hf_files._exchange, fail
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
         return _save(path, target, EP2, torch.float32)
-    finally:
-        hf_files._exchange = real
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint_whole(checkpoint: Path, tmp_path: Path) -> None:
@@ -292,29 +292,6 @@ def test_a_failed_save_leaves_the_previous_checkpoint_whole(checkpoint: Path, tm
         assert all("what was there is unchanged" in error for error in errors), errors
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "saved"]
-
-
-def test_without_an_atomic_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_pr2.hf import files as hf_files
-
-    monkeypatch.setattr(hf_files, "_exchange", lambda first, second: False)
-    fresh, path = tmp_path / "fresh", tmp_path / "path"
-    for directory in (fresh, path):
-        directory.mkdir()
-        (directory / "name").write_text(directory.name)
-    hf_files.replace_directory(fresh, path)
-    assert ((path / "name").read_text(), (fresh / "name").read_text()) == ("fresh", "path")
-    real = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        if self == fresh:
-            raise OSError(errno.ENOSPC, "on purpose")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="on purpose"):
-        hf_files.replace_directory(fresh, path)
-    assert (path / "name").read_text() == "fresh"
 
 
 def _load_error(path: Path, layout: dict[str, Any], **options: Any) -> str:

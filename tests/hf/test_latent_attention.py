@@ -24,7 +24,7 @@ def job(path: Path, tokens: torch.Tensor, plain: bool) -> tuple[Any, list[str]]:
     host.init()
     with pytest.MonkeyPatch.context() as patch:
         if not plain:
-            patch.setattr("megatron_pr2.hf.mbridge_models.with_plain_queries", lambda spec: spec)
+            patch.setattr("megatron_pr2.hf.mbridge_models.use_plain_queries", lambda spec: None)
         try:
             _, chunks = load_model(path, dtype=torch.float32, wrap_with_ddp=False)
         except ConfigError as error:

@@ -109,10 +109,13 @@ def load_hybrid(
     source = AutoConfig.from_pretrained(path)
     # HybridModel asks for neither of the two: its pattern says both.
     layers = {"num_layers": DecoderLayers.of_pattern(pattern).count, "moe_layer_freq": 1, "is_hybrid_model": True}
-    bridge = MBridge(source, model_shape(source), torch.float32, {**extra_config, **layers, **MAMBA})
+    extra = {**extra_config, **layers, **MAMBA, **host.config_overrides()}
+    bridge = MBridge(source, model_shape(source), torch.float32, extra)
     host.adapt_config(bridge.config)
     inner = type(bridge.inner)
     bridge.inner.__class__ = type(f"Hybrid{inner.__name__}", (_HybridNames, inner), {"pattern": pattern})
-    chunks = bridge.build(wrap_with_ddp=True, ddp_config=ddp_config)
+    chunks = bridge.build(
+        wrap_with_ddp=True, ddp_config={"grad_reduce_in_fp32": True, "use_distributed_optimizer": True, **ddp_config}
+    )
     bridge.load_weights(chunks, path)
     return bridge, chunks
