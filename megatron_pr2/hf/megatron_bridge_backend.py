@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,8 +31,7 @@ class MegatronBridge:
     """:class:`megatron_pr2.hf.base.Bridge` on Megatron-Bridge's `AutoBridge`.
 
     Args:
-        path: Hugging Face directory.
-        source: its config.
+        path, source: Hugging Face directory and its config.
         shape: None for dense models.
         extra: TransformerConfig fields that override the bridge's.
 
@@ -66,10 +66,10 @@ class MegatronBridge:
         return chunks
 
     def parameter_names(self, chunks: Chunks) -> set[str]:
-        """Those of other pipeline stages included."""
         tasks = self._tasks(chunks)
         named = {task.param_name for task in tasks}
-        mine = {_unwrapped(name) for chunk in chunks for name, _ in chunk.named_parameters()}
+        # Without the wrappers (DistributedDataParallel, Float16Module).
+        mine = {re.sub(r"^(module\.)+", "", name) for chunk in chunks for name, _ in chunk.named_parameters()}
         if self.config.share_embeddings_and_output_weights:  # the last pipeline stage has a copy of the embedding
             mine.discard("output_layer.weight")
         if unnamed := sorted(mine - named):
@@ -80,11 +80,7 @@ class MegatronBridge:
         return {name for task in tasks for name in _hf_names(task.mapping)}
 
     def load_weights(self, chunks: Chunks, path: Path) -> None:
-        """From the directory that this was made of.
-
-        Raises:
-            ConfigError: a tensor has another shape than the model's parameter.
-        """
+        """From the directory that this was made of; ConfigError if a tensor has another shape than the model's parameter."""
         try:
             with torch.no_grad(), _quiet():
                 self.inner.load_hf_weights(chunks)
@@ -103,7 +99,8 @@ class MegatronBridge:
                 f"{_hf_names(grouped[0])[0]} holds the experts of all ranks (expert_model_parallel_size={ranks}): no rank owns it; "
                 "use expert_model_parallel_size=1, or the export of the whole model"
             )
-        alone = SimpleNamespace(pp=_OneRank(), ep=_OneRank())
+        one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        alone = SimpleNamespace(pp=one_rank, ep=one_rank)
         for experts in (False, True):
             if not owns_weights(experts=experts):
                 continue
@@ -127,23 +124,6 @@ class MegatronBridge:
                 chunks, show_progress=False, conversion_tasks=tasks, merge_adapter_weights=False
             ):
                 yield name, tensor.detach()
-
-
-class _OneRank:
-    """What mappings ask of a process group that has one member."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
-def _unwrapped(name: str) -> str:
-    """A parameter's name without the wrappers of its model (DistributedDataParallel, Float16Module)."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
 
 
 def _hf_names(mapping: Any) -> list[str]:
@@ -221,11 +201,7 @@ def _settings(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _check_moe_layers(provider: Any, source: Any, shape: ModelShape) -> None:
-    """Megatron-Bridge leaves out some models' rule of which layers are dense, and has no names for their parameters.
-
-    Raises:
-        ConfigError: it would build other layers as MoE than the config says.
-    """
+    """Refuses where Megatron-Bridge ignores the model's rule of which layers are dense; it has no names for their parameters."""
     pattern = provider.moe_layer_freq
     if isinstance(pattern, int):
         pattern = [int(index % pattern == 0) for index in range(provider.num_layers)]

@@ -1,7 +1,7 @@
-"""Model types whose Hugging Face checkpoints can be trained, by the library that reads them, and which library is taken.
+"""Model types whose Hugging Face checkpoints can be trained, by the library that reads them, and which library is used.
 
-A table, because a mistyped or unsupported model has to be refused before the libraries are imported, which takes half a minute of a
-processor. tests/hf/test_model_types.py compares it with the libraries' own registries.
+A table, because an unsupported model has to be refused before the libraries are imported, which takes half a minute.
+tests/hf/test_model_types.py compares it with the libraries' own registries.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import importlib.util
 
 from megatron_pr2.errors import ConfigError
 
-# Mixture-of-experts language models; what the libraries know besides (dense models, models that see) has no router to replay, or
-# inputs that the trainer does not have. Of Megatron-Bridge's those that tests compare with Transformers.
+# Mixture-of-experts language models. Of Megatron-Bridge's those that tests compare with Transformers.
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "mbridge": ("deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     "megatron-bridge": ("deepseek_v3", "glm4_moe", "qwen3_moe"),

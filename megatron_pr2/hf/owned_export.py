@@ -1,4 +1,4 @@
-"""Export without a whole model anywhere: every rank gives the engine the weights that it owns, in Hugging Face names.
+"""Export without a whole model on any rank: every rank gives the engine the weights that it owns, in Hugging Face names.
 
 Over all ranks that is the model, every name once; :func:`megatron_pr2.hf.base.owns_weights` says which rank has which. Shards
 are gathered tensor by tensor within a tensor-parallel group; nothing is sent between pipeline stages or data-parallel ranks, and no
@@ -31,7 +31,7 @@ def owned_engine_weights(pr2: PR2, bridge: Bridge, chunks: Chunks) -> Iterator[t
         bridge, chunks: of :func:`megatron_pr2.hf.bridge.load_model`.
 
     Raises:
-        AttachError: after the last weight, if a gate of this stage did not come by.
+        AttachError: after the last weight, if a gate of this stage was not among them.
     """
     owned = bridge.export_owned_weights(chunks)
     return pr2.engine_weights(owned, own_stage=True) if owns_dense_weights() else owned

@@ -31,8 +31,7 @@ class ModelShape:
 
 
 def model_shape(hf_config: Any) -> ModelShape:
-    """What engines and routers have to know of a model, from its Hugging Face config (Qwen MoE, Mixtral, DeepSeek, GLM MoE,
-    Nemotron-H).
+    """The shape of a model of any family that this package knows, from its Hugging Face config.
 
     Raises:
         ConfigError: the model has no routed experts, or no layer that uses them.

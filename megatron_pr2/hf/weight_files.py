@@ -17,9 +17,9 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-    """The file of every tensor; the header of every file that counts was read.
+    """The file of every tensor, after reading the header of every file that is used.
 
-    Which files count is Transformers' choice: `model.safetensors` alone, else what the index names; without either, all
+    Which files are used is Transformers' choice: `model.safetensors` alone, else what the index names; without either, all
     *.safetensors files.
 
     Raises:
@@ -47,11 +47,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
-    """A safetensors file, its header checked against the size of the file.
-
-    Raises:
-        ConfigError: it cannot be read, or is cut off.
-    """
+    """A safetensors file, its header checked against the size of the file; ConfigError if it cannot be read or is cut off."""
     try:
         with safe_open(file, framework=framework) as handle:
             yield handle

@@ -1,11 +1,11 @@
-"""PredictiveTopKRouter through the layer spec: `MoESubmodules.router`, Megatron-Core's own seam.
+"""PredictiveTopKRouter through the layer spec: `MoESubmodules.router`, Megatron-Core's own hook.
 
     spec = with_pr2_routers(get_gpt_decoder_block_spec(config, use_transformer_engine=True))
     model = GPTModel(config, spec, ...)
     pr2 = attach(model, PR2Config.preset("pr2"))
 
-The spec decides which class a model is built with; `attach` still makes the handle, and upgrades plain TopKRouters anyway. The spec
-is the way in for what looks at module classes before `attach` can run: FSDP wrapping, torch.compile, quantization, a class check.
+The spec decides which class a model is built with; `attach` still makes the handle, and upgrades plain TopKRouters anyway. Use the
+spec where something looks at module classes before `attach` can run: FSDP wrapping, torch.compile, quantization, a class check.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def with_pr2_routers(spec: Any, *, require_moe: bool = True) -> Any:
         spec: what get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs, get_gpt_layer_local_spec,
             get_gpt_layer_with_transformer_engine_spec, get_moe_module_spec and their like return: TransformerBlockSubmodules, a
             ModuleSpec, a functools.partial of MoELayer, or a list of these; or the spec of a HybridModel's stack. Layers that share
-            one spec share the copy. The spec of multi-token-prediction heads comes back as it is: they run live.
+            one spec share the copy. The spec of multi-token-prediction heads comes back unchanged: nothing is replayed there.
         require_moe: refuse a spec without MoE layers. Set it to False for the spec of one pipeline stage, which may have only dense
             ones.
 
@@ -93,14 +93,13 @@ class _Transform:
         mlp = getattr(inner, "mlp", None)
         if isinstance(mlp, ModuleSpec) or (isinstance(mlp, functools.partial) and _builds_moe(mlp)):
             changed = self.apply(mlp, f"{where}.submodules.mlp")
-            # A dense layer has nothing to change and stays the same object.
             return spec if changed is mlp else _copy(spec, submodules=_copy(inner, mlp=changed))
         if _builds_moe(mlp):
             raise AttachError(
                 f"{where}.submodules.mlp: {_name(mlp)} without submodules; expected ModuleSpec(module=MoELayer, submodules="
                 "MoESubmodules(...)) or functools.partial(MoELayer, submodules=MoESubmodules(...))"
             )
-        return spec
+        return spec  # a dense layer
 
     def _partial(self, spec: functools.partial[Any], where: str) -> functools.partial[Any]:
         """A MoE layer as later releases write it: the class with its submodules bound."""
@@ -113,8 +112,8 @@ class _Transform:
     def _moe(self, submodules: MoESubmodules, where: str) -> MoESubmodules:
         if not hasattr(submodules, "router"):
             raise AttachError(
-                f"{where}: MoESubmodules of this Megatron-Core has no `router`, and its routers no replay seam; use one of the "
-                f"releases that it was tried on: {', '.join(TRIED)}"
+                f"{where}: MoESubmodules of this Megatron-Core has no `router`, and its routers no hook for replay; use one of the "
+                f"tested releases: {', '.join(TRIED)}"
             )
         router = submodules.router
         self.routers += 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_pr2.errors import ReplayError, RouteError
-from megatron_pr2.integrations.verl.identity import LIVE, SequenceBook
+from megatron_pr2.integrations.verl.batch import LIVE, SequenceBook
 from megatron_pr2.integrations.verl.rows import Row, read_rows, route_rows, route_table
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.routes.table import RouteTable

@@ -4,9 +4,9 @@
     +actor_rollout_ref.actor.megatron.override_mcore_model_config.pr2.preset=pr2
     actor_rollout_ref.rollout.enable_rollout_routing_replay=true
 
-The engine is registered beside verl's Megatron engine, which has no vendor: under the vendor of the platform that verl runs on, for
-verl prefers a vendor's engine, and under the name `pr2`, for VERL_ENGINE_VENDOR=pr2. Without settings it is verl's own engine.
-docs/verl.md has the rest.
+The engine is registered beside verl's Megatron engine, which has no vendor: under the vendor of the platform that verl runs on,
+since verl prefers a vendor's engine, and under the name `pr2`, for VERL_ENGINE_VENDOR=pr2. Without settings it is verl's own engine
+(docs/verl.md).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def register() -> None:
 
 verl_sglang.register_rollout()
 # verl imports `external_lib` wherever it reads the model's configuration, also where nothing is trained: in rollout servers, which
-# may live without Megatron-Core, and in agent loops, which see no GPU (where Transformer Engine may fail to be imported).
+# may have no Megatron-Core, and in agent loops, which see no GPU (Transformer Engine may fail to be imported there).
 if importlib.util.find_spec("megatron") is not None and get_platform().is_available():
     register()
 else:

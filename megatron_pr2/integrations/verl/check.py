@@ -2,24 +2,25 @@
 
     python -m megatron_pr2.integrations.verl.check --config-path examples/verl --config-name qwen3_30b_a3b [key=value ...]
 
-An engine is given the actor's settings and the model's. Whether the rollout returns routes, and whether old log-probs are computed,
-it would learn from its first batch only. This composes the configuration as verl's trainer does, and asks both.
+An engine is given the settings of the actor and the model only. Whether the rollout returns routes, and whether old log-probs are
+computed, it would learn from its first batch. This composes the configuration as verl's trainer does, and checks all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.hf.model_types import has_megatron_bridge
-from megatron_pr2.integrations.verl.settings import WHERE, check_engine, read_settings
+from megatron_pr2.integrations.verl.settings import MEGATRON, WHERE, check_engine, read_settings, refuse
 
 PACKAGE = "megatron_pr2.integrations.verl"
+ROLLOUT = "actor_rollout_ref.rollout"
 
 
 def check_config(config: Any) -> PR2Config:
@@ -29,7 +30,7 @@ def check_config(config: Any) -> PR2Config:
         config: OmegaConf, as verl's trainer gets it.
 
     Raises:
-        ConfigError: an unknown setting, or what contradicts one, with what to set.
+        ConfigError: an unknown setting, or one that contradicts another, with what to set.
         AttachError: the actor's settings contradict replay.
     """
     parts = config.actor_rollout_ref
@@ -42,71 +43,63 @@ def check_config(config: Any) -> PR2Config:
     if PACKAGE not in ([libraries] if isinstance(libraries, str) else libraries):
         raise ConfigError(f"actor_rollout_ref.model.external_lib={libraries}: set it to {PACKAGE}, or the engine is verl's own")
     check_engine(parts.actor.megatron, parts.model, settings)
-    if not parts.actor.megatron.vanilla_mbridge and not has_megatron_bridge():
-        raise ConfigError(
-            "actor_rollout_ref.actor.megatron.vanilla_mbridge=false builds the model by Megatron-Bridge, which is not installed "
-            "here; set it to true (mbridge, as tested), or install megatron-bridge"
-        )
-    for role, engine in (("actor_rollout_ref.ref", parts.ref.get("megatron")), ("critic", config.critic.get("megatron"))):
-        if engine is not None and engine.router_replay.mode != "disabled":
-            mode = engine.router_replay.mode
-            raise ConfigError(f"{role}.megatron.router_replay.mode={mode!r} patches the router; set it to 'disabled'")
-    if settings.routes == "engine" and not parts.rollout.enable_rollout_routing_replay:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.enable_rollout_routing_replay=false: the rollout engine returns no routes; set it to true "
-            f"(router_replay.mode stays 'disabled'), or {WHERE}.preset to r2"
-        )
-    _check_rollout(parts.rollout, settings)
-    _check_updates(config, settings)
-    if config.algorithm.rollout_correction.get("bypass_mode", False) and (settings.routes == "actor" or settings.predicts):
-        raise ConfigError(
-            "algorithm.rollout_correction.bypass_mode=true skips the old-log-prob pass, in which routes are recorded and "
-            "predictions start; set it to false"
-        )
-    backend = parts.rollout.checkpoint_engine.backend
-    if settings.predicts and backend == "delta_sharded":
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend!r} sends shards without the prediction; set it to "
-            "'naive' or 'nccl'"
-        )
+    refuse(ConfigError, _problems(config, settings))
     return settings
 
 
-def _check_rollout(rollout: Any, settings: PR2Config) -> None:
-    """Refuses rollout engines whose routes nobody has looked at."""
-    if settings.routes != "engine":
-        return
-    if rollout.name != "sglang":
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.name={rollout.name!r}: its routes were never checked; set it to 'sglang', or "
-            f"{WHERE}.preset=r2"
+def _problems(config: Any, settings: PR2Config) -> Iterator[tuple[Any, str]]:
+    """(condition, message that says what to set)"""
+    parts, trainer = config.actor_rollout_ref, config.trainer
+    rollout = parts.rollout
+    yield (
+        not parts.actor.megatron.vanilla_mbridge and not has_megatron_bridge(),
+        f"{MEGATRON}.vanilla_mbridge=false builds the model by Megatron-Bridge, which is not installed here; set it to true "
+        "(mbridge, as tested), or install megatron-bridge",
+    )
+    for role, engine in (("actor_rollout_ref.ref", parts.ref.get("megatron")), ("critic", config.critic.get("megatron"))):
+        mode = "disabled" if engine is None else engine.router_replay.mode
+        yield mode != "disabled", f"{role}.megatron.router_replay.mode={mode!r} patches the router; set it to 'disabled'"
+    if settings.routes == "engine":
+        yield (
+            not rollout.enable_rollout_routing_replay,
+            f"{ROLLOUT}.enable_rollout_routing_replay=false: the rollout engine returns no routes; set it to true "
+            f"(router_replay.mode stays 'disabled'), or {WHERE}.preset to r2",
         )
-    if rollout.disaggregation.enabled:
-        raise ConfigError(
-            "actor_rollout_ref.rollout.disaggregation.enabled=true: prefill and decode servers each return their own part of the "
-            "routes; set it to false"
+        yield (
+            rollout.name != "sglang",
+            f"{ROLLOUT}.name={rollout.name!r}: its routes were never checked; set it to 'sglang', or {WHERE}.preset=r2",
         )
-
-
-def _check_updates(config: Any, settings: PR2Config) -> None:
-    """Refuses schedules in which a predictor would never learn, or would be judged on drift that it was not made for."""
-    if not settings.predicts:
-        return
-    trainer, actor = config.trainer, config.actor_rollout_ref.actor
-    if trainer.get("use_v1", False) and trainer.v1.trainer_mode == "separate_async":
-        raise ConfigError(
+        yield (
+            rollout.disaggregation.enabled,
+            f"{ROLLOUT}.disaggregation.enabled=true: prefill and decode servers each return their own part of the routes; set it "
+            "to false",
+        )
+    if settings.predicts:
+        newer = trainer.get("use_v1", False)
+        yield (
+            newer and trainer.v1.trainer_mode == "separate_async",
             "trainer.v1.trainer_mode='separate_async' makes every update a rollout batch of its own, whose first mini-step is its "
-            f"last: predictions are made for later ones; use another mode, or {WHERE}.preset=r3"
+            f"last: predictions are made for later ones; use another mode, or {WHERE}.preset=r3",
         )
-    # The newer trainer fills a batch up to whole mini-batches; the older one leaves out what does not fill one.
-    batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
-    updates = (-(-batch // mini_batch) if trainer.get("use_v1", False) else batch // mini_batch) * actor.ppo_epochs
-    if updates < 2:
-        raise ConfigError(
-            f"data.train_batch_size={batch}, actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}: "
-            f"{updates} update per rollout batch; routers drift and predictors learn from the "
-            f"second on. Lower ppo_mini_batch_size, or set {WHERE}.preset=r3"
+        # The newer trainer fills a batch up to whole mini-batches; the older one leaves out what does not fill one.
+        batch, mini_batch = config.data.train_batch_size, parts.actor.ppo_mini_batch_size
+        updates = (-(-batch // mini_batch) if newer else batch // mini_batch) * parts.actor.ppo_epochs
+        yield (
+            updates < 2,
+            f"data.train_batch_size={batch}, actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}: {updates} update per "
+            "rollout batch; routers drift and predictors learn from the second on. Lower ppo_mini_batch_size, or set "
+            f"{WHERE}.preset=r3",
         )
+        backend = rollout.checkpoint_engine.backend
+        yield (
+            backend == "delta_sharded",
+            f"{ROLLOUT}.checkpoint_engine.backend={backend!r} sends shards without the prediction; set it to 'naive' or 'nccl'",
+        )
+    yield (
+        config.algorithm.rollout_correction.get("bypass_mode", False) and (settings.routes == "actor" or settings.predicts),
+        "algorithm.rollout_correction.bypass_mode=true skips the old-log-prob pass, in which routes are recorded and predictions "
+        "start; set it to false",
+    )
 
 
 def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]) -> Any:
@@ -124,7 +117,7 @@ def compose(config_path: Path | None, config_name: str, overrides: Sequence[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Says what PR2 is going to do, or what is wrong; returns the exit status."""
+    """Prints what PR2 is going to do, or what is wrong; returns the exit status."""
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.check", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config-path", type=Path, help="directory of a configuration of your own (default: verl's)")
     parser.add_argument("--config-name", default="ppo_trainer")

@@ -1,9 +1,9 @@
 """verl's Megatron engine with PR2 attached to it.
 
-Scope: what verl's own engine does, unchanged, and around it a replay session for the two kinds of passes that belong to a rollout
-batch. Lifecycle: `infer_batch` without a loss function is the old-log-prob pass (verl's compute_log_prob): it begins the rollout
-batch. Each `train_batch` that follows is a mini-step; the last of an update, which verl marks with `update_lr_scheduler`, ends the
-batch. Everything else (reference, critic, evaluation with a loss, forward-only engines) runs outside of a session.
+Scope: verl's own engine, unchanged, with a replay session around the two kinds of passes that belong to a rollout batch. Lifecycle:
+`infer_batch` without a loss function is the old-log-prob pass (verl's compute_log_prob) and begins the rollout batch. Each
+`train_batch` that follows is a mini-step; the last of an update, which verl marks with `update_lr_scheduler`, ends the batch.
+Everything else (reference, critic, evaluation with a loss, forward-only engines) runs outside of a session.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from megatron_pr2.checkpoint.files import together
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.integrations.verl import micro_batches as cutting
-from megatron_pr2.integrations.verl.identity import SequenceBook
-from megatron_pr2.integrations.verl.intake import begin_rollout, find_rows
+from megatron_pr2.integrations.verl.batch import SequenceBook, begin_rollout, find_rows
 from megatron_pr2.integrations.verl.settings import WHERE, check_engine, check_process, read_settings
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.session import ReplaySession
@@ -36,14 +34,6 @@ from megatron_pr2.replay.sites import unwrapped
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "pr2"
-
-
-@dataclass
-class _Pass:
-    """A pass at work: its session, and its micro-batches by their rows."""
-
-    session: ReplaySession
-    by_rows: dict[Any, MicroBatch]
 
 
 class PR2MegatronEngine(MegatronEngineWithLMHead):
@@ -59,7 +49,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         AttachError: the configuration contradicts replay (megatron_pr2.integrations.verl.settings).
         """
         self.pr2: PR2 | None = None
-        # The reference runs live, whatever its configuration says.
+        # The reference uses its own routers, whatever its configuration says.
         self._settings: PR2Config | None = None if engine_config.forward_only else read_settings(engine_config)
         if self._settings is not None:
             check_engine(engine_config, model_config, self._settings)
@@ -67,9 +57,10 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         self._book: SequenceBook | None = None
         self._warned = False
         self._mini_step = 0
-        # The kind of pass that the next forward_backward_batch() is, with the ids of its rows; and the one at work.
+        # The kind of pass that the next forward_backward_batch() is, with the ids of its rows.
         self._next: tuple[str, list[int]] | None = None
-        self._pass: _Pass | None = None
+        # The pass that is running: its session, and its micro-batches by their rows.
+        self._pass: tuple[ReplaySession, dict[Any, MicroBatch]] | None = None
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -91,29 +82,30 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         return optimizer
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """verl's checkpoint, with PR2's state in its directory `pr2`: written first, as verl's manifest says that all is there.
-
-        verl overwrites a checkpoint of the same step: what a save that was cut off has left must not stop the next run there.
-        """
+        """verl's checkpoint, with PR2's state in its directory `pr2`: written first, since verl's manifest marks it complete."""
         if self.pr2 is not None:
             mine = Path(local_path) / CHECKPOINT
+            # As verl does, this overwrites a checkpoint of the same step, e.g. one of an interrupted save.
             together(lambda: shutil.rmtree(mine, ignore_errors=True) if torch.distributed.get_rank() == 0 else None)
             self.pr2.save(mine)
         super().save_checkpoint(local_path, *args, **kwargs)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """verl's checkpoint and PR2's; one without PR2's starts with W_p = 0, and says so."""
+        """verl's checkpoint and PR2's; one without PR2's starts with W_p = 0 and a warning."""
         if self.pr2 is not None and local_path is not None:
-            if _everywhere(f"{local_path}/{CHECKPOINT}"):
-                self.pr2.load(f"{local_path}/{CHECKPOINT}")
+            mine = Path(local_path) / CHECKPOINT
+            found = [mine.is_dir()]
+            torch.distributed.broadcast_object_list(found, src=0)  # the same answer on every rank
+            if found[0]:
+                self.pr2.load(mine)
             else:
-                logger.warning("%s has no directory %r: prediction starts anew", local_path, CHECKPOINT)
+                logger.warning("%s has no directory %r: prediction starts with W_p = 0", local_path, CHECKPOINT)
         super().load_checkpoint(local_path, *args, **kwargs)
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     def infer_batch(self, data: Any, loss_function: Callable[..., Any] | None = None) -> Any:
-        """verl's; without a loss function it is the old-log-prob pass of a rollout batch, which it begins.
+        """verl's; without a loss function it is the old-log-prob pass and begins a rollout batch.
 
         Raises:
             RouteError: the rollout's routes are absent, of another model, or too many are missing.
@@ -157,10 +149,10 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             if self._mini_step == 1 and self.pr2.config.learns and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "one update per rollout batch: the predictor learns from the second on, that is never; lower "
+                    "one update per rollout batch: the predictor learns from the second on, so it never learns; lower "
                     "ppo_mini_batch_size, or set %s.preset=r3", WHERE,
                 )  # fmt: skip
-            self._end_rollout()  # a colocated engine is going to need the memory
+            self._end_rollout()  # a colocated engine needs the memory
         elif alone:
             self._book = None
         return outputs
@@ -183,28 +175,26 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             else:
                 opened = self.pr2.actor_update(micro_batches, self._mini_step)
             with opened as session:
-                self._pass = _Pass(session, {each.key: each for each in micro_batches})
-                try:
-                    return super().forward_backward_batch(data, loss_function, forward_only)
-                finally:
-                    self._pass = None
+                self._pass = session, {each.key: each for each in micro_batches}
+                return super().forward_backward_batch(data, loss_function, forward_only)
         finally:
+            self._pass = None
             data.pop(cutting.ROW_KEY, None)
 
     def forward_step(self, batch_iter: Iterator[Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         """verl's; a micro-batch of a session is announced to it by the rows that it is made of."""
         if self._pass is None:
             return super().forward_step(batch_iter, model, *args, **kwargs)
-        session, batch = self._pass.session, next(batch_iter)
+        (session, by_rows), batch = self._pass, next(batch_iter)
         rows = cutting.rows_of(batch)
-        micro_batch = self._pass.by_rows.get(rows)
+        micro_batch = by_rows.get(rows)
         if micro_batch is None:
             raise ReplayError(
-                f"verl cut a micro-batch of the rows {list(rows)}; expected were {sorted(map(list, self._pass.by_rows))}: this "
-                "version of verl does not cut by what prepare_micro_batches was given"
+                f"verl cut a micro-batch of the rows {list(rows)}; expected were {sorted(map(list, by_rows))}: this version of "
+                "verl does not cut by what prepare_micro_batches was given"
             )
         session.begin(model, micro_batch)
-        # verl's forward step returns what became of the logits; recomputation is found by the gradient of the chunk's own output.
+        # verl's forward step returns processed logits; recomputation is recognised by the gradient of the chunk's own output.
         hook = unwrapped(model).register_forward_hook(lambda _module, _inputs, output: session.end(model, micro_batch, output))
         try:
             return super().forward_step(iter((batch,)), model, *args, **kwargs)
@@ -219,31 +209,25 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         if self.pr2 is None:
             return weights, peft_config
         if self._book is not None:
-            # A batch that no update ended, e.g. one that nothing trained on (critic warm-up): the engine is going to need the
-            # memory. Before the push, which carries what the batch says of the prediction.
+            # A batch that no update ended, e.g. in critic warm-up: the engine needs the memory. Before the push, which uses what
+            # the batch says about the prediction.
             self._end_rollout()
         return self.pr2.engine_weights(weights), peft_config
 
     def get_per_tensor_param_shard(self, **kwargs: Any) -> Any:
-        """verl's; refused while predicting, since shards carry plain gates.
-
-        Raises:
-            AttachError: there is a predictor.
-        """
         self._refuse_shards()
         return super().get_per_tensor_param_shard(**kwargs)
 
     def prime_delta_snapshots(self) -> None:
-        """verl's; refused while predicting, as above."""
         self._refuse_shards()
         super().prime_delta_snapshots()
 
     def get_per_tensor_param_delta_shard(self, **kwargs: Any) -> Any:
-        """verl's; refused while predicting, as above."""
         self._refuse_shards()
         return super().get_per_tensor_param_delta_shard(**kwargs)
 
     def _refuse_shards(self) -> None:
+        """Shards carry plain gates."""
         if self.pr2 is not None and self.pr2.predictor is not None:
             raise AttachError(
                 "actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded sends what changed in each rank's shards, "
@@ -253,7 +237,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
     # ---- inside --------------------------------------------------------------------------------------------------------
 
     def _begin_without_old_logprobs(self, data: Any) -> None:
-        """A mini-batch whose old log-probs are the rollout's own is a rollout batch by itself, if its routes came with it."""
+        """A mini-batch whose old log-probs are the rollout's own is a rollout batch of its own."""
         assert self.pr2 is not None
         config = self.pr2.config
         if config.routes == "actor" or config.predicts:
@@ -265,7 +249,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         self._book = begin_rollout(self.pr2, data)
 
     def _micro_batches(self, data: Any, ids: list[int]) -> list[MicroBatch]:
-        """What verl is going to make of the batch; the settings are those that its forward_backward_batch reads."""
+        """How verl cuts the batch; the settings are those that its forward_backward_batch reads."""
         config, packed = self.engine_config, bool(self.engine_config.use_remove_padding)
         tu.assign_non_tensor(data, sp_size=config.context_parallel_size)
         virtual = mpu.get_virtual_pipeline_model_parallel_world_size()
@@ -283,10 +267,3 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             )
             for part in parts
         ]
-
-
-def _everywhere(directory: str) -> bool:
-    """Whether rank 0 sees a directory; the same answer on every rank."""
-    found = [Path(directory).is_dir()]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]

@@ -1,8 +1,8 @@
 """The micro-batches that verl is going to make of a batch, and which token lies in which of their rows.
 
-verl cuts a batch inside of its forward_backward_batch. The cut depends on lengths and settings only, so asking verl's own function
-for it beforehand gives the same one; a column of row numbers travels in the batch, by which each micro-batch is recognised when it
-runs, and a cut that differs is refused. Padding comes from verl's own functions as well.
+verl cuts a batch inside its forward_backward_batch. The cut depends on lengths and settings only, so calling verl's own function
+beforehand gives the same one. A column of row numbers is added to the batch, by which each micro-batch is recognised when it runs,
+and a cut that differs is refused. Padding comes from verl's own functions as well.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from tensordict import TensorDict
 from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.utils import prepare_micro_batches
 
 from megatron_pr2.errors import ReplayError
-from megatron_pr2.integrations.verl.identity import LIVE
+from megatron_pr2.integrations.verl.batch import LIVE
 from megatron_pr2.replay.micro_batch import MicroBatch
 
 ROW_KEY = "pr2_row"
@@ -26,16 +27,12 @@ _CUT_KEYS = ("use_dynamic_bsz", "sp_size", "force_group_size", "max_token_len_pe
 
 
 def number_rows(data: Any) -> None:
-    """Adds the column by which :func:`rows_of` knows a micro-batch's rows again."""
+    """Adds the column that :func:`rows_of` reads."""
     data[ROW_KEY] = torch.arange(len(data), dtype=torch.int64)
 
 
 def rows_of(batch: Any) -> tuple[int, ...]:
-    """The rows of the whole batch that a micro-batch is made of.
-
-    Raises:
-        ReplayError: the column got lost on the way.
-    """
+    """The rows of the whole batch that a micro-batch is made of; ReplayError if the column is not there."""
     rows = batch.get(ROW_KEY, None)
     if rows is None:
         raise ReplayError(f"a micro-batch has no column {ROW_KEY!r}: it is not cut from the batch that this pass was opened for")
@@ -75,12 +72,10 @@ def describe(
     rows = rows_of(part)
     input_ids = part["input_ids"]
     chosen = [ids[row] for row in rows]
-    # A sequence that has no part in replay is padding as far as replay knows.
+    # To replay, a sequence that has no part in it is padding.
     lengths = [0 if sid == LIVE else int(n) for sid, n in zip(chosen, input_ids.offsets().diff().tolist(), strict=True)]
     if packed:
         _, params, _ = preprocess_thd_engine(input_ids, pre_process=False, use_fp8_padding=fp8, pad_to_length_bucket=pad_to_bucket)
         return MicroBatch.packed(chosen, lengths, params.cu_seqlens_q_padded.diff().tolist(), key=rows)
     tokens, _, _ = preprocess_bshd_engine(input_ids, use_fp8_padding=fp8, forced_max_seqlen=longest)
-    from megatron.core import parallel_state as mpu
-
     return MicroBatch.padded(chosen, lengths, tokens.shape[1] * mpu.get_context_parallel_world_size(), key=rows)

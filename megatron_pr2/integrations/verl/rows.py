@@ -6,8 +6,8 @@ verl hands its engines a TensorDict without padding: `input_ids` is jagged, [B, 
     trainer with DataProto       `loss_mask` [B, R] is padded on the right, `attention_mask` [B, P + R] on both sides
 
 `routed_experts` [B, j, layers, K] has a row per token, of which the last token's holds zeros (it was never an engine's input), or
-one row less. A row without loss-bearing token (verl pads batches with such, and filters leave them) has no part in replay: verl's
-own leaves them live, too.
+one row less. A row without loss-bearing token (verl pads batches with such, and filters leave them) has no part in replay; verl
+leaves it out of its own replay, too.
 """
 
 from __future__ import annotations
@@ -55,11 +55,7 @@ class Row:
 
 
 def read_rows(data: Any) -> list[Row]:
-    """The rows of a TensorDict.
-
-    Raises:
-        RouteError: a response without a prompt, or `input_ids` that still have padding.
-    """
+    """The rows of a TensorDict; RouteError for a response without a prompt, or `input_ids` that still have padding."""
     tokens = jagged_parts(data["input_ids"], "input_ids")
     rows = []
     for index, (ids, mask) in enumerate(zip(tokens, _loss_masks(data), strict=True)):
@@ -76,15 +72,10 @@ def read_rows(data: Any) -> list[Row]:
 
 
 def jagged_parts(values: Tensor, name: str) -> list[Tensor]:
-    """The rows of a jagged tensor [B, j, ...], on the host.
-
-    Raises:
-        RouteError: it is not jagged.
-    """
+    """The rows of a jagged tensor [B, j, ...], on the host; RouteError if it is not jagged."""
     if not values.is_nested:
         raise RouteError(f"{name} has shape {list(values.shape)}; verl's engines take a jagged tensor (left_right_2_no_padding)")
-    lengths = values.offsets().diff().tolist()
-    return list(values.values().detach().cpu().split(lengths))
+    return list(values.values().detach().cpu().split(values.offsets().diff().tolist()))
 
 
 def _loss_masks(data: Any) -> list[npt.NDArray[np.bool_]]:
@@ -106,23 +97,13 @@ def route_rows(data: Any) -> list[npt.NDArray[np.integer]] | None:
 
 
 def route_table(
-    ids_TLK: npt.NDArray[np.integer],
-    length: int,
-    *,
-    layers: DecoderLayers,
-    topk: int,
-    num_experts: int,
-    where: str,
+    ids_TLK: npt.NDArray[np.integer], length: int, *, layers: DecoderLayers, topk: int, num_experts: int, where: str
 ) -> RouteTable:
     """The table of one row.
 
     Args:
         ids_TLK: `length` or `length - 1` rows of all hidden layers (SGLang), of all decoder layers (Nemotron-H has the same) or of
-            the MoE layers only.
-        layers: of the model.
-
-    Raises:
-        RouteError: another shape.
+            the MoE layers only. RouteError for another shape.
     """
     if len(ids_TLK) not in (length, length - 1):
         raise RouteError(
@@ -132,7 +113,7 @@ def route_table(
     num_layers = layers.hidden_count
     given = ids_TLK.shape[1] if ids_TLK.ndim == 3 else num_layers
     if given == layers.count:
-        moe_layers, num_layers = layers.moe, layers.count
+        moe_layers, num_layers = layers.moe, given
     elif given == len(moe_layers):
         moe_layers, num_layers = range(given), given
     return RouteTable.from_engine(

@@ -2,13 +2,12 @@
 
     VERL_USE_EXTERNAL_MODULES=megatron_pr2.integrations.verl_sglang
 
-verl expects what the release of SGLang that it pins (0.5.12) returned: a tensor. In 0.5.19, the first release whose routes can be
-believed (docs/sglang.md), an answer holds base64 of int32 [T - 1, hidden layers, K] instead, on which verl's server fails. verl
-finds its rollout replicas in a registry; there, "sglang" becomes verl's own replica with servers that decode the answer before
-verl's code sees it.
+verl expects what the release of SGLang that it pins (0.5.12) returned: a tensor. In 0.5.19, the first release whose routes are
+correct (docs/sglang.md), a response holds base64 of int32 [T - 1, hidden layers, K] instead, on which verl's server fails. In
+verl's registry of rollout replicas, "sglang" becomes verl's own replica with servers that decode the response before verl's code
+sees it.
 
-Apart from the engine, because the process that picks the replicas is the driver: every process of verl imports this, and most of
-them have no use for Megatron-Core.
+A package of its own, because the driver picks the replicas: every process of verl imports this, and most need no Megatron-Core.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ class ReplicaLoader:
         self._load = load
 
     def __call__(self) -> type:
-        """The class with decoding servers; SGLang is imported here and not before."""
-        self._load()  # verl's own preparations for the import of SGLang
+        self._load()  # verl's own preparations for the import of SGLang, which happens here
         from megatron_pr2.integrations.verl_sglang.server import PR2SGLangReplica
 
         return PR2SGLangReplica

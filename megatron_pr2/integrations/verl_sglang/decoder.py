@@ -1,4 +1,4 @@
-"""SGLang's answers with their routes as tensors, which is how verl 0.9.1 reads them."""
+"""SGLang's responses with their routes as tensors, which is how verl 0.9.1 reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_pr2.rollout.sglang.routes import decode_ids
 
 
 class RouteDecoder:
-    """SGLang's tokenizer manager, in whose answers routes are tensors; everything else of it is passed through."""
+    """SGLang's tokenizer manager, in whose responses routes are tensors; everything else of it is passed through."""
 
     def __init__(self, manager: Any, num_layers: int, topk: int) -> None:
         """Args:
@@ -30,18 +30,18 @@ class RouteDecoder:
         setattr(self._manager, name, value)
 
     async def generate_request(self, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        """SGLang's answers, with `meta_info.routed_experts` as int32 [T - 1, hidden layers, K].
+        """SGLang's responses, with `meta_info.routed_experts` as int32 [T - 1, hidden layers, K].
 
         Raises:
             RouteError: it is not base64 of whole rows.
         """
-        async for answer in self._manager.generate_request(request, *args, **kwargs):
-            meta = answer.get("meta_info") if isinstance(answer, dict) else None
+        async for response in self._manager.generate_request(request, *args, **kwargs):
+            meta = response.get("meta_info") if isinstance(response, dict) else None
             if isinstance(meta, dict) and isinstance(encoded := meta.get("routed_experts"), str | bytes):
                 layers, topk = self._shape
                 where = f"request {getattr(request, 'rid', None)!r}"
                 meta["routed_experts"] = torch.from_numpy(decode_ids(encoded, layers, topk, where))
-            yield answer
+            yield response
 
 
 def model_dimensions(hf_config: Any) -> tuple[int, int]:
@@ -59,5 +59,3 @@ def model_dimensions(hf_config: Any) -> tuple[int, int]:
             "has no routes; set it to false"
         )
     return int(config.num_hidden_layers), int(topk)
-
-

@@ -14,7 +14,7 @@ from megatron_pr2.rollout.sglang.refusals import refusals
 
 
 class PR2SGLangHttpServer(SGLangHttpServer):
-    """verl's server; where routes are wanted, it decodes them, and refuses what would make them wrong."""
+    """verl's server, which decodes routes where they are wanted, and refuses what would make them wrong."""
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
         """Raises:
@@ -29,7 +29,7 @@ class PR2SGLangHttpServer(SGLangHttpServer):
         if not self.config.skip_tokenizer_init:
             raise RolloutError(
                 "actor_rollout_ref.rollout.skip_tokenizer_init=false: verl reads routes by a module that this release of SGLang "
-                "has not; set it to true"
+                "does not have; set it to true"
             )
         await super().launch_server(*args, **kwargs)
         if self.node_rank > 0:
