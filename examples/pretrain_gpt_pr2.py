@@ -56,7 +56,6 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 # ---- what megatron.training is given -------------------------------------------------------------------------------------
 
-
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """PR2's flags and this script's own."""
     group = add_pr2_args(parser).add_argument_group(title="this script")
@@ -67,22 +66,15 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="Updates of --global-batch-size sequences per rollout batch (the paper's kappa). Routes are those of the weights "
         "before the first; the predictor learns from the second on. Default: 4.",
     )
-    group.add_argument(
-        "--pr2-cpu",
-        action="store_true",
-        help="Run on the CPU with gloo (megatron_pr2.host), with the defaults of a small model.",
-    )
+    text = "Run on the CPU with gloo (megatron_pr2.host), with the defaults of a small model."
+    group.add_argument("--pr2-cpu", action="store_true", help=text)
     if host.is_enabled():
         parser.set_defaults(**CPU_DEFAULTS, **host.config_overrides())
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags of Megatron-LM that this script would ignore, parts of rollout batches, and an engine's routes.
-
-    Raises:
-        ConfigError: naming them.
-    """
+    """Raises ConfigError for flags of Megatron-LM that this script would ignore, parts of rollout batches, and engine routes."""
     ignored = {
         "mtp_num_layers": None, "rotary_percent": 1.0, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None,
         "fp16_lm_cross_entropy": False, "context_parallel_size": 1, "rampup_batch_size": None, "train_samples": None,
@@ -104,13 +96,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def gpt_pr2_builder(
-    args: argparse.Namespace,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
+    args: argparse.Namespace, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
     pg_collection: Any = None,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # fmt: skip
     """A model chunk, as Megatron-LM's gpt_builder() makes it of the flags that this script knows, with routers that can replay."""
     from megatron.core.models.gpt import GPTModel
     from megatron.training.arguments import core_transformer_config_from_args
@@ -142,7 +130,7 @@ def loss_func(loss_mask_BS: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dic
 
 
 def forward_step(data_iterator: Iterator[Item], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Megatron-LM's forward step; PR2 needs nothing in it."""
+    """Megatron-LM's forward step; PR2 adds nothing to it."""
     item = next(data_iterator)
     device = next(model.parameters()).device
     tokens, labels, loss_mask = (item[name].to(device) for name in ("tokens", "labels", "loss_mask"))
@@ -151,7 +139,6 @@ def forward_step(data_iterator: Iterator[Item], model: torch.nn.Module) -> tuple
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------------
-
 
 def rollout_batch(args: argparse.Namespace, number: int, rank: int, ranks: int) -> list[list[Item]]:
     """This data-parallel rank's micro-batches of every mini-step, and for PR2 which sequence is in which row of each.
@@ -175,21 +162,16 @@ def rollout_batch(args: argparse.Namespace, number: int, rank: int, ranks: int) 
             for _ in range(args.seq_length):
                 text.append(successor[text[-1]])
             tokens_BS = torch.stack(text, dim=1)
-            items.append(
-                {
-                    "tokens": tokens_BS[:, :-1],
-                    "labels": tokens_BS[:, 1:],
-                    "loss_mask": torch.ones(size, args.seq_length),
-                    "ids": ids.tolist(),
-                    "micro_batch": MicroBatch.padded(ids.tolist(), [args.seq_length] * size, args.seq_length),
-                }
-            )
+            items.append({
+                "tokens": tokens_BS[:, :-1], "labels": tokens_BS[:, 1:], "loss_mask": torch.ones(size, args.seq_length),
+                "ids": ids.tolist(), "micro_batch": MicroBatch.padded(ids.tolist(), [args.seq_length] * size, args.seq_length),
+            })  # fmt: skip
         mini_batches.append(items)
     return mini_batches
 
 
 def iterators(items: list[Item], chunks: Chunks) -> Any:
-    """What a schedule takes: an iterator over the micro-batches, or one for each chunk of an interleaved pipeline."""
+    """An iterator over the micro-batches, or one for each chunk of an interleaved pipeline, as schedules take it."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     each = [RerunDataIterator(iter(items)) for _ in chunks]
@@ -197,7 +179,6 @@ def iterators(items: list[Item], chunks: Chunks) -> Any:
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------------
-
 
 def train(args: argparse.Namespace, chunks: Chunks, optimizer: Any, scheduler: Any) -> list[dict[str, float]]:
     """Trains up to --train-iters updates, from where a checkpoint ended; collective.
@@ -226,14 +207,12 @@ def train(args: argparse.Namespace, chunks: Chunks, optimizer: Any, scheduler: A
     while args.iteration < args.train_iters:
         mini_batches = rollout_batch(args, args.iteration // args.pr2_mini_steps + 1, rank, ranks)
         items = [item for mini_batch in mini_batches for item in mini_batch]
-        pr2.begin_rollout(
-            [
-                ReplaySequence(sid, args.seq_length, 0, args.seq_length, mini_step=mini_step)
-                for mini_step, mini_batch in enumerate(mini_batches, start=1)
-                for item in mini_batch
-                for sid in item["ids"]
-            ]
-        )
+        pr2.begin_rollout([
+            ReplaySequence(sid, args.seq_length, 0, args.seq_length, mini_step=mini_step)
+            for mini_step, mini_batch in enumerate(mini_batches, start=1)
+            for item in mini_batch
+            for sid in item["ids"]
+        ])  # fmt: skip
         with pr2.old_logprobs([item["micro_batch"] for item in items]):
             row = {"lm loss": score(args, chunks, items)}
         for mini_step, mini_batch in enumerate(mini_batches, start=1):
@@ -257,7 +236,7 @@ def train(args: argparse.Namespace, chunks: Chunks, optimizer: Any, scheduler: A
 
 
 def pr2_directory(root: str, iteration: int) -> Path:
-    """Where PR2's state of a checkpoint lies: beside Megatron-LM's directories, of the same number."""
+    """PR2's state of a checkpoint: beside Megatron-LM's directory of the same number."""
     return Path(root) / "pr2" / f"iter_{iteration:07d}"
 
 
@@ -298,19 +277,16 @@ def of_last_stage(value: Tensor) -> float:
 def report(args: argparse.Namespace, row: dict[str, float]) -> None:
     """One line per rollout batch, on the first rank."""
     if torch.distributed.get_rank() == 0:
-        shown = {name: row[name] for name in ("lm loss", "mini-step lm loss", "pr2/agreement", "pr2/lift") if name in row}
-        values = " | ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        names = ("lm loss", "mini-step lm loss", "pr2/agreement", "pr2/lift")
+        values = " | ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
         print(f"iteration {args.iteration}/{args.train_iters} | {values}", flush=True)
 
 
 # ---- by megatron.training ------------------------------------------------------------------------------------------------
 
-
 def set_up() -> tuple[argparse.Namespace, list[torch.nn.Module], Any, Any]:
-    """Arguments of the command line, model chunks, optimizer and scheduler, loaded from --load if there is something.
-
-    Not by pretrain(), which makes one update per batch: replay is about several.
-    """
+    """Arguments of the command line, model chunks, optimizer and scheduler, loaded from --load if there is something."""
+    # Not by pretrain(), which makes one update per batch: replay is about several.
     try:
         from megatron.core.enums import ModelType
         from megatron.training import arguments, get_args
@@ -349,20 +325,12 @@ def on_cpu() -> None:
         os.environ.update(alone)
 
 
-def show_help() -> None:
-    """The flags of this script; Megatron-LM has some 600 more."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="All of Megatron-LM's flags are taken as well.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    extra_args_provider(parser).print_help()
-
-
 def main() -> list[dict[str, float]]:
-    """Sets up and trains by the command line; the history of :func:`train`, whose last entry is printed as JSON."""
+    """Trains by the command line; the history of :func:`train`, whose last entry is printed as JSON."""
     if "-h" in sys.argv or "--help" in sys.argv:
-        show_help()
+        # The flags of this script; Megatron-LM has some 600 more.
+        text, style = "All of Megatron-LM's flags are accepted as well.", argparse.RawDescriptionHelpFormatter
+        extra_args_provider(argparse.ArgumentParser(description=__doc__, epilog=text, formatter_class=style)).print_help()
         return []
     if "--pr2-cpu" in sys.argv:
         on_cpu()

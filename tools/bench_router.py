@@ -117,7 +117,7 @@ def show(case: dict[str, Any], clock: str) -> None:
 
 
 def chosen_device(name: str) -> str:
-    """Raises typer.BadParameter: what was asked for is not there, or is in the way."""
+    """`cpu` or `cuda`; typer.BadParameter if it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):

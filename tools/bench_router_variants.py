@@ -16,7 +16,6 @@ from bench_router_gates import VOCABULARY, Gate, Platform, build, fill, routers,
 from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from torch import Tensor, nn
 
-from megatron_pr2 import config as pr2_config
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.parallel.grid import padded
@@ -49,12 +48,11 @@ class Variant:
 
 
 def variants(sample_fraction: float) -> list[Variant]:
-    """Everything that this checkout can do, the reference first."""
-    known = {field.name for field in dataclasses.fields(PR2Config)}
+    """The reference first."""
     common: dict[str, Any] = {"sample_fraction": sample_fraction}
     r3 = {"routes": "engine", "predictor": "none", **common}
     learned = {"routes": "engine", "predictor": "learned", **common}
-    found = [
+    return [
         Variant("plain", "Megatron-Core's TopKRouter", "plain"),
         Variant("mcore-record", "its RouterReplay, recording", "mcore-record"),
         Variant("mcore-replay", "its RouterReplay, replaying", "mcore-replay"),
@@ -62,16 +60,10 @@ def variants(sample_fraction: float) -> list[Variant]:
         Variant("record", "ours, recording", "record", {"routes": "actor", "predictor": "none", **common}),
         Variant("replay", "ours, replaying", "replay", r3),
         Variant("replay+drift", "ours, replaying, drift measured (preset r3)", "replay", r3, True),
+        Variant("learn", "ours, learning, no hold-back", "replay", {**learned, "hold_back": False}, True),
+        Variant("learn+hold-back", "ours, learning and holding back", "replay", learned, True),
+        Variant("momentum", "ours, predicting by momentum, holding back", "replay", {**learned, "predictor": "momentum"}, True),
     ]
-    if "hold_back" in known:
-        found.append(Variant("learn", "ours, learning, no hold-back", "replay", {**learned, "hold_back": False}, True))
-        found.append(Variant("learn+hold-back", "ours, learning and holding back", "replay", {**learned, "hold_back": True}, True))
-    else:
-        found.append(Variant("learn", "ours, replaying and learning (preset pr2)", "replay", learned, True))
-    if "momentum" in pr2_config.PREDICTORS:
-        momentum = {**learned, "predictor": "momentum"}
-        found.append(Variant("momentum", "ours, predicting by momentum, holding back", "replay", momentum, True))
-    return found
 
 
 class Batch:

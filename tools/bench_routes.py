@@ -1,4 +1,4 @@
-"""Decoding SGLang's routes: from the bytes of an answer to a compact table, against json, base64 and numpy as usually combined.
+"""Decoding SGLang's routes: from the bytes of a response to a compact table, against json, base64 and numpy as usually combined.
 
 Both start from the same body of one response. MB/s are of base64, on one core; peak memory is counted from before the body exists
 until the routes are there, as a multiple of the base64. Prints a table, then one line of JSON.
@@ -25,7 +25,7 @@ from megatron_pr2.rollout.sglang.routes import decode_table, parse_body
 
 
 def body_of(tokens: int, shape: ModelShape) -> bytes:
-    """An answer of /generate with random valid routes."""
+    """A response of /generate with random valid routes."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, shape.num_experts, size=(tokens - 1, shape.num_hidden_layers, 1))
     ids = ((start + np.arange(shape.topk)) % shape.num_experts).astype("<i4")
@@ -40,7 +40,7 @@ def ours(body: bytes, tokens: int, shape: ModelShape) -> Any:
 
 
 def usual(body: bytes, tokens: int, shape: ModelShape) -> Any:
-    """int32 ids [T - 1, L, K], unchecked, as they are then moved about."""
+    """int32 ids [T - 1, L, K], unchecked."""
     answer = json.loads(bytes(body).decode())
     raw = base64.b64decode(answer["meta_info"]["routed_experts"])
     return np.frombuffer(raw, dtype="<i4").reshape(tokens - 1, shape.num_hidden_layers, shape.topk).copy()

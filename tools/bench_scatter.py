@@ -206,10 +206,8 @@ def main(
             by_ranks.setdefault(case.ranks, []).append(case)
     console = Console()
     total = sum(map(len, by_ranks.values()))
-    results = []
     found = (result for cases in by_ranks.values() for result in measure(cases, repeats, int32))
-    for result in track(found, total=total, description="measuring", console=Console(stderr=True)):
-        results.append(result)
+    results = list(track(found, total=total, description="measuring", console=Console(stderr=True)))
     table = Table("TP x CP x PP", "tokens", "way", "MiB received", "of the table", "ms", "time / broadcast")
     for result in results:
         for way, seconds in result["seconds"].items():

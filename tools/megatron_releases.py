@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs/megatron_releases.md"
-# What of the package depends on Megatron-Core: the router and its seam, attaching, replay, the invariants, momentum, checkpoints
+# What of the package depends on Megatron-Core: the router and its hook, attaching, replay, the invariants, momentum, checkpoints
 # with damage and failures, Hugging Face, layouts, and the example that uses nothing else.
 TESTS = (
     "tests/replay/test_router.py",
@@ -99,7 +99,7 @@ def environment(directory: Path | None) -> dict[str, str]:
 
 
 def check_imported(release: str, variables: dict[str, str]) -> None:
-    """Raises SystemExit unless another release is what Python imports."""
+    """Raises SystemExit if Python imports another release."""
     code = "from megatron.core.package_info import __version__; print(__version__.partition('+')[0])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -126,7 +126,7 @@ def run(release: str, cache: Path) -> bool:
     files = counts(report)
     result |= {"files": files, "pytest": status}
     (cache / f"{release}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    # What a release does not have, the tests of it skip; a file of which nothing is reported was not run.
+    # Tests skip what a release does not have; a file of which nothing is reported was not run.
     idle = [name for name in map(file_of, TESTS) if not sum(files.get(name, {}).values())]
     for name in idle:
         print(f"megatron-core {release}: no test of {name} ran")
@@ -181,7 +181,7 @@ def ordered(releases: Iterable[str]) -> list[str]:
 
 
 def conditions() -> dict[str, Any]:
-    """What a run was a run of."""
+    """Commit and versions of a run."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

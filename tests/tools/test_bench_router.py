@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[2]
+from tests.tools.test_tools import ROOT, run_tool
+
 GATES = ("qwen3-30b", "mixtral", "deepseek-v3")
 REPLAYING = {"replay", "replay+drift", "learn", "learn+hold-back", "momentum"}
 VARIANTS = {"plain", "mcore-record", "mcore-replay", "live", "record", *REPLAYING}
@@ -28,11 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measure
 def report() -> dict[str, Any]:
     """What one small run prints last; in a process of its own, which it makes a whole Megatron world."""
     small = ["--shrink", "32", "--tokens", "64,128", "--layer-tokens", "64", "--sequence", "32", "--sample-fraction", "0.25"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
-    command = [sys.executable, str(ROOT / "tools/bench_router.py"), *small, "--repeats", "2", "--warm-up", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_tool("bench_router.py", *small, "--repeats", "2", "--warm-up", "1")
 
 
 def test_every_gate_scope_and_variant_is_measured(report: dict[str, Any]) -> None:

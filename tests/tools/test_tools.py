@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,21 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+def run_tool(name: str, *options: str, timeout: float = 300) -> dict[str, Any]:
+    """The JSON that a tool prints last."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
+    command = [sys.executable, str(ROOT / "tools" / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
 @pytest.mark.exhaustive
 def test_bench_scatter_counts_bytes() -> None:
     """Every rank receives 1 / (tp cp pp) of what a broadcast brings, and holds the same afterwards."""
     small = ["--tokens", "512", "--layers", "4", "--topk", "2", "--sequence", "64", "--rows", "128", "--repeats", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tools/bench_scatter.py"), *small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = run_tool("bench_scatter.py", *small)
     layouts = {(case["tensor"], case["context"], case["pipeline"]) for case in report["cases"]}
     assert layouts == {(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)}
     assert len({case["tokens"] for case in report["cases"]}) == 3
@@ -36,11 +44,7 @@ def test_bench_scatter_counts_bytes() -> None:
 
 
 def test_bench_routes_decodes_the_same() -> None:
-    small = ["--tokens", "256", "--layers", "4", "--repeats", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tools/bench_routes.py"), *small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = run_tool("bench_routes.py", "--tokens", "256", "--layers", "4", "--repeats", "1")
     measured = [(case["tokens"], case["way"]) for case in report["cases"]]
     assert measured == [(n, way) for n in (64, 128, 256) for way in ("ours", "usual")]
     assert all(case["identical"] and case["mb_per_s"] > 0 for case in report["cases"])
@@ -55,11 +59,7 @@ def test_bench_routes_decodes_the_same() -> None:
 def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: Path) -> None:
     """Engine and trainer compute in bf16: some experts differ before replay, all are replayed, and the gap shrinks."""
     settings = ["rollout.prompts=16", "rollout.responses=4", "rollout.max_new_tokens=24", "algorithm.mini_steps=1"]
-    settings.append(f"model.path={tiny_checkpoint}")
-    command = [sys.executable, str(ROOT / "tools/bench_mismatch.py"), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=True)
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = run_tool("bench_mismatch.py", *settings, f"model.path={tiny_checkpoint}", timeout=900)
     sys.stdout.write(f"{report}\n")
     assert report["responses_identical"]
     assert 0.9 < report["route_agreement_before_replay"] < 1.0
