@@ -4,8 +4,7 @@
     spec = pr2_layer_spec(args, config, vp_stage=vp_stage)   # in the model builder, in place of get_gpt_decoder_block_spec()
     pr2 = attach(model, pr2_config_from_args(args))
 
-The flags are made from the fields of PR2Config, so that neither a field nor its description can be forgotten here. A flag that is
-absent keeps the preset's value.
+The flags are made from the fields of PR2Config and their descriptions. A flag that is absent keeps the preset's value.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _CHOICES = {
     "feature_device": ("device", "cpu"),
 }
 
-# Where PR2Config's own description leans on its neighbours, which a reader of --help does not see.
+# Where PR2Config's own description refers to its other fields, which a reader of --help does not see.
 _HELP = {
     "routes": 'Which experts are replayed: "live" replays nothing, "actor" those of the old-log-prob pass, "engine" those that the '
     "rollout engine returned.",
@@ -38,28 +37,27 @@ _HELP = {
     "momentum": "With --pr2-predictor momentum: c of W_p = c * horizon * (the gate's last update).",
     "held_out_share": "Share of the sampled tokens that nothing is learned from, on which --pr2-hold-back judges a prediction.",
     "hold_back_decay": "Weight of a rollout batch in that judgement, relative to the next one's: --pr2-hold-back's memory.",
-    "hold_back_confidence": "Standard errors by which a gain must exceed zero before --pr2-hold-back lets a prediction pass.",
+    "hold_back_confidence": "Standard errors by which a gain must exceed zero before --pr2-hold-back enables a prediction.",
     "strict": "Fail above --pr2-max-missing-share; otherwise warn and count.",
 }
 
 
 def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds one flag per setting, in Megatron-LM's style; give it to `pretrain` or `initialize_megatron` as `extra_args_provider`.
+    """Adds one flag per setting, as `extra_args_provider` of `pretrain` or `initialize_megatron`.
 
-    The values arrive in `args.pr2_preset`, `args.pr2_alpha`, ...; those of absent flags are None.
+    The values are in `args.pr2_preset`, `args.pr2_alpha`, ...; those of absent flags are None.
     """
     group = parser.add_argument_group(
         title="predictive routing replay",
         description="Experts of MoE layers replayed in training and predicted for the rollout (megatron_pr2, arXiv 2606.00395).",
     )
-    methods = {"grpo": "live routes", "r2": "routing replay", "r3": "rollout routing replay", "pr2": "with predicted routes"}
     group.add_argument(
         "--pr2-preset",
         choices=tuple(PRESETS),
         default="pr2",
-        help="Method that the other --pr2- flags start from: " + ", ".join(f"{name} ({methods[name]})" for name in PRESETS)
-        + "; they differ in --pr2-routes and --pr2-predictor. Default: pr2.",
-    )  # fmt: skip
+        help="Method that the other --pr2- flags start from: grpo (live routes), r2 (routing replay), r3 (rollout routing replay), "
+        "pr2 (with predicted routes); they differ in --pr2-routes and --pr2-predictor. Default: pr2.",
+    )
     descriptions = setting_descriptions()
     for field in fields(PR2Config):
         default = "by --pr2-preset" if field.name in PRESETS["pr2"] else _shown(field.default)
@@ -70,7 +68,7 @@ def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def pr2_config_from_args(args: argparse.Namespace) -> PR2Config:
-    """The settings that the flags of :func:`add_pr2_args` ask for.
+    """The settings by the flags of :func:`add_pr2_args`.
 
     Raises:
         ConfigError: a value is out of range or contradicts another; naming the flags. Or the flags were never added.
@@ -94,8 +92,7 @@ _OTHER_SPECS = {
 def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: int | None = None, pp_rank: int | None = None) -> Any:
     """Block spec of this pipeline stage whose MoE layers have PredictiveTopKRouters, for a model builder of Megatron-LM.
 
-    The same as Megatron-LM's own builder asks for, get_gpt_decoder_block_spec(), or hybrid_stack_spec with --hybrid-layer-pattern,
-    with other routers.
+    It is what Megatron-LM's own builder takes: get_gpt_decoder_block_spec(), or hybrid_stack_spec with --hybrid-layer-pattern.
 
     Args:
         args: Megatron-LM's; read are `transformer_impl`, `normalization`, `qk_l2_norm`, `hybrid_layer_pattern` and `spec`.
@@ -125,7 +122,14 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
             f"--transformer-impl {implementation}: its routers are for inference; use transformer_engine or local to train"
         )
     if getattr(args, "hybrid_layer_pattern", None) is not None:
-        return with_pr2_routers(_hybrid_stack_spec())
+        try:
+            from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+        except ModuleNotFoundError as error:
+            raise AttachError(
+                f"--hybrid-layer-pattern: this Megatron-Core has no HybridModel ({error}); put with_pr2_routers() around the spec "
+                "that your model is built from (megatron_pr2.integrations.spec)"
+            ) from error
+        return with_pr2_routers(hybrid_stack_spec)
     for name, maker in _OTHER_SPECS.items():
         if getattr(config, name, None):
             raise AttachError(
@@ -143,24 +147,13 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
     return with_pr2_routers(spec, require_moe=False)  # a stage may have dense layers only
 
 
-def _hybrid_stack_spec() -> Any:
-    try:
-        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    except ModuleNotFoundError as error:
-        raise AttachError(
-            f"--hybrid-layer-pattern: this Megatron-Core has no HybridModel ({error}); put with_pr2_routers() around the spec that "
-            "your model is built from (megatron_pr2.integrations.spec)"
-        ) from error
-    return hybrid_stack_spec
-
-
 def flag(name: str) -> str:
     """The flag of a field of PR2Config."""
     return "--pr2-" + name.replace("_", "-")
 
 
 def setting_descriptions() -> dict[str, str]:
-    """What each field of PR2Config means, in a sentence or more that stands alone."""
+    """What each field of PR2Config means, for --help."""
     section = textwrap.dedent((PR2Config.__doc__ or "").partition("Attributes:\n")[2])
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\w)", section.strip()):
@@ -183,7 +176,7 @@ def _config_from(args: argparse.Namespace) -> Any:
 
 
 def _kind(name: str, default: Any) -> dict[str, Any]:
-    """What argparse has to know of a field, by the type of its default."""
+    """Arguments of add_argument() for a field, by the type of its default."""
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
