@@ -76,7 +76,7 @@ def measure(
         if (goal := targets(scope).get(names[index])) is not None:
             found, least, most = ratios(clocks[index], clocks[names.index(goal["to"])])
             floor = goal.get("at_least", 0.0)
-            # Within the noise: the quartiles reach into what was asked for.
+            # Within the noise: the quartiles reach into the target.
             near = least <= goal["at_most"] and most >= floor
             row["target"] = {**goal, "found": found, "met": floor <= found <= goal["at_most"], "within_spread": near}
         rows[names[index]] = row

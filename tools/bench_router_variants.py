@@ -86,7 +86,7 @@ class Batch:
         self.gradient = torch.randn(shape, generator=generator).to(**place)
 
     def leaves(self) -> list[Tensor]:
-        """An input that wants a gradient for every layer: routers are measured beside each other, not in a row."""
+        """An input that requires a gradient, for every layer: routers are measured beside each other, not in a row."""
         return [self.inputs.detach().requires_grad_() for _ in range(self.layers)]
 
 
@@ -130,7 +130,7 @@ class Subject:
     # ---- before anything is timed ------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Attaches PR2 where the variant wants it."""
+        """Attaches PR2 if the variant has settings."""
         if self.variant.settings is not None:
             self.pr2 = attach(self.model, PR2Config.from_dict(self.variant.settings))
             if "momentum" in self.pr2.config.predictor:

@@ -1,4 +1,4 @@
-"""A rank's share of a rollout batch: told to PR2, and its rows found again when they come back in mini-batches.
+"""A rank's share of a rollout batch: given to PR2, and its rows identified when they come back in mini-batches.
 
 verl computes old log-probs of a rank's whole batch and trains on mini-batches of it, which it cuts, shuffles and repeats. Nothing
 in a row says where it was before, so rows are identified by their tokens: recorded routes and kept features belong to tokens, and a
@@ -27,7 +27,7 @@ LIVE = -1
 
 
 def begin_rollout(pr2: PR2, data: Any) -> SequenceBook:
-    """Tells PR2 of the rows of a TensorDict, with the routes that the rollout returned; collective as PR2.begin_rollout is.
+    """Gives PR2 the rows of a TensorDict, with the routes that the rollout returned; collective as PR2.begin_rollout is.
 
     Raises:
         RouteError: routes are wanted and absent, of another model, or too many of them are missing.
