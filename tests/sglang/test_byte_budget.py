@@ -20,8 +20,8 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 async def settle() -> None:
-    """Lets every task run until it waits for something."""
-    for _ in range(10):
+    """Lets every task run until it waits for something; those that wait in line go one by one."""
+    for _ in range(200):
         await asyncio.sleep(0)
 
 
@@ -137,7 +137,7 @@ def test_a_waiter_cancelled_in_the_moment_of_its_turn_gives_it_back() -> None:
         holder, turn, behind = Holder(budget, 100), Holder(budget, 100), Holder(budget, 100)
         await settle()
         holder.end.set()
-        while budget.waiting == 2:  # until the turn is given; the task itself has not run yet
+        while budget.in_use:  # until the bytes are released; the task itself has not run yet
             await asyncio.sleep(0)
         assert not turn.holding
         await turn.cancel()

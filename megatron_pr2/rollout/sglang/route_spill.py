@@ -2,10 +2,10 @@
 
 A batch of long responses holds tens of gigabytes of routes (1,536 responses of 32K tokens of Qwen3-30B: 19 GB), and nobody reads
 them before their micro-batch. Tables within the budget are kept as they are. Later ones are written to a file and come back as
-views into its read-only mapping: equal, usable wherever a table is, and the kernel drops and reads their pages as it needs memory.
+views into its read-only mapping, whose pages the kernel reads and drops as it needs memory.
 
-Lifetimes need no call: memory is accounted by what is alive, so that tables that the trainer dropped make room, and a file is
-deleted from its directory as soon as it is open and gone with the last array that looks into it, also after a crash.
+Nothing has to be freed by a call: what counts is which arrays are alive, and a file is unlinked as soon as it is open and its space
+is released with the last array that looks into it, also after a crash.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +34,7 @@ _ALIGNMENT = 64
 _IN_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpillCounts:
     """What a RouteSpill did.
 
@@ -74,17 +73,13 @@ class RouteSpill:
         self._file_bytes = file_bytes
         self._lock = threading.Lock()
         self._file: _File | None = None
-        self._warned = False
-        self._watched: dict[int, _Watched] = {}
-        self._ticket_of: dict[int, int] = {}  # by the array's identity, which the next array may have again
-        self._tickets = count()
-        self._memory_bytes = self._spilled_bytes = self._spilled_tables = 0
-        self._total_bytes = self._total_tables = 0
-        # An array may die anywhere, also in the middle of a method of this object: finalizers only leave a note here.
-        self._dead: deque[int] = deque()
+        self._counts = SpillCounts()
+        self._counted: weakref.WeakValueDictionary[int, npt.NDArray[Any]] = weakref.WeakValueDictionary()  # by id()
+        # (bytes, whether in a file). An array may die in the middle of a method of this object: finalizers only leave a note here.
+        self._dead: deque[tuple[int, bool]] = deque()
 
     def keep(self, table: RouteTable) -> RouteTable:
-        """The table itself while the budget lasts, else an equal one with read-only arrays in a file.
+        """The table itself within the budget, else an equal one with read-only arrays in a file.
 
         A table that was kept before comes back as it is and is not counted twice.
 
@@ -94,46 +89,32 @@ class RouteSpill:
         owners = {id(owner): owner for owner in map(_owner, (table.experts, table.valid))}
         with self._lock:
             self._settle()
-            fresh = [owner for key, owner in owners.items() if key not in self._ticket_of]
-            size = sum(owner.nbytes for owner in fresh)
-            if fresh and self._memory_bytes + size > self._budget_bytes:
+            new = [owner for key, owner in owners.items() if self._counted.get(key) is not owner]
+            size = sum(owner.nbytes for owner in new)
+            if new and self._counts.memory_bytes + size > self._budget_bytes:
                 return self._spill(table)
-            for owner in fresh:
-                self._watch(owner, spilled=False)
-            self._memory_bytes += size
+            for owner in new:
+                self._count(owner, in_file=False)
+            self._counts.memory_bytes += size
             return table
 
     def counts(self) -> SpillCounts:
         """Bytes and tables that are alive now, and totals."""
         with self._lock:
             self._settle()
-            return SpillCounts(
-                memory_bytes=self._memory_bytes,
-                spilled_bytes=self._spilled_bytes,
-                spilled_tables=self._spilled_tables,
-                total_spilled_bytes=self._total_bytes,
-                total_spilled_tables=self._total_tables,
-            )
+            return replace(self._counts)
 
     def _spill(self, table: RouteTable) -> RouteTable:
-        if not self._warned:
-            self._warned = True
-            filesystem = _filesystem(self.directory)
-            logger.log(
-                logging.WARNING if filesystem in _IN_MEMORY_FILESYSTEMS else logging.INFO,
-                "routes exceed their budget of %d bytes and go to files in %s (%s)%s",
-                self._budget_bytes,
-                self.directory,
-                filesystem or "unknown file system",
-                ", which is memory itself; name a directory on a disk" if filesystem in _IN_MEMORY_FILESYSTEMS else "",
-            )
-        # Ids and validity of a table stay together, so that one array stands for both.
-        size = table.experts.nbytes + table.valid.nbytes
+        counts, experts = self._counts, table.experts
+        if not counts.total_spilled_tables:
+            self._report_first()
+        # Ids and validity of a table lie in one array, which stands for both.
+        size = experts.nbytes + table.valid.nbytes
         try:
             mapping, offset = self._room(size)
             assert self._file is not None
-            self._file.write(table.experts, offset)
-            self._file.write(table.valid, offset + table.experts.nbytes)
+            self._file.write(experts, offset)
+            self._file.write(table.valid, offset + experts.nbytes)
         except OSError as error:
             self._file = None  # what it holds stays with those who use it
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -143,14 +124,25 @@ class RouteSpill:
                 + ("make room there, name another directory or raise the budget" if full else "name another directory")
             ) from error
         data: npt.NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8, count=size, offset=offset)
-        experts = data[: table.experts.nbytes].view(table.experts.dtype).reshape(table.experts.shape)
-        valid = data[table.experts.nbytes :].view(np.bool_)
-        self._watch(data, spilled=True)
-        self._spilled_bytes += size
-        self._spilled_tables += 1
-        self._total_bytes += size
-        self._total_tables += 1
-        return RouteTable(experts, valid, table.num_experts)
+        self._count(data, in_file=True)
+        counts.spilled_bytes += size
+        counts.spilled_tables += 1
+        counts.total_spilled_bytes += size
+        counts.total_spilled_tables += 1
+        ids = data[: experts.nbytes].view(experts.dtype).reshape(experts.shape)
+        return RouteTable(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
+
+    def _report_first(self) -> None:
+        filesystem = _filesystem(self.directory)
+        in_memory = filesystem in _IN_MEMORY_FILESYSTEMS
+        logger.log(
+            logging.WARNING if in_memory else logging.INFO,
+            "routes exceed their budget of %d bytes and go to files in %s (%s)%s",
+            self._budget_bytes,
+            self.directory,
+            filesystem or "unknown file system",
+            ", which is memory itself; name a directory on a disk" if in_memory else "",
+        )
 
     def _room(self, size: int) -> tuple[mmap.mmap, int]:
         """A mapping and where in it there is room."""
@@ -161,33 +153,19 @@ class RouteSpill:
         self._file.used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return mapping, offset
 
-    def _watch(self, owner: npt.NDArray[Any], *, spilled: bool) -> None:
-        ticket = next(self._tickets)
-        self._watched[ticket] = _Watched(id(owner), owner.nbytes, spilled)
-        self._ticket_of[id(owner)] = ticket
-        weakref.finalize(owner, self._dead.append, ticket).atexit = False
+    def _count(self, owner: npt.NDArray[Any], *, in_file: bool) -> None:
+        self._counted[id(owner)] = owner
+        weakref.finalize(owner, self._dead.append, (owner.nbytes, in_file)).atexit = False
 
     def _settle(self) -> None:
-        """Accounts for the arrays that died."""
+        """Subtracts the arrays that died."""
         while self._dead:
-            ticket = self._dead.popleft()
-            dead = self._watched.pop(ticket)
-            if self._ticket_of.get(dead.key) == ticket:
-                del self._ticket_of[dead.key]
-            if dead.spilled:
-                self._spilled_bytes -= dead.nbytes
-                self._spilled_tables -= 1
+            nbytes, in_file = self._dead.popleft()
+            if in_file:
+                self._counts.spilled_bytes -= nbytes
+                self._counts.spilled_tables -= 1
             else:
-                self._memory_bytes -= dead.nbytes
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """An array whose end is awaited."""
-
-    key: int
-    nbytes: int
-    spilled: bool
+                self._counts.memory_bytes -= nbytes
 
 
 @dataclass
