@@ -319,7 +319,7 @@ def test_score_with_too_few_logprobs(engine: SGLangEngine, fake: FakeServer) -> 
         return 200, answer
 
     fake.overrides["/generate"] = cached
-    with pytest.raises(RolloutError, match="score: 3 input log-probs, expected 4"):
+    with pytest.raises(RolloutError, match="score: 3 entries in input_token_logprobs, expected 4"):
         engine.score([3, 4, 5, 6])
 
 

@@ -264,7 +264,7 @@ def test_routes_that_are_none(fake: FakeServer, tiny: TinyModel, change: Callabl
 
 
 def test_routes_that_are_missing_or_no_base64(fake: FakeServer) -> None:
-    for value, words in ((None, "returns none"), ("!!!!", "no base64")):
+    for value, words in ((None, "returns none"), ("!!!!", "not valid base64")):
         with_meta(fake, routed_experts=value)
         finding = the(diagnose(fake.url), "routes")
         assert finding.status is Status.FAIL

@@ -1,4 +1,4 @@
-"""EngineClient: one request at a time to a server of which nothing is known yet; answers are bounded, keys stay out of messages."""
+"""EngineClient: one request at a time to a server of which nothing is known yet; bounded responses, no keys in messages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.config import check_url, is_loopback
+from megatron_pr2.rollout.sglang.http import auth_headers
 from megatron_pr2.rollout.sglang.plugin import encode_rid
 
 _MAX_BYTES = 64 << 20
@@ -26,18 +27,17 @@ class Reply:
     body: bytes
     seconds: float
 
-    @property
-    def text(self) -> str:
-        """The beginning of the body, for messages."""
-        return self.body[:200].decode("utf-8", errors="replace")
+    def __str__(self) -> str:
+        """For messages: status and the beginning of the body."""
+        return f"{self.status} {self.body[:200].decode('utf-8', errors='replace')!r}"
 
-    def parsed(self) -> dict[str, Any] | None:
-        """The body as a JSON object, None if it is none."""
+    def parsed(self) -> dict[str, Any]:
+        """The JSON object of a response with status 200, else {}."""
         try:
-            value = json.loads(self.body)
+            value = json.loads(self.body) if self.status == 200 else None
         except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
+            value = None
+        return value if isinstance(value, dict) else {}
 
 
 class EngineClient:
@@ -48,6 +48,9 @@ class EngineClient:
         api_key: presented as a bearer token; None for a server without one.
         timeout_s: for one request.
 
+    Attributes:
+        private: whether nobody on a network can read along.
+
     Raises:
         ConfigError: the URL is malformed.
     """
@@ -56,10 +59,10 @@ class EngineClient:
         check_url(url, allow_remote=True, has_key=True)
         self.url = url.rstrip("/")
         self.has_key = api_key is not None
-        self._count = 0
-        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        parts = urlsplit(url)
+        self.private = parts.scheme == "https" or is_loopback(str(parts.hostname))
         # trust_env=False: a proxy of the environment must see neither the requests nor the key.
-        self._client = httpx.Client(headers=headers, timeout=timeout_s, trust_env=False)
+        self._client = httpx.Client(headers=auth_headers(api_key), timeout=timeout_s, trust_env=False)
 
     def __enter__(self) -> EngineClient:
         return self
@@ -67,17 +70,11 @@ class EngineClient:
     def __exit__(self, *exception: object) -> None:
         self._client.close()
 
-    @property
-    def private(self) -> bool:
-        """Whether nobody on a network can read along."""
-        parts = urlsplit(self.url)
-        return parts.scheme == "https" or is_loopback(str(parts.hostname))
-
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
         """Sends one request.
 
         Raises:
-            RolloutError: no complete answer: refused, broken off, timed out, or longer than 64 MiB.
+            RolloutError: no complete response: refused, broken off, timed out, or longer than 64 MiB.
         """
         began = time.monotonic()
         try:
@@ -93,29 +90,20 @@ class EngineClient:
             raise RolloutError(f"{path}: {type(error).__name__}: {error}") from error
         return Reply(response.status_code, bytes(received), time.monotonic() - began)
 
-    def get(self, path: str) -> dict[str, Any] | None:
-        """The JSON object that a GET answers with status 200, else None.
-
-        Raises:
-            RolloutError: no complete answer.
-        """
-        reply = self.request("GET", path)
-        return reply.parsed() if reply.status == 200 else None
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object that a GET returns with status 200, else {}; raises as :meth:`request`."""
+        return self.request("GET", path).parsed()
 
     def generate(
         self, token_ids: Sequence[int], new_tokens: int, *, routes: bool = True, score: bool = False, through_rid: bool = False
     ) -> Reply:
-        """One /generate.
+        """One /generate; raises as :meth:`request`.
 
         Args:
             routes: ask for them.
-            score: ask for the prompt's log-probs too, for which the engine computes all of it anew.
-            through_rid: additionally ask for routes through the request id (sglang/plugin.py), which is what passes a router.
-
-        Raises:
-            RolloutError: no complete answer.
+            score: ask for the prompt's log-probs too, for which the engine recomputes all of it.
+            through_rid: additionally ask for routes through the request id (sglang/plugin.py), which passes a router.
         """
-        self._count += 1
         body: dict[str, Any] = {
             "input_ids": list(token_ids),
             "sampling_params": {"max_new_tokens": new_tokens, "temperature": 1.0, "ignore_eos": True},
@@ -124,5 +112,5 @@ class EngineClient:
             "return_routed_experts": routes,
         }
         if through_rid:
-            body["rid"] = encode_rid(f"doctor-{time.time_ns()}-{self._count}", 0 if routes else None)
+            body["rid"] = encode_rid(f"doctor-{time.time_ns()}", 0 if routes else None)
         return self.request("POST", "/generate", body)

@@ -1,4 +1,4 @@
-"""The doctor: examines a running SGLang server (or router) and says what is in the way of replaying its routes, and what to do.
+"""The doctor: examines a running SGLang server (or router) and reports what prevents replaying its routes, and what to do.
 
 Safe beside other requests: it sends a dozen probes, changes no weights, and flushes the prefix cache only while the server is idle
 (SGLang refuses a flush otherwise, too).
@@ -16,7 +16,7 @@ from megatron_pr2.rollout.doctor import reference
 from megatron_pr2.rollout.doctor.client import EngineClient, Reply
 from megatron_pr2.rollout.doctor.findings import Diagnosis
 from megatron_pr2.rollout.doctor.probes import Probes
-from megatron_pr2.rollout.sglang.info import FIRST_RELEASE, TESTED_RELEASES, tested_text, weight_group_size
+from megatron_pr2.rollout.sglang.info import FIRST_RELEASE, TESTED, TESTED_RELEASES, weight_group_size
 from megatron_pr2.rollout.sglang.refusals import refusals
 from megatron_pr2.rollout.sglang.wire import parse_release, parse_version
 
@@ -48,17 +48,22 @@ class _Examination:
 
     def __init__(self, client: EngineClient, diagnosis: Diagnosis, model: Path | None) -> None:
         self._client = client
+        self._ok, self._warn, self._fail, self._skip = diagnosis.ok, diagnosis.warn, diagnosis.fail, diagnosis.skip
         self._diagnosis = diagnosis
         self._model = model
         self._router = False
         self._info: dict[str, Any] = {}
 
     def run(self) -> None:
-        if not self._reachable() or not self._identified():
+        try:
+            if not self._reachable() or not self._identified():
+                return
+        except RolloutError as error:
+            self._fail("reachable", f"no answer: {error}", "start the engine, or correct the address: " + _NOT_SGLANG)
             return
         if self._router:
-            self._diagnosis.skip("version", "a router does not tell", _OWN_URLS)
-            self._diagnosis.skip("weight push", "weights go to the engines themselves", _OWN_URLS)
+            self._skip("version", "a router does not tell", _OWN_URLS)
+            self._skip("weight push", "weights go to the engines themselves", _OWN_URLS)
         else:
             self._version()
             self._settings()
@@ -73,136 +78,124 @@ class _Examination:
                 if shape is not None and self._model is not None:
                     probes.handshake(self._model, str(self._info.get("dtype")))
                 else:
-                    self._diagnosis.skip(
-                        "handshake", "there is nothing to compare with", "--model DIR compares routes and log-probs"
-                    )
+                    self._skip("handshake", "there is nothing to compare with", "--model DIR compares routes and log-probs")
             probes.latency()
         except PR2Error as error:
-            self._diagnosis.fail("probes", str(error), "look at the server's log")
+            self._fail("probes", str(error), "look at the server's log")
 
     def _reachable(self) -> bool:
-        try:
-            reply = self._client.request("GET", "/health")
-        except RolloutError as error:
-            self._diagnosis.fail("reachable", f"no answer: {error}", "start the engine, or correct the address")
-            return False
+        reply = self._client.request("GET", "/health")
         if reply.status not in (200, 401):
             fix = _NOT_SGLANG if reply.status == 404 else "the engine is starting, paused or dead: wait, or look at its log"
-            self._diagnosis.fail("reachable", f"/health answers {reply.status} {reply.text!r}", fix)
+            self._fail("reachable", f"/health answers {reply}", fix)
             return False
         if self._client.private:
-            self._diagnosis.ok("reachable", "/health answers")
+            self._ok("reachable", "/health answers")
         else:
-            self._diagnosis.warn("reachable", "another host, without encryption", "https (TLS in front of it), or a tunnel")
+            self._warn("reachable", "another host, without encryption", "https (TLS in front of it), or a tunnel")
         return True
 
     def _identified(self) -> bool:
-        """Whether it is an SGLang server or router that takes our key."""
-        try:
-            reply = self._client.request("GET", "/server_info")
-            info = reply.parsed() if reply.status == 200 else None
-            if info is not None and "version" in info:
-                self._info = info
-                self._diagnosis.ok("key", "accepted" if self._client.has_key else "none is needed")
-                return True
-            if reply.status in (401, 403):
-                self._diagnosis.fail("key", f"the server {self._wish()}", _GIVE_KEY)
-                return False
-            front, workers = self._client.get("/get_server_info") or {}, self._client.request("GET", "/workers")
-        except RolloutError as error:
-            self._diagnosis.fail("reachable", str(error), _NOT_SGLANG)
+        """Whether it is an SGLang server or router that accepts our key."""
+        reply = self._client.request("GET", "/server_info")
+        self._info = reply.parsed()
+        if "version" in self._info:
+            self._ok("key", "accepted" if self._client.has_key else "none is needed")
+            return True
+        refused = "refuses the key" if self._client.has_key else "wants a key"
+        if reply.status in (401, 403):
+            self._fail("key", f"the server {refused}", _GIVE_KEY)
             return False
-        if "router_manager" in front or workers.status in (200, 401):
-            return self._identified_router(workers)
-        self._diagnosis.fail("reachable", f"/server_info answers {reply.status} {reply.text!r}", _NOT_SGLANG)
+        workers = self._client.request("GET", "/workers")
+        self._router = "router_manager" in self._client.get("/get_server_info") or workers.status in (200, 401)
+        if not self._router:
+            self._fail("reachable", f"/server_info answers {reply}", _NOT_SGLANG)
+        elif workers.status != 200:
+            self._fail("key", f"an SGLang router, which {refused}", _GIVE_KEY)
+        else:
+            return self._has_engines(workers)
         return False
 
-    def _identified_router(self, workers: Reply) -> bool:
-        self._router = True
-        if workers.status != 200:
-            self._diagnosis.fail("key", f"an SGLang router, which {self._wish()}", _GIVE_KEY)
-            return False
-        listed = (workers.parsed() or {}).get("workers")
+    def _has_engines(self, workers: Reply) -> bool:
+        listed = workers.parsed().get("workers")
         engines = [worker for worker in listed if isinstance(worker, Mapping)] if isinstance(listed, list) else []
         sick = [str(engine.get("url")) for engine in engines if not engine.get("is_healthy")]
         text = f"an SGLang router in front of {len(engines)} engines: {', '.join(str(e.get('url')) for e in engines[:8])}"
         if not engines or sick:
-            self._diagnosis.fail("router", f"{text}; not healthy: {', '.join(sick[:8]) or 'none registered'}", "start the engines")
+            self._fail("router", f"{text}; not healthy: {', '.join(sick[:8]) or 'none registered'}", "start the engines")
             return False
-        self._diagnosis.ok("router", text)
+        self._ok("router", text)
         return True
-
-    def _wish(self) -> str:
-        return "refuses the key" if self._client.has_key else "wants a key"
 
     def _version(self) -> None:
         text = f"SGLang {self._info.get('version')}"
+        untested = f"tested: {TESTED}; trust the handshake (--model)"
         try:
             release = parse_release(self._info.get("version"), "the server")[:3]
         except RolloutError as error:
-            self._diagnosis.warn("version", str(error), f"tested: {tested_text()}; trust the handshake (--model)")
+            self._warn("version", str(error), untested)
             return
         if release < FIRST_RELEASE:
-            self._diagnosis.fail("version", f"{text}: releases of that age return wrong routes silently", f"use {tested_text()}")
+            self._fail("version", f"{text}: releases of that age return wrong routes silently", f"use {TESTED}")
         elif release not in TESTED_RELEASES:
-            self._diagnosis.warn("version", f"{text} was not tested", f"tested: {tested_text()}; trust the handshake (--model)")
+            self._warn("version", f"{text} was not tested", untested)
         else:
-            self._diagnosis.ok("version", text)
+            self._ok("version", text)
 
     def _settings(self) -> None:
-        info, diagnosis = self._info, self._diagnosis
-        before = len(diagnosis.findings)
+        info = self._info
+        before = len(self._diagnosis.findings)
         for refused in refusals(info):
             setting, _, remedy = refused.partition("; use ")
-            diagnosis.fail("settings", setting, f"use {remedy}")
+            self._fail("settings", setting, f"use {remedy}")
         if not info.get("enable_return_routed_experts"):
-            diagnosis.fail("settings", "the engine does not record routes", "start it with --enable-return-routed-experts")
+            self._fail("settings", "the engine does not record routes", "start it with --enable-return-routed-experts")
         if not info.get("skip_tokenizer_init"):
-            diagnosis.warn("settings", "every answer is decoded to text, which nobody reads", "--skip-tokenizer-init")
+            self._warn("settings", "every response is decoded to text, which nobody reads", "--skip-tokenizer-init")
         if info.get("load_format") == "dummy":
-            diagnosis.warn("settings", "load_format=dummy: random weights until the first push", "push weights before comparing")
+            self._warn("settings", "load_format=dummy: random weights until the first push", "push weights before comparing")
         if info.get("quantization"):
             detail = f"quantization={info['quantization']}: the engine computes with other weights than the trainer's"
-            diagnosis.warn("settings", detail, "run it unquantized, or expect less agreement")
+            self._warn("settings", detail, "run it unquantized, or expect less agreement")
         if info.get("device") != "cpu" and not info.get("enable_deterministic_inference"):
-            diagnosis.warn("settings", "seeds of requests are ignored", "--enable-deterministic-inference if reruns must repeat")
-        if len(diagnosis.findings) == before:
-            diagnosis.ok("settings", f"dtype={info.get('dtype')}, moe_runner_backend={info.get('moe_runner_backend')}")
+            self._warn("settings", "seeds of requests are ignored", "--enable-deterministic-inference if reruns must repeat")
+        if len(self._diagnosis.findings) == before:
+            self._ok("settings", f"dtype={info.get('dtype')}, moe_runner_backend={info.get('moe_runner_backend')}")
 
     def _weight_push(self) -> None:
         try:
             ranks = weight_group_size(self._info, "the server") - 1
         except RolloutError as error:
-            self._diagnosis.fail("weight push", str(error), f"use {tested_text()}")
+            self._fail("weight push", str(error), f"use {TESTED}")
             return
         detail = f"a group of this process and {ranks} {'rank' if ranks == 1 else 'ranks'} of the engine"
         detail += ", gloo" if self._info.get("device") == "cpu" else ", nccl"
         if self._client.private:
-            self._diagnosis.ok("weight push", detail)
+            self._ok("weight push", detail)
         else:
-            self._diagnosis.warn("weight push", f"{detail}, in the clear over the network", "only in a network that you trust")
+            self._warn("weight push", f"{detail}, unencrypted over the network", "only in a network that you trust")
 
     def _shape(self) -> ModelShape | None:
         """The shape from --model, else from the server's own path if it can be read here."""
         served = self._info.get("model_path")
         path = self._model or (Path(served) if isinstance(served, str) and Path(served).is_dir() else None)
         if path is None:
-            self._diagnosis.skip("model", f"its config cannot be read here ({served})", "--model DIR checks layers and experts")
+            self._skip("model", f"its config cannot be read here ({served})", "--model DIR checks layers and experts")
             return None
         try:
             shape = reference.read_shape(path)
         except ConfigError as error:
-            self._diagnosis.fail("model", str(error), "give the directory of the checkpoint that the engine runs")
+            self._fail("model", str(error), "give the directory of the checkpoint that the engine runs")
             return None
         layers = f"{shape.num_hidden_layers} layers, {len(shape.moe_layers)} with experts"
-        self._diagnosis.ok("model", f"{layers}; {shape.num_experts} experts, top-{shape.topk} ({path}/config.json)")
+        self._ok("model", f"{layers}; {shape.num_experts} experts, top-{shape.topk} ({path}/config.json)")
         return shape
 
     def _weight_version(self, label: Any) -> None:
         if label is None:
-            self._diagnosis.fail("weight version", "answers carry none", f"use SGLang {tested_text()}")
+            self._fail("weight version", "responses carry none", f"use SGLang {TESTED}")
         elif parse_version(label) < 0:
             fix = "nothing to do before the first push; after one, somebody else updates this server"
-            self._diagnosis.warn("weight version", f"{label!r}: no weights of this package", fix)
+            self._warn("weight version", f"{label!r}: no weights of this package", fix)
         else:
-            self._diagnosis.ok("weight version", f"{label}, on every answer")
+            self._ok("weight version", f"{label}, on every response")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -47,10 +47,8 @@ class Diagnosis:
 
     @property
     def failed(self) -> bool:
-        """Whether any check failed."""
         return any(finding.status is Status.FAIL for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """For machines: {"url", "ok", "findings": [{"check", "status", "detail", "fix"}]}."""
-        findings = [{"check": f.check, "status": f.status.value, "detail": f.detail, "fix": f.fix} for f in self.findings]
-        return {"url": self.url, "ok": not self.failed, "findings": findings}
+        return {"url": self.url, "ok": not self.failed, "findings": [asdict(finding) for finding in self.findings]}

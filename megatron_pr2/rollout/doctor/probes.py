@@ -5,8 +5,6 @@ Axes in names: T tokens of the probe, L layers, K top-k.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +21,8 @@ from megatron_pr2.rollout.doctor import reference
 from megatron_pr2.rollout.doctor.client import EngineClient
 from megatron_pr2.rollout.doctor.findings import Diagnosis
 from megatron_pr2.rollout.handshake import compare
-from megatron_pr2.rollout.sglang.info import tested_text
-from megatron_pr2.rollout.sglang.routes import parse_body
+from megatron_pr2.rollout.sglang.info import TESTED
+from megatron_pr2.rollout.sglang.routes import decode_ids, parse_body
 from megatron_pr2.rollout.sglang.wire import parse_score, parse_version
 from megatron_pr2.routes.table import replayable
 
@@ -34,12 +32,13 @@ _ROWS = _PROBE_TOKENS
 _SHORT_TOKENS, _SHORT_REPEATS, _LONG_TOKENS = 8, 5, 256
 # A batch-dependent kernel moves near ties; whatever moves more is no rounding.
 _LEAST_REPEATED = 0.9
-_USE_TESTED = f"use SGLang {tested_text()}"
+_USE_TESTED = f"use SGLang {TESTED}"
 _OTHER_MODEL = "give the checkpoint that the engine runs as --model"
+_LOG = "look at the server's log"
 
 
 class Probes:
-    """Sends probes and files findings; flushes the prefix cache only while the server is idle.
+    """Sends probes and adds findings; flushes the prefix cache only while the server is idle.
 
     Args:
         client: of the server, or of a router in front of several.
@@ -48,44 +47,42 @@ class Probes:
         router: whether it is a router.
 
     Attributes:
-        label: weight version of the last answer.
-        routes_fit: whether routes came back that can be looked at.
+        label: weight version of the last response.
+        routes_fit: whether routes came back that can be compared.
     """
 
     def __init__(self, client: EngineClient, diagnosis: Diagnosis, shape: ModelShape | None, *, router: bool) -> None:
         self._client = client
-        self._diagnosis = diagnosis
+        self._ok, self._warn, self._fail, self._skip = diagnosis.ok, diagnosis.warn, diagnosis.fail, diagnosis.skip
         self._shape = shape
         self._router = router
         self._busy = 0
         self.label: Any = None
         self.routes_fit = False
-
-    def _ids(self) -> list[int]:
         # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones.
-        vocabulary = self._shape.vocab_size if self._shape is not None else 100
-        return [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
+        vocabulary = shape.vocab_size if shape is not None else 100
+        self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
 
     def _ask(self, *, through_rid: bool, score: bool = False) -> tuple[Any, Mapping[str, Any]]:
-        """The parsed answer to the probe, and its meta_info.
+        """The parsed response to the probe, and its meta_info.
 
         Raises:
-            RolloutError: no answer, none of status 200, or not the answer of an SGLang server.
+            RolloutError: no response, none of status 200, or not that of an SGLang server.
         """
-        reply = self._client.generate(self._ids(), 1, score=score, through_rid=through_rid)
+        reply = self._client.generate(self._ids, 1, score=score, through_rid=through_rid)
         if reply.status != 200:
-            raise RolloutError(f"/generate answers {reply.status} {reply.text!r}")
+            raise RolloutError(f"/generate answers {reply}")
         answer = parse_body(bytearray(reply.body), "the probe")
         meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
         if not isinstance(meta, Mapping):
-            raise RolloutError(f"/generate answers without meta_info: {reply.text!r}")
+            raise RolloutError(f"/generate answers without meta_info: {reply}")
         self.label = meta.get("weight_version")
         return answer, meta
 
     def _flush(self) -> str | None:
         """Flushes the prefix cache if the engine is idle; returns why not, None if it did."""
         if not self._router:
-            loads = (self._client.get("/v1/loads") or {}).get("loads")
+            loads = self._client.get("/v1/loads").get("loads")
             known = [load for load in loads if isinstance(load, Mapping)] if isinstance(loads, list) else []
             self._busy = sum(int(load.get(name) or 0) for load in known for name in ("num_running_reqs", "num_waiting_reqs"))
             if self._busy:
@@ -99,36 +96,30 @@ class Probes:
         if self._router and not meta.get("routed_experts"):
             _, meta = self._ask(through_rid=True)
             if not meta.get("routed_experts"):
-                self._diagnosis.fail(
-                    "routes",
-                    "the router drops the wish for routes, and no plugin restores it",
-                    "install megatron-pr2 in the engines' environment, whose plugin hears the wish in the request id, or give the "
-                    "engines' own URLs",
-                )
+                fix = "install megatron-pr2, whose plugin reads the request id, with the engines, or give the engines' own URLs"
+                self._fail("routes", "the router drops the request for routes, and no plugin restores it", fix)
                 return
         if not meta.get("routed_experts"):
-            self._diagnosis.fail("routes", "/generate returns none", "start the engine with --enable-return-routed-experts")
+            self._fail("routes", "/generate returns none", "start the engine with --enable-return-routed-experts")
             return
-        problem, fix = self._problem_of(meta["routed_experts"])
+        problem, fix = self._problem_of(meta)
         if problem:
-            self._diagnosis.fail("routes", problem, fix)
+            self._fail("routes", problem, fix)
             return
         self.routes_fit = True
         through = ", asked for in the request id (the engines have the plugin)" if self._router else ""
-        shape = self._shape
-        if shape is None:
-            product = len(_ids_of(meta)) // _ROWS
-            self._diagnosis.ok("routes", f"{product} ids per token (layers x top-k); --model would check them{through}")
+        if self._shape is None:
+            size = f"{_ids_of(meta).size // _ROWS} ids per token (layers x top-k); --model would check them"
         else:
-            size = f"{_ROWS} tokens x {shape.num_hidden_layers} layers x top-{shape.topk}"
-            self._diagnosis.ok("routes", f"{size}, all valid{through}")
+            size = f"{_ROWS} tokens x {self._shape.num_hidden_layers} layers x top-{self._shape.topk}, all valid"
+        self._ok("routes", size + through)
 
-    def _problem_of(self, encoded: Any) -> tuple[str, str]:
+    def _problem_of(self, meta: Mapping[str, Any]) -> tuple[str, str]:
         """What is wrong with the routes of a probe, and what to do; "" if nothing is."""
         try:
-            ids = _ids_of({"routed_experts": encoded})
-        except (binascii.Error, ValueError, TypeError) as error:
-            return f"no base64 of int32 ids: {error}", _USE_TESTED
+            ids = _ids_of(meta)
+        except RouteError as error:
+            return str(error), _USE_TESTED
         shape = self._shape
         wanted = f"{shape.num_hidden_layers} x {shape.topk}" if shape is not None else "a whole number"
         if ids.size % _ROWS or (shape is not None and ids.size != _ROWS * shape.num_hidden_layers * shape.topk):
@@ -142,9 +133,10 @@ class Probes:
 
     def repetition(self) -> None:
         """Whether a flush empties the prefix cache, and whether routes come back the same with and without it."""
+        idle = "run the doctor while the engine is idle"
         kept = self._flush()
         if kept is not None:
-            self._diagnosis.skip("prefix cache", f"not flushed: {kept}", "run the doctor while the engine is idle")
+            self._skip("prefix cache", f"not flushed: {kept}", idle)
             return
         _, first = self._ask(through_rid=self._router)
         _, cached = self._ask(through_rid=self._router)
@@ -152,26 +144,22 @@ class Probes:
         _, again = self._ask(through_rid=self._router)
         from_cache = int(again.get("cached_tokens") or 0)
         if kept is not None:
-            self._diagnosis.skip("prefix cache", f"not flushed: {kept}", "run the doctor while the engine is idle")
+            self._skip("prefix cache", f"not flushed: {kept}", idle)
         elif from_cache:
-            self._diagnosis.fail(
-                "prefix cache",
-                f"{from_cache} tokens came from it after a flush",
-                f"routes would outlive a weight push: {_USE_TESTED}",
-            )
+            fix = f"routes would outlive a weight push: {_USE_TESTED}"
+            self._fail("prefix cache", f"{from_cache} tokens came from it after a flush", fix)
         else:
-            self._diagnosis.ok(
-                "prefix cache", f"a flush empties it; before it held {cached.get('cached_tokens') or 0} tokens of the probe"
-            )
+            held = cached.get("cached_tokens") or 0
+            self._ok("prefix cache", f"a flush empties it; before it held {held} tokens of the probe")
         equal = min(_equal_share(first, other) for other in (cached, again))
+        share = f"{equal:.1%} of a repeated prompt's routes are the same"
         if equal == 1.0:
-            self._diagnosis.ok("repetition", "the same routes for the same prompt, from the prefix cache and computed anew")
+            self._ok("repetition", "the same routes for the same prompt, from the prefix cache and recomputed")
         elif equal >= _LEAST_REPEATED:
             fix = "kernels depend on the rest of the batch: --enable-deterministic-inference if reruns must repeat"
-            self._diagnosis.warn("repetition", f"{equal:.1%} of a repeated prompt's routes are the same", fix)
+            self._warn("repetition", share, fix)
         else:
-            fix = f"the engine returns other routes than it took: {_USE_TESTED}"
-            self._diagnosis.fail("repetition", f"only {equal:.1%} of a repeated prompt's routes are the same", fix)
+            self._fail("repetition", f"only {share}", f"the engine returns other routes than it took: {_USE_TESTED}")
 
     def handshake(self, model: Path, dtype_name: str) -> None:
         """Compares routes and log-probs with Transformers on a checkpoint, by the trainer's own thresholds.
@@ -184,46 +172,40 @@ class Probes:
         dtype = torch.float32 if dtype_name in ("float32", "float") else torch.bfloat16
         lacking = reference.missing_memory(model, dtype)
         if lacking is not None:
-            self._diagnosis.skip("handshake", lacking, "run the doctor where the model fits")
+            self._skip("handshake", lacking, "run the doctor where the model fits")
             return
-        ids = self._ids()
         self._flush()
         answer, _ = self._ask(through_rid=self._router, score=True)
-        pushed = parse_version(self.label) > 0
+        fix = _OTHER_MODEL
         try:
-            logprobs, routes = parse_score(answer, ids, self._shape, "the probe")
-            expected = reference.score(model, ids, self._shape, dtype)
+            logprobs, routes = parse_score(answer, self._ids, self._shape, "the probe")
+            expected = reference.score(model, self._ids, self._shape, dtype)
+            if parse_version(self.label) > 0:
+                fix = f"weights of version {self.label} were pushed: compare with a checkpoint of them"
             report = compare(Probe("the engine", logprobs, routes), expected, "float32" if dtype is torch.float32 else "bfloat16")
-        except (RouteError, ConfigError) as error:
-            self._diagnosis.fail("handshake", str(error), _OTHER_MODEL)
-        except RolloutError as error:
-            fix = f"weights of version {self.label} were pushed: compare with a checkpoint of them" if pushed else _OTHER_MODEL
-            self._diagnosis.fail("handshake", str(error), fix)
+        except (RouteError, ConfigError, RolloutError) as error:
+            self._fail("handshake", str(error), fix)
         else:
             agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, log-probs to {report.logprob_mean:.1e}"
-            self._diagnosis.ok("handshake", agreement)
+            self._ok("handshake", agreement)
 
     def latency(self) -> None:
-        """Median time of short answers, and tokens per second of a long one; one request at a time."""
-        ids = self._ids()[:16]
-        times = []
-        for _ in range(_SHORT_REPEATS):
-            reply = self._client.generate(ids, _SHORT_TOKENS, routes=False)
-            if reply.status != 200:
-                self._diagnosis.fail("latency", f"/generate answers {reply.status} {reply.text!r}", "look at the server's log")
-                return
-            times.append(reply.seconds)
+        """Median time of short responses, and tokens per second of a long one; one request at a time."""
+        ids = self._ids[:16]
+        short = [self._client.generate(ids, _SHORT_TOKENS, routes=False) for _ in range(_SHORT_REPEATS)]
+        if refused := [reply for reply in short if reply.status != 200]:
+            self._fail("latency", f"/generate answers {refused[0]}", _LOG)
+            return
         long = self._client.generate(ids, _LONG_TOKENS, routes=False)
-        sampled = len((long.parsed() or {}).get("output_ids") or ())
-        detail = f"{_SHORT_TOKENS} tokens in {statistics.median(times) * 1e3:.0f} ms (median of {_SHORT_REPEATS})"
+        sampled = len(long.parsed().get("output_ids") or ())
+        median = statistics.median(reply.seconds for reply in short)
+        detail = f"{_SHORT_TOKENS} tokens in {median * 1e3:.0f} ms (median of {_SHORT_REPEATS})"
         if not sampled:
-            self._diagnosis.warn(
-                "latency", f"{detail}; a long answer failed: {long.status} {long.text!r}", "look at the server's log"
-            )
+            self._warn("latency", f"{detail}; a long response failed: {long}", _LOG)
             return
         speed = f"{sampled} tokens in {long.seconds:.2f} s = {sampled / long.seconds:.0f} tokens/s for one request"
         beside = f", beside {self._busy} others" if self._busy else ""
-        self._diagnosis.ok("latency", f"{detail}; {speed}{beside}")
+        self._ok("latency", f"{detail}; {speed}{beside}")
 
 
 def _problem_of_ids(ids_TLK: npt.NDArray[np.int32], shape: ModelShape) -> str:
@@ -243,14 +225,14 @@ def _problem_of_ids(ids_TLK: npt.NDArray[np.int32], shape: ModelShape) -> str:
 
 
 def _ids_of(meta: Mapping[str, Any]) -> npt.NDArray[np.int32]:
-    encoded = meta["routed_experts"]
-    return np.frombuffer(base64.b64decode(encoded if isinstance(encoded, str) else bytes(encoded), validate=True), dtype="<i4")
+    """All ids of a response, whatever its model is; raises RouteError."""
+    return decode_ids(meta.get("routed_experts"), 1, 1, "the probe").reshape(-1)
 
 
 def _equal_share(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Share of ids that two answers to the same prompt have in common, position by position."""
+    """Share of ids that two responses to the same prompt have in common, position by position."""
     try:
         first, second = _ids_of(one), _ids_of(other)
-    except (KeyError, TypeError, ValueError):
+    except RouteError:
         return 0.0
     return float((first == second).mean()) if first.size and first.shape == second.shape else 0.0

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and what Transformers computes from it: the doctor's measure of an engine."""
+"""What the doctor compares an engine with: a checkpoint's shape, and what Transformers computes from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.hf.shape import ModelShape
+from megatron_pr2.hf.shape import ModelShape, model_shape
 from megatron_pr2.rollout.base import Probe
 from megatron_pr2.routes.table import RouteTable
 
@@ -25,8 +25,6 @@ def read_shape(model: Path) -> ModelShape:
         raise ConfigError(f"{model} is no model directory: it holds no config.json")
     from transformers import AutoConfig
 
-    from megatron_pr2.hf.shape import model_shape
-
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -36,10 +34,8 @@ def read_shape(model: Path) -> ModelShape:
 
 def missing_memory(model: Path, dtype: torch.dtype) -> str | None:
     """Why the model does not fit where Transformers would run it, None if it does (or if the free memory is not known)."""
-    files = list(model.glob("*.safetensors"))
-    stored = _stored_bytes(model)
-    # Checkpoints are bf16 or fp32; the larger of the two readings is the safe one.
-    need = sum(file.stat().st_size for file in files) * max(1.0, dtype.itemsize / stored) * 1.2
+    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    need = stored * max(1.0, dtype.itemsize / _stored_bytes(model)) * 1.2
     free = _free_bytes()
     if free is None or need <= free:
         return None

@@ -1,4 +1,4 @@
-"""HttpClient: JSON over HTTP to one server, with deadlines, bounded answers and retries; many requests at once.
+"""HttpClient: JSON over HTTP to one server, with deadlines, bounded responses and retries; many requests at once.
 
 Requests run on an event loop in a thread of their own, so that callers may be synchronous, or live inside another event loop
 (a notebook), and so that a weight transfer can wait for a reply and for the transfer itself at once.
@@ -21,6 +21,7 @@ from megatron_pr2.errors import RolloutError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Reserve = Callable[[int], Awaitable[None]]
 # Aborts and health checks must get through while as many requests as allowed are in flight.
 _CONTROL_CONNECTIONS = 16
 _RETRIED_STATUS = (429, 500, 502, 503, 504)
@@ -30,7 +31,7 @@ class RefusedError(RolloutError):
     """The server understood and refused: an HTTP status other than 200 that is not worth a retry.
 
     Attributes:
-        status, body: of the answer.
+        status, body: of the response.
     """
 
     def __init__(self, message: str, status: int, body: str) -> None:
@@ -48,7 +49,7 @@ class UnavailableError(RolloutError):
 
 
 class TooLongError(RolloutError):
-    """An answer that is longer than any honest one."""
+    """A response that is longer than any valid one."""
 
 
 class EngineDiedError(RolloutError):
@@ -64,7 +65,6 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs a coroutine on the loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -85,6 +85,11 @@ class LoopThread:
         self._loop.close()
 
 
+def auth_headers(api_key: str | None) -> dict[str, str]:
+    """What every request presents: an uncompressed response is wanted, and the key as a bearer token."""
+    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+
+
 class HttpClient:
     """Client of one base URL.
 
@@ -96,6 +101,9 @@ class HttpClient:
         retries, backoff_s: see SGLangConfig.
         why_dead: called before every retry; returns None while the server is alive, else the reason for the error message.
         loop: where it runs; a thread of its own, which ends with it, if None.
+
+    Attributes:
+        retried: attempts after the first of a request.
     """
 
     def __init__(
@@ -118,14 +126,12 @@ class HttpClient:
         self.retried = 0
         self._own_loop = loop is None
         self._loop = LoopThread() if loop is None else loop
+        self.submit, self.run = self._loop.submit, self._loop.run
         self._closed = False
-        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         # SGLang's web server drops idle connections after 5 s: what it is about to drop must not be used again.
         limits = httpx.Limits(max_connections=concurrency + _CONTROL_CONNECTIONS, keepalive_expiry=2.0)
         # trust_env=False: a proxy of the environment must see neither the requests nor the key.
-        self._client = httpx.AsyncClient(
-            headers=headers, trust_env=False, timeout=None, limits=limits
-        )
+        self._client = httpx.AsyncClient(headers=auth_headers(api_key), trust_env=False, timeout=None, limits=limits)
 
     def close(self) -> None:
         """Closes the connections; safe to call twice."""
@@ -136,32 +142,13 @@ class HttpClient:
         if self._own_loop:
             self._loop.close()
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs a coroutine on the client's loop."""
-        return self._loop.submit(coroutine)
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on the client's loop and waits; cancels it if the wait is interrupted."""
-        return self._loop.run(coroutine)
-
-    async def json(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        *,
-        where: str,
-        max_bytes: int = 1 << 20,
-        retry: bool = True,
-        timeout_s: float | None = None,
-    ) -> Any:
-        """The parsed JSON answer; see :meth:`body`.
+    async def json(self, method: str, path: str, payload: Mapping[str, Any] | None = None, *, where: str, **options: Any) -> Any:
+        """The parsed JSON response; arguments and errors are those of :meth:`body`.
 
         Raises:
-            RolloutError: additionally, if the answer is not JSON.
+            RolloutError: additionally, if the response is not JSON.
         """
-        body = await self.body(method, path, payload, where=where, max_bytes=max_bytes, retry=retry, timeout_s=timeout_s)
-        text = body.decode("utf-8", errors="replace")
+        text = (await self.body(method, path, payload, where=where, **options)).decode("utf-8", errors="replace")
         try:
             return json.loads(text)
         except ValueError as error:
@@ -177,22 +164,21 @@ class HttpClient:
         max_bytes: int = 1 << 20,
         retry: bool = True,
         timeout_s: float | None = None,
-        reserve: Callable[[int], Awaitable[None]] | None = None,
+        reserve: Reserve | None = None,
     ) -> bytearray:
-        """Sends one request and returns the body of its 200 answer.
+        """Sends one request and returns the body of its 200 response.
 
         Args:
             payload: sent as JSON; a function makes a new one for every attempt.
             where: names the request in errors.
-            max_bytes: a longer answer is refused while it arrives.
+            max_bytes: a longer response is refused while it arrives.
             retry: whether to try again after a broken connection, 429 or 5xx; False where a repetition has another effect.
             timeout_s: of one attempt, the client's default if None.
             reserve: awaited with the number of bytes that are about to be read; the server waits meanwhile.
 
         Raises:
             RefusedError: another HTTP status than 200, 429 and 5xx.
-            TimedOutError, TooLongError, UnavailableError, EngineDiedError: as they say.
-            RolloutError: no usable answer, and why.
+            TimedOutError, TooLongError, UnavailableError, EngineDiedError: as their docstrings say.
         """
         attempts = 1 + (self._retries if retry else 0)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
@@ -207,7 +193,7 @@ class HttpClient:
             try:
                 content = payload() if callable(payload) else payload
                 async with asyncio.timeout(timeout_s) as limit:
-                    status, body = await self._attempt(method, path, content, max_bytes, _untimed(reserve, limit))
+                    status, body = await self._attempt(method, path, content, max_bytes, where, reserve, limit)
             except TimeoutError as error:
                 await self._raise_if_dead(where, f"no answer within {timeout_s:g} s")
                 raise TimedOutError(
@@ -215,8 +201,6 @@ class HttpClient:
                 ) from error
             except httpx.RequestError as error:
                 problem = f"connection failed ({type(error).__name__}: {error})"
-            except _TooLongError as error:
-                raise TooLongError(f"{where}: {path} answered with more than the expected {max_bytes} bytes") from error
             else:
                 if status == 200:
                     return body
@@ -236,44 +220,25 @@ class HttpClient:
             raise EngineDiedError(f"{where}: {problem}; the engine died: {reason}")
 
     async def _attempt(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None,
-        max_bytes: int,
-        reserve: Callable[[int], Awaitable[None]] | None,
+        self, method: str, path: str, payload: Any, max_bytes: int, where: str, reserve: Reserve | None, limit: asyncio.Timeout
     ) -> tuple[int, bytearray]:
+        too_long = TooLongError(f"{where}: {path} answered with more than the expected {max_bytes} bytes")
         async with self._client.stream(method, self._url + path, json=payload) as response:
             announced = response.headers.get("content-length", "")
             expected = int(announced) if announced.isascii() and announced.isdigit() else max_bytes
             if expected > max_bytes:
-                raise _TooLongError
+                raise too_long
             if reserve is not None:
+                # The time limit stands still meanwhile: waiting for room is no fault of the server.
+                loop, ends = asyncio.get_running_loop(), limit.when()
+                began = loop.time()
+                limit.reschedule(None)
                 await reserve(expected)
+                if ends is not None:
+                    limit.reschedule(ends + loop.time() - began)
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 if len(body) + len(chunk) > max_bytes:
-                    raise _TooLongError
+                    raise too_long
                 body += chunk
             return response.status_code, body
-
-
-def _untimed(reserve: Callable[[int], Awaitable[None]] | None, limit: asyncio.Timeout) -> Callable[[int], Awaitable[None]]:
-    """`reserve`, during which the time limit stands still: waiting for room is no fault of the server."""
-
-    async def wait(num_bytes: int) -> None:
-        if reserve is None:
-            return
-        loop = asyncio.get_running_loop()
-        ends = limit.when()
-        began = loop.time()
-        limit.reschedule(None)
-        await reserve(num_bytes)
-        if ends is not None:
-            limit.reschedule(ends + loop.time() - began)
-
-    return wait
-
-
-class _TooLongError(Exception):
-    """The answer exceeds its bound."""

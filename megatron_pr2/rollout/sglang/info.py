@@ -1,4 +1,4 @@
-"""Which SGLang servers can be used: checks of what a server says of itself, before anything is asked of it."""
+"""Which SGLang servers can be used: checks of what a server reports of itself, before anything is asked of it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ TESTED_RELEASES = ((0, 5, 19), (0, 5, 23))
 FIRST_RELEASE = TESTED_RELEASES[0]
 
 
+def release_text(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
+
+
+TESTED = " and ".join(map(release_text, TESTED_RELEASES))
+
+
 def check_server_info(info: Mapping[str, Any], where: str) -> None:
     """Refuses a server whose routes would be absent or wrong, or that cannot be given weights; warns of the untested.
 
     Args:
-        info: answer of /server_info.
+        info: response of /server_info.
         where: names the server in errors.
 
     Raises:
@@ -37,35 +44,26 @@ def check_server_info(info: Mapping[str, Any], where: str) -> None:
 
 
 def check_release(version: Any, where: str) -> None:
-    """Refuses releases of SGLang whose routes are known to be wrong; warns of the untested.
+    """Warns of untested releases of SGLang.
 
     Raises:
-        RolloutError: the release is one of those.
+        RolloutError: the routes of this release are known to be wrong.
     """
-    release = parse_release(version, where)
-    if release[:3] < FIRST_RELEASE:
+    release = parse_release(version, where)[:3]
+    if release < FIRST_RELEASE:
         raise RolloutError(
             f"{where} runs SGLang {version}: releases before {release_text(FIRST_RELEASE)} are known to return wrong routes "
-            f"without an error; upgrade it (tested: {tested_text()})"
+            f"without an error; upgrade it (tested: {TESTED})"
         )
-    if release[:3] not in TESTED_RELEASES:
-        logger.warning("%s runs SGLang %s; tested with %s", where, version, tested_text())
-
-
-def tested_text() -> str:
-    """The tested releases, to be read: "0.5.19 and 0.5.23"."""
-    return " and ".join(release_text(release) for release in TESTED_RELEASES)
-
-
-def release_text(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
+    if release not in TESTED_RELEASES:
+        logger.warning("%s runs SGLang %s; tested with %s", where, version, TESTED)
 
 
 def weight_group_size(info: Mapping[str, Any], where: str) -> int:
     """Ranks of the weight update group: this process and the server's tensor-parallel ranks, DP attention's included.
 
     Raises:
-        RolloutError: the server does not say how many it has.
+        RolloutError: the server does not report how many it has.
     """
     try:
         return 1 + int(info["tp_size"])

@@ -1,7 +1,7 @@
 """Settings of an SGLang server under which its routes or weight versions would be wrong without an error.
 
 One list for three moments: before an own server is spawned (from the flags that it is given), in the server's process after
-SGLang has resolved what it chooses itself and before it loads a weight (`sglang_cpu.launch`), and after connecting to any server
+SGLang has resolved what it chooses itself and before it loads a weight (cpu/launch.py), and after connecting to any server
 (from /server_info). Imports nothing beyond the standard library and this package's errors, because it runs in environments that
 hold SGLang alone. Read in the sources of 0.5.19 and 0.5.23; the files named below are under sglang/srt/.
 """
@@ -27,19 +27,20 @@ class _Rule:
     remedy: str
 
 
-def _above_one(value: Any) -> bool:
-    return (_number(value) or 1) > 1
-
-
-def _number(value: Any) -> int | None:
+def _number(value: Any) -> int:
+    """The value as a number; 1, which no rule refuses, if it is none."""
     try:
         return int(value)
     except (TypeError, ValueError):
-        return None
+        return 1
+
+
+def _above_one(value: Any) -> bool:
+    return _number(value) > 1
 
 
 def _named(value: Any) -> bool:
-    """Whether an option that is off by default names something; SGLang writes "null" for PD disaggregation that is off."""
+    """Whether an option that is off by default is on; SGLang writes "null" for PD disaggregation that is off."""
     return value not in (None, False, "", "null", "none", "None")
 
 
@@ -91,7 +92,7 @@ _RULES = (
     _Rule(
         # state_capturer/routed_experts.py: the buffer holds max(chunked_prefill_size, max_running_requests) rows.
         "chunked_prefill_size",
-        lambda value: (_number(value) or 1) <= 0,
+        lambda value: _number(value) <= 0,
         "the recording buffer is as long as a prefill chunk, and without chunks a long prompt kills the scheduler",
         "a positive --chunked-prefill-size",
     ),

@@ -1,6 +1,6 @@
-"""SGLang's routes from the bytes of an answer straight into a compact RouteTable, without a Python object per token.
+"""SGLang's routes from the bytes of a response straight into a compact RouteTable, without a Python object per token.
 
-The answer is JSON with the routes as base64 of C-order little-endian int32 [T - 1, hidden layers, K], 5.3 characters per byte of
+The response is JSON with the routes as base64 of C-order little-endian int32 [T - 1, hidden layers, K], 5.3 characters per byte of
 table: row i belongs to input token i, dense layers hold zeros, the last sampled token was never an input. `split_routes` cuts that
 string out of the body without decoding it, so that only the rest is parsed as JSON; `decode_table` decodes, checks and compacts it
 in pieces that stay in the cache. Base64 is pybase64's: the standard library's binascii takes 230 MB/s, less than all the rest.
@@ -28,20 +28,13 @@ _PIECE_IDS = 64 << 10
 
 
 class AnswerError(RolloutError):
-    """An answer that cannot be believed; another attempt may bring a better one."""
+    """An invalid response; another attempt may bring a better one."""
 
 
 def split_routes(body: bytearray) -> tuple[bytes, memoryview | None]:
-    """An answer without its routes, and the routes' base64, which stays where it is.
-
-    Returns:
-        JSON in which the string is empty, and a view into `body`; the whole body and None where there is no such string, or more
-        than one.
-    """
+    """A response without its routes, and a view of their base64 in `body`; the whole body and None unless there is exactly one."""
     found = list(_KEY.finditer(body))
-    if len(found) != 1:
-        return bytes(body), None
-    start = found[0].end()
+    start = found[0].end() if len(found) == 1 else len(body)
     stop = body.find(b'"', start)
     if stop < 0:
         return bytes(body), None
@@ -50,7 +43,7 @@ def split_routes(body: bytearray) -> tuple[bytes, memoryview | None]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name, json would take the last without a word."""
+    """Of two values under one name, json would silently take the last."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("an object names something twice")
@@ -58,7 +51,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_body(body: bytearray, where: str) -> Any:
-    """The JSON of an answer, in which `meta_info.routed_experts` is a view into `body`.
+    """The JSON of a response, in which `meta_info.routed_experts` is a view into `body`.
 
     Raises:
         AnswerError: it is not JSON.
@@ -83,27 +76,36 @@ def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str
     Raises:
         RouteError: absent, not base64, or of another number of rows.
     """
-    rows = num_tokens - 1
-    view = _payload(encoded, where)
+    rows, view = num_tokens - 1, _payload(encoded, where)
     row_bytes = 4 * shape.num_hidden_layers * shape.topk
-    _check_length(view, rows, row_bytes, shape, where)
+    if len(view) % 4:
+        raise RouteError(f"{where}: routed_experts is not valid base64: {len(view)} characters are no multiple of 4")
+    found = len(view) // 4 * 3 - bytes(view[-2:]).count(b"=")
+    if found != rows * row_bytes:
+        raise RouteError(
+            f"{where}: routed_experts holds {found} bytes = {found / row_bytes:g} rows of {shape.num_hidden_layers} layers x "
+            f"top-{shape.topk}, expected {rows} rows ({rows * row_bytes} bytes); check that engine and actor run the same model"
+        )
     table = RouteTable.missing(num_tokens, len(shape.moe_layers), shape.topk, shape.num_experts)
     # Three bytes are four characters: pieces of a multiple of three rows begin and end between characters.
     step = 3 * max(1, _PIECE_IDS // (3 * shape.num_hidden_layers * shape.topk))
     layers = np.asarray(shape.moe_layers, dtype=np.int64)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        piece = view[first * row_bytes * 4 // 3 : -(-last * row_bytes // 3) * 4]
-        raw = _decoded(piece, (last - first) * row_bytes, where)
+        raw = _decoded(view[first * row_bytes * 4 // 3 : -(-last * row_bytes // 3) * 4], where)
+        if len(raw) != (last - first) * row_bytes:
+            raise RouteError(f"{where}: routed_experts is not valid base64: padding in the middle")
         ids = np.frombuffer(raw, dtype="<i4").reshape(last - first, shape.num_hidden_layers, shape.topk)
-        if len(layers) != shape.num_hidden_layers:
-            ids = ids[:, layers]
-        _take(ids, table, first, last)
-    return table if shape.topk > 1 else RouteTable.from_ids(_as_ids(table), shape.num_experts)
+        _take(ids[:, layers] if len(layers) != shape.num_hidden_layers else ids, table, first, last)
+    if shape.topk > 1:
+        return table
+    # The rule for top-1 needs all rows at once; -1 stands for a row without a route.
+    ids_TLK = np.where(table.valid[:, None, None], table.experts.astype(np.int64), -1)
+    return RouteTable.from_ids(ids_TLK, shape.num_experts)
 
 
 def decode_ids(encoded: Any, num_layers: int, topk: int, where: str) -> npt.NDArray[np.int32]:
-    """The ids as they were sent, [rows, num_layers, topk] and unchecked, for who checks them later.
+    """The ids as they were sent, [rows, num_layers, topk] and unchecked; writable.
 
     Args:
         encoded: base64, as bytes, a view of bytes or text.
@@ -112,11 +114,7 @@ def decode_ids(encoded: Any, num_layers: int, topk: int, where: str) -> npt.NDAr
     Raises:
         RouteError: absent, not base64, or no whole number of rows.
     """
-    view, row_bytes = _payload(encoded, where), 4 * num_layers * topk
-    try:
-        raw = bytearray(pybase64.b64decode(view, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise RouteError(f"{where}: routed_experts is not valid base64 ({error})") from error
+    raw, row_bytes = bytearray(_decoded(_payload(encoded, where), where)), 4 * num_layers * topk
     if len(raw) % row_bytes:
         raise RouteError(
             f"{where}: routed_experts holds {len(raw)} bytes = {len(raw) / row_bytes:g} rows of {num_layers} layers x top-{topk}; "
@@ -133,45 +131,23 @@ def _payload(encoded: Any, where: str) -> memoryview:
             raise RouteError(f"{where}: routed_experts is not valid base64 ({error}), {len(encoded)} characters") from error
     if isinstance(encoded, bytes | bytearray | memoryview):
         return memoryview(encoded)
-    raise RouteError(f"{where}: the answer holds no routed_experts; start the server with --enable-return-routed-experts")
+    raise RouteError(f"{where}: the response holds no routed_experts; start the server with --enable-return-routed-experts")
 
 
-def _check_length(view: memoryview, rows: int, row_bytes: int, shape: ModelShape, where: str) -> None:
-    if len(view) % 4:
-        raise RouteError(f"{where}: routed_experts is not valid base64: {len(view)} characters are no multiple of 4")
-    found = len(view) // 4 * 3 - bytes(view[-2:]).count(b"=")
-    if found != rows * row_bytes:
-        raise RouteError(
-            f"{where}: routed_experts holds {found} bytes = {found / row_bytes:g} rows of {shape.num_hidden_layers} layers x "
-            f"top-{shape.topk}, expected {rows} rows ({rows * row_bytes} bytes); check that engine and actor run the same model"
-        )
-
-
-def _decoded(piece: memoryview, num_bytes: int, where: str) -> bytes:
+def _decoded(piece: memoryview, where: str) -> bytes:
     try:
-        raw = bytes(pybase64.b64decode(piece, validate=True))
+        return pybase64.b64decode(piece, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RouteError(f"{where}: routed_experts is not valid base64 ({error})") from error
-    if len(raw) != num_bytes:
-        raise RouteError(f"{where}: routed_experts is not valid base64: padding in the middle")
-    return raw
 
 
 def _take(ids_RLK: npt.NDArray[np.int32], table: RouteTable, first: int, last: int) -> None:
-    """Checks some rows and files them; rows that cannot be replayed stay zero and invalid."""
+    """Checks some rows and copies them into the table; rows that cannot be replayed stay zero and invalid."""
     rows, layers, topk = ids_RLK.shape
     # Negative ids are large as unsigned ones.
     inside = (ids_RLK.view(np.uint32) < table.num_experts).reshape(rows, -1).all(axis=1)
     compact = ids_RLK.astype(expert_dtype(table.num_experts))
     valid = inside & all_distinct(compact.reshape(-1, topk)).reshape(rows, layers).all(axis=1)
-    if not valid.all():
-        compact[~valid] = 0
+    compact[~valid] = 0
     table.experts[first:last] = compact
     table.valid[first:last] = valid
-
-
-def _as_ids(table: RouteTable) -> npt.NDArray[np.int64]:
-    """Top-1 tables once more as ids, for the rule that needs all rows at once (RouteTable.from_ids): -1 where there is no route."""
-    ids = table.experts.astype(np.int64)
-    ids[~table.valid] = -1
-    return ids

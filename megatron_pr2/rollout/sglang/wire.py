@@ -1,7 +1,8 @@
-"""What SGLang's /generate is sent and what is believed of its answer; pure functions. Routes: routes.py."""
+"""What is sent to SGLang's /generate, and the checks of its responses; pure functions. Routes: routes.py."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Ask:
     """What one attempt asks of the server.
 
     Attributes:
-        rid: names the attempt; the answer must carry it.
+        rid: names the attempt; the response must carry it.
         input_ids: the sequence so far.
         first_row: routes are asked for from this token on; None if they are not asked for.
         max_new_tokens: tokens to sample at most.
@@ -43,7 +44,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What one attempt brought.
+    """What one attempt returned.
 
     Attributes:
         token_ids: sampled; may be empty after an abort.
@@ -52,7 +53,7 @@ class Sampled:
         routes: rows of tokens first_row .. to the last, whose own is missing; None if there are none.
         finish: "stop", "length" or "abort".
         route_bytes: as received.
-        invalid_rows: that the live router must decide, the last token not counted.
+        invalid_rows: that fall back to the current router, the last token not counted.
         cached_tokens: input tokens taken from the prefix cache.
         retractions: times that the server pre-empted and recomputed it.
     """
@@ -122,13 +123,13 @@ def score_payload(token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def max_answer_bytes(num_tokens: int, shape: ModelShape) -> int:
-    """Upper bound for an honest answer about `num_tokens` tokens: base64 of the routes, log-probs, ids and metadata."""
+    """Upper bound for a valid response about `num_tokens` tokens: base64 of the routes, log-probs, ids and metadata."""
     routes = -(-num_tokens * shape.num_hidden_layers * shape.topk * 4 // 3) * 4
     return _FIXED_BYTES + routes + 4 + num_tokens * _BYTES_PER_LOGPROB
 
 
 def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[str, int], where: str) -> Sampled:
-    """Checks one answer of /generate.
+    """Checks one response of /generate.
 
     Args:
         versions: the labels that tokens may carry, and the versions that they stand for; more than one if weights were replaced
@@ -137,65 +138,51 @@ def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[s
 
     Raises:
         AnswerError: fields are missing or contradict each other.
-        RouteError: routes of a wrong shape, or routes that were computed anew under weights other than those that sampled. Single
+        RouteError: routes of a wrong shape, or routes that were recomputed under weights other than those that sampled. Single
             bad rows are no error: they come back invalid and are counted.
         RolloutError: sampled from weights that this engine did not push.
     """
     meta, token_ids = _meta_and_ids(answer, where)
     if meta.get("id") != ask.rid:
-        raise AnswerError(f"{where}: the answer is that of request {str(meta.get('id'))[:80]!r}, not of {ask.rid!r}")
+        raise AnswerError(f"{where}: the response is that of request {str(meta.get('id'))[:80]!r}, not of {ask.rid!r}")
     finish = meta.get("finish_reason") or {}
     reason = finish.get("type") if isinstance(finish, Mapping) else None
     if reason not in ("stop", "length", "abort"):
         raise AnswerError(f"{where}: finish_reason is {str(finish)[:200]!r}, expected stop or length; the response is lost")
     if not token_ids and reason != "abort":
-        raise AnswerError(f"{where}: the answer has no output_ids: {str(answer)[:200]}")
+        raise AnswerError(f"{where}: the response has no output_ids: {str(answer)[:200]}")
     if len(token_ids) > ask.max_new_tokens:
         raise AnswerError(f"{where}: {len(token_ids)} tokens sampled, at most {ask.max_new_tokens} were asked for")
     if reason == "abort" and ask.first_row is not None and meta.get("routed_experts") is None:
         # Aborted in the queue, e.g. after a retraction: SGLang returns the tokens of before, but not their routes.
         meta, token_ids = {**meta, "output_token_logprobs": [], "weight_versions": None}, []
-    logprobs = _logprobs(meta.get("output_token_logprobs"), token_ids, "output_token_logprobs", where)
+    logprobs = _logprobs(meta, "output_token_logprobs", token_ids, where)
     try:
         if token_ids:
             check_token_ids(token_ids, shape.vocab_size, f"{where}: sampled tokens")
-    except (TypeError, RolloutError) as error:
+    except RolloutError as error:
         raise AnswerError(str(error)) from error
     of_token = _versions(meta, len(token_ids), versions, where)
-    retractions = _count(meta, "num_retractions", where)
+    retractions, cached_tokens = (_count(meta, name, where) for name in ("num_retractions", "cached_tokens"))
     if ask.first_row is None or not token_ids:
-        routes, route_bytes = None, 0
-    else:
-        if retractions and len(np.unique(of_token)) > 1:
-            raise RouteError(
-                f"{where}: pre-empted {retractions} times while weights changed: routes of tokens from version {of_token[0]} were "
-                f"computed anew under version {of_token[-1]}. Pause engines with mode in_place or abort, never retract"
-            )
-        encoded: Any = meta.get("routed_experts")
-        num_tokens = len(ask.input_ids) + len(token_ids) - ask.first_row
-        routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where)
-        route_bytes = len(encoded)
+        return Sampled(token_ids, logprobs, of_token, None, reason, cached_tokens=cached_tokens, retractions=retractions)
+    if retractions and len(np.unique(of_token)) > 1:
+        raise RouteError(
+            f"{where}: pre-empted {retractions} times while weights changed: routes of tokens from version {of_token[0]} were "
+            f"recomputed under version {of_token[-1]}. Pause engines with mode in_place or abort, never retract"
+        )
+    encoded: Any = meta.get("routed_experts")
+    num_tokens = len(ask.input_ids) + len(token_ids) - ask.first_row
+    routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where)
     return Sampled(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        versions=of_token,
-        routes=routes,
-        finish=reason,
-        route_bytes=route_bytes,
-        invalid_rows=routes.num_missing - 1 if routes is not None else 0,
-        cached_tokens=_count(meta, "cached_tokens", where),
-        retractions=retractions,
+        token_ids, logprobs, of_token, routes, reason, len(encoded), routes.num_missing - 1, cached_tokens, retractions
     )
 
 
 def parse_score(answer: Any, token_ids: Sequence[int], shape: ModelShape, where: str) -> tuple[npt.NDArray[np.float32], RouteTable]:
     """Log-probs [len - 1] of tokens 1.. and the routes of all tokens; raises as parse_generate does."""
     meta, _ = _meta_and_ids(answer, where)
-    entries = meta.get("input_token_logprobs")
-    if not isinstance(entries, list) or len(entries) != len(token_ids):
-        got = len(entries) if isinstance(entries, list) else None
-        raise RolloutError(f"{where}: {got} input log-probs, expected {len(token_ids)} (the first is empty)")
-    logprobs = _logprobs(entries[1:], token_ids[1:], "input_token_logprobs", where)
+    logprobs = _logprobs(meta, "input_token_logprobs", token_ids, where, skip=1)
     # One token was sampled after them; it has no row.
     table = decode_table(meta.get("routed_experts"), num_tokens=len(token_ids) + 1, shape=shape, where=where)
     return logprobs, RouteTable(table.experts[:-1], table.valid[:-1], shape.num_experts)
@@ -215,40 +202,36 @@ def parse_release(text: Any, where: str) -> tuple[int, ...]:
     Raises:
         RolloutError: the text does not start with a number; names `where`.
     """
-    numbers: list[int] = []
-    for part in str(text).split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if digits:
-            numbers.append(int(digits))
-        if digits != part:
-            break
-    if not numbers:
+    numbers = re.match(r"[0-9]+(?:\.[0-9]+)*", str(text))
+    if numbers is None:
         raise RolloutError(f"{where} reports version {text!r}; expected numbers such as 0.5.23")
-    return tuple(numbers)
+    return tuple(map(int, numbers[0].split(".")))
 
 
 def _meta_and_ids(answer: Any, where: str) -> tuple[Mapping[str, Any], list[int]]:
-    meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
-    ids = answer.get("output_ids") if isinstance(answer, Mapping) else None
+    meta, ids = (answer.get("meta_info"), answer.get("output_ids")) if isinstance(answer, Mapping) else (None, None)
     if not isinstance(meta, Mapping) or not isinstance(ids, list):
-        raise AnswerError(f"{where}: the answer has no meta_info or no output_ids: {str(answer)[:200]}")
+        raise AnswerError(f"{where}: the response has no meta_info or no output_ids: {str(answer)[:200]}")
     # 7.0 and True equal integers and pass every comparison below.
     if any(type(token) is not int for token in ids):
         raise AnswerError(f"{where}: output_ids holds something else than integers: {str(ids)[:200]}")
     return meta, ids
 
 
-def _logprobs(entries: Any, token_ids: Sequence[int], name: str, where: str) -> npt.NDArray[np.float32]:
-    """[len(token_ids)] float32 of [[log-prob, token id, text], ...], which must name the same tokens."""
+def _logprobs(
+    meta: Mapping[str, Any], name: str, token_ids: Sequence[int], where: str, skip: int = 0
+) -> npt.NDArray[np.float32]:
+    """[len(token_ids) - skip] float32 of [[log-prob, token id, text], ...], which must name the same tokens."""
+    entries = meta.get(name)
     if not isinstance(entries, list) or len(entries) != len(token_ids):
         got = len(entries) if isinstance(entries, list) else None
         raise AnswerError(f"{where}: {got} entries in {name}, expected {len(token_ids)}, one per token")
     try:
-        values = np.array([entry[0] for entry in entries], dtype=np.float32)
-        ids = [entry[1] for entry in entries]
+        values = np.array([entry[0] for entry in entries[skip:]], dtype=np.float32)
+        ids = [entry[1] for entry in entries[skip:]]
     except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise AnswerError(f"{where}: {name} is malformed: {error}") from error
-    if ids != list(token_ids):
+    if ids != list(token_ids[skip:]):
         raise AnswerError(f"{where}: {name} names other tokens than those that were sampled or sent")
     if not np.isfinite(values).all() or (values > 1e-4).any():
         raise AnswerError(f"{where}: {name} holds values that are no log-probabilities (not finite, or above 0)")
@@ -257,30 +240,31 @@ def _logprobs(entries: Any, token_ids: Sequence[int], name: str, where: str) -> 
 
 def _versions(meta: Mapping[str, Any], num_tokens: int, allowed: Mapping[str, int], where: str) -> npt.NDArray[np.int64]:
     """[num_tokens] version per sampled token, from spans where the server reports them, else from its one label."""
-    spans = meta.get("weight_versions")
+    out = np.empty(num_tokens, dtype=np.int64)
     if not num_tokens:
-        return np.empty(0, dtype=np.int64)
+        return out
+    spans = meta.get("weight_versions")
     if not isinstance(spans, list) or not spans:
         if len(allowed) > 1:
-            raise AnswerError(f"{where}: weights were replaced meanwhile and the answer does not say which token is from which")
+            raise AnswerError(f"{where}: weights were replaced meanwhile and the response does not say which token is from which")
         spans = [{"version": meta.get("weight_version"), "start": 0, "end": num_tokens}]
-    out = np.empty(num_tokens, dtype=np.int64)
-    at = 0
     found = {str(span.get("version")) for span in spans if isinstance(span, Mapping)}
-    if len(found - set(allowed)):
+    if found - set(allowed):
         raise RolloutError(
             f"{where}: sampled from weights of version {', '.join(sorted(found))}, expected {', '.join(allowed)}; "
             "somebody else updates this server, or the last push did not reach it"
         )
+    at = 0
     for span in spans:
         start, end = (span.get("start"), span.get("end")) if isinstance(span, Mapping) else (None, None)
         if type(start) is not int or start != at or type(end) is not int or not start <= end <= num_tokens:
-            raise AnswerError(f"{where}: weight_versions {str(spans)[:200]} do not cover {num_tokens} sampled tokens")
+            break
         out[start:end] = allowed[str(span["version"])]
         at = end
-    if at != num_tokens:
-        raise AnswerError(f"{where}: weight_versions {str(spans)[:200]} do not cover {num_tokens} sampled tokens")
-    return out
+    else:
+        if at == num_tokens:
+            return out
+    raise AnswerError(f"{where}: weight_versions {str(spans)[:200]} do not cover {num_tokens} sampled tokens")
 
 
 def _count(meta: Mapping[str, Any], name: str, where: str) -> int:
