@@ -40,10 +40,10 @@ class SamplingParams:
 
 
 class Environment(Protocol):
-    """What answers the policy between its turns: a tool, a game, a user.
+    """What replies to the policy between its turns: a tool, a game, a user.
 
-    A response that is carried over to another call goes on with that call's environment, so that what it replies should depend on
-    its arguments alone.
+    A response that is carried over to another call goes on with that call's environment, so that replies should depend on the
+    arguments alone.
 
     Attributes:
         stop_token_ids: tokens besides the end of the sequence that end a turn.
@@ -54,11 +54,8 @@ class Environment(Protocol):
     def reply(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> tuple[int, ...] | None:
         """Token ids to append after the policy stopped, or None if the response is complete.
 
-        Called once per turn, from a worker thread.
-
-        Args:
-            prompt_ids: of the request.
-            response_ids: everything behind the prompt: what the policy sampled, stop tokens included, and earlier replies.
+        Called once per turn, from a worker thread. `response_ids` is everything behind the prompt: what the policy sampled, stop
+        tokens included, and earlier replies.
         """
 
 
@@ -75,7 +72,7 @@ class RolloutRequest:
         environment: replies whenever the policy samples a stop token; None for a single turn.
 
     Raises:
-        ConfigError: no prompt; a response to nothing has no first log-prob, and engines answer it each in another way.
+        ConfigError: no prompt; a response to nothing has no first log-prob, and engines differ in what they do with it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -125,7 +122,7 @@ class RolloutResponse:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one engine says of given tokens.
+    """Given tokens, scored by one engine.
 
     Attributes:
         name: of the engine, for errors.
@@ -191,7 +188,7 @@ class RolloutEngine(Protocol):
         """Makes the engine ready; raises RolloutError naming the cause (last log lines included) if it cannot be."""
 
     def restart(self) -> None:
-        """Makes an engine that died ready again; its weights must be pushed anew."""
+        """Makes an engine that died ready again; its weights must be pushed again."""
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replaces weights (Hugging Face names) and drops every cache that depends on the old ones.

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_pr2.errors import EnvironmentFailed, PR2Error, RolloutError
-from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, SamplingParams
+from megatron_pr2.parallel.groups import gathered
+from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, RolloutStats, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_pr2.rollout.sglang.push.disk import DiskTarget
@@ -27,19 +28,20 @@ T = TypeVar("T")
 
 
 class PushEngine(Protocol):
-    """What an engine offers beside RolloutEngine if several ranks may send it their parts of the weights."""
+    """What an engine offers beside RolloutEngine if several ranks may send it their parts of the weights.
 
-    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
-        """Opens an update on every server; returns where tensors go. finish_push or abandon_push follows."""
+    begin_push opens an update on every server and returns where tensors go; finish_push or abandon_push follows. After finish_push
+    the next response is sampled from the new weights; after abandon_push no server samples until a push succeeds.
+    """
+
+    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget: ...
 
     def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Sends this process's tensors to the targets of begin_push; returns their bytes."""
 
-    def finish_push(self, version: int) -> None:
-        """After everybody's last tensor: the next response is sampled from the new weights when this returns."""
+    def finish_push(self, version: int) -> None: ...
 
-    def abandon_push(self) -> None:
-        """After a failure, finish_push's own included: no server samples until a push succeeds."""
+    def abandon_push(self) -> None: ...
 
 
 def share(count: int, parts: int, index: int) -> slice:
@@ -59,27 +61,29 @@ class CollectiveEngine:
     def __init__(self, engine: RolloutEngine | None, *, data_parallel_rank: int, data_parallel_size: int, name: str) -> None:
         """Args: `engine` is given on rank 0 and None elsewhere."""
         self._engine = engine
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._dp_rank, self._dp_size = data_parallel_rank, data_parallel_size
-        ranks: list[Any] = [None] * self._world
-        dist.all_gather_object(ranks, (data_parallel_rank, hasattr(engine, "begin_push")))
-        self._dp_of_rank: list[int] = [dp for dp, _ in ranks]
+        self._dp_size = data_parallel_size
         # The others wait here while rank 0 generates or starts servers, longer than the 30 minutes of a group by default. One that
         # dies closes its connections, which the others notice at once.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        ranks = gathered((data_parallel_rank, hasattr(engine, "begin_push")), self._group)
+        self._dp_of_rank = [dp for dp, _ in ranks]
         self._sender: WeightSender | None = None
-        self.takes_owned_weights: bool = ranks[0][1]
+        self.takes_owned_weights = ranks[0][1]
         self.name = name
         self.returns_routes = True
         self.on_progress: Callable[[Progress], None] | None = None
 
     def start(self) -> None:
         """Starts the engine on rank 0."""
-        self._on_rank_0(lambda engine: engine.start())
-        self.returns_routes = bool(self._on_rank_0(lambda engine: engine.returns_routes))
+
+        def start(engine: RolloutEngine) -> bool:
+            engine.start()
+            return bool(engine.returns_routes)
+
+        self.returns_routes = self._on_rank_0(start)
 
     def restart(self) -> None:
-        """Starts a dead engine anew; its weights must be pushed again."""
+        """Restarts a dead engine; its weights must be pushed again."""
         self._on_rank_0(lambda engine: engine.restart())
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -110,10 +114,14 @@ class CollectiveEngine:
         targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version))
         try:
             sent, failure = _walked(owned, lambda part: self._push_part(part, targets))
-            self._agree_on_push(None if failure is None else _describe(failure), sent or 0)
+            self._agree_on_push(failure, sent or 0)
             self._on_rank_0(lambda engine: cast(PushEngine, engine).finish_push(version))
         except BaseException:
-            self._abandon_push()
+            if self._engine is not None:
+                try:
+                    cast(PushEngine, self._engine).abandon_push()
+                except Exception as error:  # the failure that led here is the one to raise
+                    logger.warning("a weight update could not be closed: %s", _describe(error))
             raise
 
     def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
@@ -123,57 +131,44 @@ class CollectiveEngine:
         from megatron_pr2.rollout.sglang.push.session import WeightSender
 
         if isinstance(targets, DiskTarget):
-            return DiskSender(targets, self._rank).push(weights)
+            return DiskSender(targets, dist.get_rank()).push(weights)
         if self._sender is None:
             self._sender = WeightSender()
         self._sender.retarget(targets)
         return self._sender.push(weights)
 
-    def _agree_on_push(self, failure: str | None, sent: int) -> None:
-        """Raises on every rank what any rank met, or that nobody had anything to send."""
-        everyone: list[Any] = [None] * self._world
-        dist.all_gather_object(everyone, (failure, sent), group=self._group)
+    def _agree_on_push(self, failure: Exception | None, sent: int) -> None:
+        """Raises on every rank the failures of all ranks, or that nobody had anything to send."""
+        everyone = gathered((None if failure is None else _describe(failure), sent), self._group)
         failures: dict[str, list[str]] = {}
-        for rank, (told, _) in enumerate(everyone):
-            if told is not None:
-                failures.setdefault(told, []).append(str(rank))
+        for rank, (message, _) in enumerate(everyone):
+            if message is not None:
+                failures.setdefault(message, []).append(str(rank))
         if failures:
-            raise RolloutError("; ".join(f"rank {', '.join(ranks)}: {told}" for told, ranks in failures.items()))
+            raise RolloutError("; ".join(f"rank {', '.join(ranks)}: {message}" for message, ranks in failures.items()))
         if not any(count for _, count in everyone):
             raise RolloutError("weight update: no tensors were given")
-
-    def _abandon_push(self) -> None:
-        if self._engine is None:
-            return
-        try:
-            cast(PushEngine, self._engine).abandon_push()
-        except Exception as error:  # the failure that led here is what the caller hears of
-            logger.warning("a weight update could not be abandoned in order: %s", _describe(error))
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
     ) -> RolloutBatch:
         """All requests go to the engine on rank 0; each rank gets back its data-parallel share of the responses, in order."""
         shares: list[Any] | None = None
-        common: list[Any] = [None]
-        failure: Exception | None = None
-        if self._engine is not None:
-            try:
-                self._engine.on_progress = self.on_progress
-                batch = self._engine.generate(requests, sampling, return_routes=return_routes, enough=enough)
-                shares = [batch.responses[share(len(batch.responses), self._dp_size, dp)] for dp in self._dp_of_rank]
-                common = [(batch.stats, batch.finished)]
-            except Exception as error:
-                failure = error
-        self._raise_everywhere(failure)
+
+        def sample(engine: RolloutEngine) -> tuple[RolloutStats, list[int]]:
+            nonlocal shares
+            engine.on_progress = self.on_progress
+            batch = engine.generate(requests, sampling, return_routes=return_routes, enough=enough)
+            shares = [batch.responses[share(len(batch.responses), self._dp_size, dp)] for dp in self._dp_of_rank]
+            return batch.stats, batch.finished
+
+        stats, finished = self._on_rank_0(sample)
         received: list[Any] = [None]
         dist.scatter_object_list(received, shares, src=0, group=self._group)
-        dist.broadcast_object_list(common, src=0, group=self._group)
-        stats, finished = common[0]
         return RolloutBatch(received[0], stats, finished)
 
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """The engines' answers to the handshake probe, on every rank."""
+        """The engines' responses to the handshake probe, on every rank."""
         return self._on_rank_0(lambda engine: engine.score(token_ids))
 
     def close(self) -> None:
@@ -185,33 +180,26 @@ class CollectiveEngine:
             self._engine.close()
 
     def _on_rank_0(self, action: Callable[[RolloutEngine], T]) -> T:
-        result: list[Any] = [None]
-        failure: Exception | None = None
+        """What the action returns on rank 0, or raises there, on every rank."""
+        outcome: list[Any] = [None]
         if self._engine is not None:
             try:
-                result[0] = action(self._engine)
+                outcome = [(None, action(self._engine))]
             except Exception as error:
-                failure = error
-        self._raise_everywhere(failure)
-        dist.broadcast_object_list(result, src=0, group=self._group)
-        return result[0]
-
-    def _raise_everywhere(self, failure: Exception | None) -> None:
-        outcome: list[Any] = [None if failure is None else (isinstance(failure, EnvironmentFailed), _describe(failure))]
+                # A failing environment cannot be fixed by another engine: callers must not retry it.
+                outcome = [((isinstance(error, EnvironmentFailed), _describe(error)), None)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[0] is not None:
-            environment, told = outcome[0]
-            # A failing environment is not to be mended by another engine, so that nobody tries.
-            raise EnvironmentFailed(told) if environment else RolloutError(told)
+        failure, result = outcome[0]
+        if failure is not None:
+            environment, message = failure
+            raise EnvironmentFailed(message) if environment else RolloutError(message)
+        return result
 
 
 def _walked(
     weights: Iterable[tuple[str, torch.Tensor]], send: Callable[[Iterable[tuple[str, torch.Tensor]]], T]
 ) -> tuple[T | None, Exception | None]:
-    """What sending the weights gave, and the first failure; they are walked to the end in any case.
-
-    Exporting is collective: a rank has to keep in step with the others, also after a failure.
-    """
+    """What `send` returned, and the first failure. Weights are iterated to the end in any case: exporting is collective."""
     iterator = iter(weights)
     sent: T | None = None
     failure: Exception | None = None

@@ -6,8 +6,9 @@ and as a reference; log-probs and routes come from one last forward of the finis
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,7 @@ from megatron_pr2.attach import PR2
 from megatron_pr2.errors import ConfigError, EnvironmentFailed
 from megatron_pr2.parallel import grid as layout
 from megatron_pr2.replay.micro_batch import MicroBatch
-from megatron_pr2.rollout.base import (
-    Probe,
-    Progress,
-    RolloutBatch,
-    RolloutRequest,
-    RolloutResponse,
-    RolloutStats,
-    SamplingParams,
-)
+from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import share
 from megatron_pr2.routes.table import RouteTable
 
@@ -59,13 +52,9 @@ class MegatronEngine:
             raise ConfigError(f"the embedded rollout engine runs under data and expert parallelism only, not {sizes}; use sglang")
 
     def start(self) -> None:
-        """Nothing to start."""
+        """Nothing to start, nor to restart or to close."""
 
-    def restart(self) -> None:
-        """Nothing to restart."""
-
-    def close(self) -> None:
-        """Nothing to stop."""
+    restart = close = start
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """The engine is the actor: the weights are its own, only the version is taken."""
@@ -79,37 +68,38 @@ class MegatronEngine:
 
         With `enough`, only the requests of the first so many groups are sampled: this engine answers all at the same time.
         """
-        started = time.monotonic()
+        began = time.monotonic()
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         chosen = set(list(dict.fromkeys(request.group for request in requests))[:enough])
         finished = [index for index, request in enumerate(requests) if request.group in chosen]
         own = [requests[index] for index in finished[share(len(finished), size, rank)]]
         responses: list[RolloutResponse] = []
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with self._pr2.merged_gates():
-                for start in range(0, len(own), self._max):
-                    responses += self._wave(own[start : start + self._max], sampling, return_routes)
-        finally:
-            self._model.train(was_training)
+        with self._evaluating():
+            for start in range(0, len(own), self._max):
+                responses += self._wave(own[start : start + self._max], sampling, return_routes)
         tokens = torch.tensor([sum(int(r.loss_mask.sum()) for r in responses)], dtype=torch.int64)
         dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
-        stats = RolloutStats(time.monotonic() - started, int(tokens))
+        stats = RolloutStats(time.monotonic() - began, int(tokens))
         stats.route_bytes = size * sum(r.routes.nbytes for r in responses if r.routes is not None)
         return RolloutBatch(responses, stats, finished)
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
         """Log-probs and routes of given tokens under merged gates; every rank scores the same tokens."""
+        with self._evaluating():
+            logprobs, tables = self._forward_recorded([list(token_ids)], 1.0, True)
+        return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode with the prediction merged into its gates."""
         was_training = self._model.training
         self._model.eval()
         try:
             with self._pr2.merged_gates():
-                logprobs, tables = self._forward_recorded([list(token_ids)], 1.0, True)
+                yield
         finally:
             self._model.train(was_training)
-        return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
 
     def _wave(self, requests: list[RolloutRequest], sampling: SamplingParams, return_routes: bool) -> list[RolloutResponse]:
         sequences = [list(r.prompt_ids) for r in requests]
@@ -152,8 +142,8 @@ class MegatronEngine:
             if self.on_progress is not None:
                 self.on_progress(Progress(len(requests) - len(active), len(requests), sum(map(sum, sampled))))
         if self._largest(int(failure is not None)):
-            told = f"{type(failure).__name__}: {failure}" if failure is not None else "on another rank"
-            raise EnvironmentFailed(f"the environment of a request failed: {told}") from failure
+            where = f"{type(failure).__name__}: {failure}" if failure is not None else "on another rank"
+            raise EnvironmentFailed(f"the environment of a request failed: {where}") from failure
         logprobs, tables = self._forward_recorded(sequences, sampling.temperature, return_routes)
         out = []
         for i, request in enumerate(requests):

@@ -35,11 +35,7 @@ class HandshakeReport:
 
 
 def require_routes(engine: RolloutEngine) -> None:
-    """Refuses an engine that cannot return routes where they are to be replayed.
-
-    Raises:
-        ConfigError: `engine.returns_routes` is False.
-    """
+    """Raises ConfigError for an engine that cannot return routes where they are to be replayed."""
     if not engine.returns_routes:
         raise ConfigError(
             f"pr2.routes='engine', but the {engine.name} engine returns no routes; start it with route return on, or use "
@@ -48,16 +44,15 @@ def require_routes(engine: RolloutEngine) -> None:
 
 
 def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[int], dtype: str) -> HandshakeReport:
-    """Scores one probe with every engine and the actor and compares; call it after the same (merged) weights went to all of them.
+    """Scores one probe with every server behind an engine and with the actor, after the same (merged) weights went to all of them.
 
     Args:
-        engine: the rollout engine; all servers behind it are asked.
         actor: the actor's own model as an engine; collective, like every engine.
         probe_ids: a few dozen token ids.
         dtype: of the engine, selects the thresholds.
 
     Returns:
-        The worst of the engines' reports.
+        The worst of the servers' reports.
 
     Raises:
         ConfigError: fewer than two tokens, which have no log-prob to compare.
@@ -73,11 +68,7 @@ def handshake(engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[i
 
 
 def compare(probe: Probe, want: Probe, dtype: str) -> HandshakeReport:
-    """One engine's answer against what it should be.
-
-    Raises:
-        RolloutError: routes or log-probs differ by more than rounding explains.
-    """
+    """One engine's probe against what it should be; raises RolloutError as :func:`handshake`."""
     got = probe.routes
     if got.experts.shape != want.routes.experts.shape or probe.logprobs.shape != want.logprobs.shape:
         raise RolloutError(

@@ -202,7 +202,7 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
     code, output = finish(process)
     assert code == 0, output
     # Found dead before the next push, or in the middle of something.
-    assert "is lost and starts anew" in output or "restarting the engine" in output
+    assert "is lost and is restarted" in output or "restarting the engine" in output
     assert [r["step"] for r in records(run)] == [0, 1, 2, 3]
     train(*arguments, "steps=5")
     _, alive = psutil.wait_procs(server, timeout=20)

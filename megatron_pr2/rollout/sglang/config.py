@@ -1,4 +1,4 @@
-"""SGLangConfig: how to start or find the SGLang server, and how patient to be with it."""
+"""SGLangConfig: how to start or find the SGLang servers, time limits, retries and budgets."""
 
 from __future__ import annotations
 
@@ -147,16 +147,12 @@ class SGLangConfig:
             raise ConfigError(f"sglang.urls={list(self.urls)}: the same server is named twice")
         if self.urls and self.engines != 1:
             raise ConfigError(f"sglang.engines={self.engines}: the number of own servers; running ones are counted by urls")
-        for url in self.urls:
+        for url in (*self.urls, *({self.router} - {"none", "own"})):
             check_url(url, allow_remote=self.allow_remote, has_key=self.api_key_file is not None)
-        if self.router not in ("none", "own"):
-            check_url(self.router, allow_remote=self.allow_remote, has_key=self.api_key_file is not None)
         if not is_loopback(self.bind) and self.api_key_file is None:
             raise ConfigError(
                 f"sglang.bind={self.bind!r} lets other machines reach the server: set api_key_file, or use bind='127.0.0.1'"
             )
-        if self.first_gpu < 0:
-            raise ConfigError(f"sglang.first_gpu={self.first_gpu}: expected the index of a GPU, 0 or more")
         if self.python is not None:
             find_python(self.python)
         for name, allowed in (
@@ -174,7 +170,7 @@ class SGLangConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected a positive number")
-        for name in ("retries", "rerolls"):
+        for name in ("retries", "rerolls", "first_gpu"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected 0 or more")
         for flag in self.extra_flags:

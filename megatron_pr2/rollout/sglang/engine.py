@@ -1,13 +1,13 @@
 """SGLangEngine: any number of SGLang servers as one RolloutEngine, driven from one process.
 
-    scheduler.py   one generate call: concurrency, re-rolls, turns, early stop
+    scheduler.py   one generate call: concurrency, retries, turns, early stop
     fleet.py       who gets an attempt, what is in flight, halting it while weights are replaced
     replica.py     one server
     episode.py     one response over attempts, turns and weight versions
 
 `update_weights` may be called while another thread is inside `generate`: what is in flight is halted first, and goes on under the
-new weights (`SGLangConfig.interrupt`). A server that dies while others live costs nothing but time: its responses are sampled on by
-the others, and it is started anew before the next push.
+new weights (`SGLangConfig.interrupt`). A server that dies while others live costs nothing but time: the others continue its
+responses, and it is restarted before the next push.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -22,14 +23,7 @@ import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.hf.shape import ModelShape
-from megatron_pr2.rollout.base import (
-    Probe,
-    Progress,
-    RolloutBatch,
-    RolloutRequest,
-    RolloutStats,
-    SamplingParams,
-)
+from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutRequest, RolloutStats, SamplingParams
 from megatron_pr2.rollout.sglang import wire
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.episode import Episode
@@ -80,24 +74,21 @@ class SGLangEngine:
     # Lifecycle
 
     def start(self) -> None:
-        """Starts the own servers, or attaches; returns when a probe of each came back with valid routes.
+        """Starts the own servers, or attaches; returns when a probe of each returned valid routes.
 
         Raises:
             RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
         """
-        if self._servers.fleet is None:
+        if self._fleet is None:
             self._servers.start()
             self.weight_version = min(wire.parse_version(replica.label) for replica in self.replicas)
 
     def restart(self) -> None:
-        """Starts servers anew that died, all of them if none did; push the weights again before sampling.
+        """Restarts or reconnects servers that died, all of them if none did; push the weights again before sampling.
 
-        Attached servers are connected to anew. What was carried over from an early stop is kept.
-
-        Raises:
-            RolloutError: as start().
+        What was carried over from an early stop is kept. Raises as start().
         """
-        if self._servers.fleet is None:
+        if self._fleet is None:
             self._stop()
             self.start()
         else:
@@ -129,7 +120,7 @@ class SGLangEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Pushes tensors by Hugging Face name to every server and drops every cache; a part of the model will do.
 
-        SGLang skips names that it does not know without a word: the handshake after the push has to prove the content.
+        SGLang silently skips names that it does not know: the handshake after the push has to prove the content.
 
         Args:
             weights: tensors of any device; SGLang casts to its own dtype, the bytes travel as they are given.
@@ -151,7 +142,7 @@ class SGLangEngine:
         logger.info("pushed weights of version %d: %.1f MB in %.2f s", version, sent / 1e6, time.monotonic() - began)
 
     def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
-        """Halts sampling, starts lost servers anew and opens a weight update on each; what follows sends tensors to the targets.
+        """Halts sampling, restarts lost servers and opens a weight update on each; what follows sends tensors to the targets.
 
         Either finish_push or abandon_push must be called next, by the same thread.
 
@@ -166,7 +157,7 @@ class SGLangEngine:
             for replica in fleet.reachable():
                 if (reason := replica.why_dead()) is not None:
                     fleet.lost[replica.index] = reason
-                    logger.warning("%s is lost and starts anew: %s", replica.name, reason.splitlines()[0])
+                    logger.warning("%s is lost and is restarted: %s", replica.name, reason.splitlines()[0])
             self._servers.run(fleet.halt())
             self._servers.revive()
             self._updated = fleet.reachable()
@@ -178,11 +169,7 @@ class SGLangEngine:
             raise
 
     def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Sends tensors to the targets of begin_push; returns their bytes. Other processes may send theirs at the same time.
-
-        Raises:
-            RolloutError: a server refused, died or did not take a bucket in time.
-        """
+        """Sends tensors to the targets of begin_push; returns their bytes. Other processes may send theirs at the same time."""
         return self._update.push(weights)
 
     def finish_push(self, version: int) -> None:
@@ -196,26 +183,24 @@ class SGLangEngine:
         for replica in self._updated:
             replica.published(str(version))
         self.weight_version = version
-        self._go_on(fleet)
+        self._end_push(fleet)
 
     def abandon_push(self) -> None:
         """Closes a failed update as far as the servers still can; they refuse to sample until a push succeeds."""
         if not self._push_is_open:  # interrupted on its way out of finish_push
             return
         fleet = self._fleet
-        if fleet is None:  # close() was faster
-            self._push_is_open = False
-            self._updating.release()
-            return
         try:
-            self._update.abandon([replica for replica in self._updated if replica.connected])
+            if fleet is not None:
+                self._update.abandon([replica for replica in self._updated if replica.connected])
         finally:
-            self._go_on(fleet)
+            self._end_push(fleet)
 
-    def _go_on(self, fleet: Fleet) -> None:
+    def _end_push(self, fleet: Fleet | None) -> None:
         self._updated = []
         try:
-            self._servers.run(fleet.go_on())
+            if fleet is not None:  # else the engine was closed meanwhile
+                self._servers.run(fleet.go_on())
         except RolloutError as error:  # its attempts fail by themselves, with the reason
             logger.warning("an engine did not go on after a weight update: %s", error)
         finally:
@@ -235,19 +220,22 @@ class SGLangEngine:
             enough: groups that suffice; the rest is aborted, and what has a key is continued when it is asked for again.
 
         Returns:
-            Responses, and stats whose `extra` counts `rerolls` (attempts that brought nothing), `timeouts`, `retries` (of HTTP
-            requests), `invalid_rows` (of routes, which the live router will decide), `cached_tokens` (input tokens from the prefix
-            cache), `retractions`, `interrupted` (attempts stopped by a weight update or an early stop), `resumed` (responses
-            carried over), `turns`, `engines_lost` and `spilled_bytes`.
+            Responses, and stats whose `extra` counts `rerolls` (attempts that returned nothing usable), `timeouts`, `retries` (of
+            HTTP requests), `invalid_rows` (of routes, which fall back to the current router), `cached_tokens` (input tokens from
+            the prefix cache), `retractions`, `interrupted` (attempts stopped by a weight update or an early stop), `resumed`
+            (responses carried over), `turns`, `engines_lost` and `spilled_bytes`.
 
         Raises:
-            RolloutError: a response is lost (no engine is left, it was refused, timed out, or no answer could be believed).
-            RouteError: the last attempt's routes could not be believed.
+            RolloutError: a response is lost: no engine is left, it was refused, timed out, or stayed invalid.
+            RouteError: the last attempt's routes were invalid.
         """
         fleet = self._servers.running()
+        keys: set[str] = set()
         for index, request in enumerate(requests):
             wire.check_token_ids(request.prompt_ids, self.shape.vocab_size, f"request {index}")
-        self._check_keys(requests)
+            if request.key and request.key in keys:
+                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
+            keys.add(request.key)
         groups = len({request.group for request in requests})
         if enough is not None and not 1 <= enough <= groups:
             raise RolloutError(f"enough={enough}: the {len(requests)} requests are of {groups} groups; expected 1 to {groups}")
@@ -256,8 +244,7 @@ class SGLangEngine:
         try:
             if not fleet.halted and not fleet.live():
                 raise RolloutError(fleet.nothing_left())
-            began, retried, lost = time.monotonic(), self._retried(fleet), len(fleet.lost)
-            spilled = self.spill.counts().total_spilled_bytes
+            began, before = time.monotonic(), self._totals(fleet)
             fleet.forget_groups()
             sampling = self._bounded(sampling, requests)
             episodes = [self._episode(request, sampling, return_routes) for request in requests]
@@ -269,21 +256,15 @@ class SGLangEngine:
                 finished = [index for index, request in enumerate(requests) if request.group in chosen]
             finally:
                 returned = set(finished)
-                self._carried |= {
-                    e.request.key: e for i, e in enumerate(episodes) if e.request.key and i not in returned and e.num_sampled
-                }
+                rest = [episode for index, episode in enumerate(episodes) if index not in returned]
+                self._carried |= {episode.request.key: episode for episode in rest if episode.request.key and episode.num_sampled}
         finally:
             self._generating.release()
         counts = call.counts
-        counts["retries"] += self._retried(fleet) - retried
-        counts["engines_lost"] += len(fleet.lost) - lost
-        counts["spilled_bytes"] += self.spill.counts().total_spilled_bytes - spilled
-        stats = RolloutStats(
-            seconds=time.monotonic() - began,
-            generated_tokens=call.tokens,
-            route_bytes=call.route_bytes,
-            extra={name: float(counts[name]) for name in _COUNTS},
-        )
+        counts.update(self._totals(fleet))
+        counts.subtract(before)
+        extra = {name: float(counts[name]) for name in _COUNTS}
+        stats = RolloutStats(time.monotonic() - began, call.tokens, call.route_bytes, extra)
         return RolloutBatch([call.responses[index] for index in finished], stats, finished)
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -292,7 +273,7 @@ class SGLangEngine:
             self._carried.pop(key, None)
 
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """Handshake probe of every server, computed anew: prefix caches are flushed first, so they have to be idle.
+        """Handshake probe of every server; prefix caches are flushed first, so the servers have to be idle.
 
         Raises:
             RolloutError, RouteError: as generate().
@@ -302,8 +283,8 @@ class SGLangEngine:
 
     def _bounded(self, sampling: SamplingParams, requests: Sequence[RolloutRequest]) -> SamplingParams:
         """A server refuses what exceeds its context, which would end the call: replies may make a response that long."""
-        limits = [replica.max_length for replica in self.replicas if replica.connected and replica.max_length is not None]
-        limit = min([*limits, *([] if sampling.max_length is None else [sampling.max_length])], default=None)
+        lengths = [sampling.max_length, *(replica.max_length for replica in self.replicas if replica.connected)]
+        limit = min((length for length in lengths if length is not None), default=None)
         if limit is None:
             return sampling
         for index, request in enumerate(requests):
@@ -321,16 +302,11 @@ class SGLangEngine:
             return carried
         return Episode(request, sampling, self.shape, return_routes=return_routes)
 
-    def _check_keys(self, requests: Sequence[RolloutRequest]) -> None:
-        seen: set[str] = set()
-        for index, request in enumerate(requests):
-            if request.key and request.key in seen:
-                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
-            seen.add(request.key)
-
-    def _retried(self, fleet: Fleet) -> int:
+    def _totals(self, fleet: Fleet) -> Counter[str]:
+        """Counts over the engine's life."""
         clients = [fleet.front, *(r.http for r in self.replicas if r.connected)]
-        return sum(client.retried for client in clients if client is not None)
+        retries = sum(client.retried for client in clients if client is not None)
+        return Counter(retries=retries, engines_lost=len(fleet.lost), spilled_bytes=self.spill.counts().total_spilled_bytes)
 
 
 _COUNTS = (

@@ -20,37 +20,33 @@ class Episode:
 
     Attributes:
         request: whose response it is.
-        finish_reason: None while it is not finished.
-        failures: attempts that brought nothing since the last one that did.
+        response_ids: the response so far.
+        num_sampled: tokens of it that the policy sampled.
+        finish_reason: None while the policy has to go on.
+        finished: the response, once no turn follows.
+        failures: attempts that returned nothing usable since the last one that did.
         engine: index of the engine that holds its prefix, None before the first attempt.
     """
 
     def __init__(self, request: RolloutRequest, sampling: SamplingParams, shape: ModelShape, *, return_routes: bool) -> None:
         self.request = request
+        self.response_ids: list[int] = []
+        self.num_sampled = 0
+        self.finish_reason: str | None = None
+        self.finished: RolloutResponse | None = None
+        self.failures = 0
+        self.engine: int | None = None
         self._sampling = sampling
         self._shape = shape
         self._return_routes = return_routes
-        self._response: list[int] = []
-        self._logprobs: list[np.ndarray] = []
-        self._versions: list[np.ndarray] = []
-        self._own: list[np.ndarray] = []
-        self._sampled = 0
         self._routes = RouteSplice(shape)
-        self.turns = 1
-        self.finish_reason: str | None = None
-        self.failures = 0
-        self.engine: int | None = None
-        self._sealed: RolloutResponse | None = None
-
-    @property
-    def num_sampled(self) -> int:
-        """Tokens that the policy sampled so far."""
-        return self._sampled
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # log-probs, versions, whether the policy's own
+        self._turns = 1
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response so far."""
-        return len(self.request.prompt_ids) + len(self._response)
+        return len(self.request.prompt_ids) + len(self.response_ids)
 
     @property
     def known_rows(self) -> int | None:
@@ -70,43 +66,41 @@ class Episode:
     def resume(self, request: RolloutRequest, sampling: SamplingParams) -> None:
         """Goes on for another request of the same key."""
         self.request, self._sampling, self.failures, self.engine = request, sampling, 0, None
-        if self.finish_reason is None and self._room(0) <= 0:
+        if self.finish_reason is None and self._room() <= 0:
             self.finish_reason = "length"
 
     def ask(self, cache_key: str) -> Ask:
         """The next attempt: the sequence so far as input, routes from the first token on whose row is not known."""
-        first_row = self.known_rows
         return Ask(
-            rid=encode_rid(uuid.uuid4().hex, first_row),
-            input_ids=[*self.request.prompt_ids, *self._response],
-            first_row=first_row,
-            max_new_tokens=self._room(0),
+            rid=encode_rid(uuid.uuid4().hex, self.known_rows),
+            input_ids=[*self.request.prompt_ids, *self.response_ids],
+            first_row=self.known_rows,
+            max_new_tokens=self._room(),
             seed=self.request.seed,
             cache_key=cache_key,
         )
 
     def extend(self, sampled: Sampled, where: str) -> None:
-        """Takes what an attempt brought.
+        """Appends what an attempt returned.
 
         Raises:
-            RouteError: its rows do not fit to what is known.
+            RouteError: its rows do not continue the known ones.
         """
-        if sampled.token_ids and self._return_routes:
+        ids = sampled.token_ids
+        if ids and self._return_routes:
             assert sampled.routes is not None
             self._routes.append(self._routes.rows, sampled.routes, where)
-        if sampled.token_ids:
+        if ids:
             self.failures = 0
-        self._response += sampled.token_ids
-        self._logprobs.append(sampled.logprobs)
-        self._versions.append(sampled.versions)
-        self._own.append(np.ones(len(sampled.token_ids), dtype=bool))
-        self._sampled += len(sampled.token_ids)
+        self.response_ids += ids
+        self._parts.append((sampled.logprobs, sampled.versions, np.ones(len(ids), dtype=bool)))
+        self.num_sampled += len(ids)
         if sampled.finish != "abort":
             self.finish_reason = sampled.finish
-        elif sampled.token_ids and sampled.token_ids[-1] in self._sampling.stop_token_ids:
+        elif ids and ids[-1] in self._sampling.stop_token_ids:
             # SGLang decodes once more before it honours an abort, and does not look whether that token is a stop token.
             self.finish_reason = "stop"
-        elif self._room(0) <= 0:
+        elif self._room() <= 0:
             self.finish_reason = "length"
 
     def take_turn(self, reply: Sequence[int] | None, where: str) -> None:
@@ -119,56 +113,43 @@ class Episode:
         if reply is None:
             return
         check_token_ids(list(reply), self._shape.vocab_size, f"{where}: the environment's reply")
-        if self._room(len(reply)) <= 0 or self.turns >= self._sampling.max_turns:
+        if self._room(len(reply)) <= 0 or self._turns >= self._sampling.max_turns:
             self.finish_reason = "length"
             return
-        self._response += reply
-        self._logprobs.append(np.zeros(len(reply), dtype=np.float32))
-        self._versions.append(np.full(len(reply), -1, dtype=np.int64))
-        self._own.append(np.zeros(len(reply), dtype=bool))
-        self.turns += 1
+        size = len(reply)
+        self.response_ids += reply
+        self._parts.append((np.zeros(size, np.float32), np.full(size, -1, np.int64), np.zeros(size, bool)))
+        self._turns += 1
         self.finish_reason = None
 
-    @property
-    def response_ids(self) -> tuple[int, ...]:
-        """The response so far."""
-        return tuple(self._response)
-
     def response(self, where: str) -> RolloutResponse:
-        """The finished response.
+        """The response, put together.
 
         Raises:
             RouteError: rows are missing.
             RolloutError: it is not finished.
         """
-        if self._sealed is not None:
-            return self._sealed
         if self.finish_reason is None:
             raise RolloutError(f"{where}: the response is not finished")
+        logprobs, versions, own = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         return RolloutResponse(
             prompt_ids=tuple(self.request.prompt_ids),
-            response_ids=self.response_ids,
-            logprobs=np.concatenate(self._logprobs),
+            response_ids=tuple(self.response_ids),
+            logprobs=logprobs,
             routes=self._routes.table(self.num_tokens, where) if self._return_routes else None,
             finish_reason=self.finish_reason,
-            weight_versions=np.concatenate(self._versions),
-            loss_mask=np.concatenate(self._own),
-            turns=self.turns,
+            weight_versions=versions,
+            loss_mask=own,
+            turns=self._turns,
         )
 
-    @property
-    def sealed(self) -> bool:
-        """Whether the response is finished for good: no turn follows."""
-        return self._sealed is not None
+    def finish(self, response: RolloutResponse) -> None:
+        """Keeps the finished response instead of its parts."""
+        self.finished = response
+        self._routes, self._parts = RouteSplice(self._shape), []
 
-    def seal(self, response: RolloutResponse) -> None:
-        """Keeps the finished response instead of what it was put together from."""
-        self._sealed = response
-        self._routes = RouteSplice(self._shape)
-        self._logprobs, self._versions, self._own = [], [], []
-
-    def _room(self, reply: int) -> int:
+    def _room(self, reply: int = 0) -> int:
         """Tokens that may still be sampled after a reply of so many."""
         sampling = self._sampling
-        room = sampling.max_new_tokens - self._sampled
+        room = sampling.max_new_tokens - self.num_sampled
         return room if sampling.max_length is None else min(room, sampling.max_length - self.num_tokens - reply)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_pr2.errors import RolloutError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # An abort that overtakes its request is lost, so aborts are repeated until nothing is in flight.
 _ABORT_EVERY_S = 0.25
 _ABORT_TIMEOUT_S = 10.0
-# Larger answers are decoded beside the event loop.
+# Larger responses are decoded in a thread.
 _DECODE_INLINE_BYTES = 1 << 20
 
 
@@ -72,10 +72,10 @@ class Fleet:
     # Attempts
 
     async def attempt(self, episode: Episode, sampling: SamplingParams, where: str) -> Sampled:
-        """Sends one attempt and returns what it brought, checked.
+        """Sends one attempt and returns its checked response.
 
         Raises:
-            AnswerError, RouteError: an answer that cannot be believed.
+            AnswerError, RouteError: an invalid response.
             TimedOutError: none in time; it was aborted.
             EngineDiedError: no replica is left, or the one that was asked died (it is among `lost` then).
             RolloutError: the server refused, or somebody else replaced its weights.
@@ -86,7 +86,12 @@ class Fleet:
         asked = [replica] if replica is not None else self.reachable()
         if not asked:
             raise EngineDiedError(self.nothing_left())
-        self._check_usable(asked)
+
+        def check_usable() -> None:  # a router sends attempts to unusable replicas all the same
+            for one in asked:
+                one.check_usable()
+
+        check_usable()
         began = [len(r.labels) - 1 for r in asked]
         newest = max((r.label for r in asked), key=wire.parse_version)
         cache_key = f"pr2.{newest}"
@@ -115,21 +120,22 @@ class Fleet:
                 body = await client.body("POST", "/generate", payload, where=where, max_bytes=limit, reserve=reserve)
                 if self._config.interrupt == "in_place":  # an update of this very moment may yet fail
                     await self.opened()
-                self._check_usable(asked)
+                check_usable()
                 # Weights may be replaced any number of times while attempts are paused in place.
                 labels = [label for r, first in zip(asked, began, strict=True) for label in r.labels[first:]]
                 allowed = {label: wire.parse_version(label) for label in labels}
-                parse = self._parse
-                if len(body) < _DECODE_INLINE_BYTES:
-                    return parse(body, asks[-1], allowed, where)
-                return await asyncio.to_thread(parse, body, asks[-1], allowed, where)
+
+                def parse() -> Sampled:
+                    return wire.parse_generate(parse_body(body, where), asks[-1], self._shape, allowed, where)
+
+                return parse() if len(body) < _DECODE_INLINE_BYTES else await asyncio.to_thread(parse)
         except EngineDiedError as error:
             if replica is not None and replica.index not in self.lost:
                 self.lost[replica.index] = str(error)
                 logger.warning("%s is lost: %s", replica.name, str(error).splitlines()[0])
             raise
         except TimedOutError:
-            await self.abort([ask.rid for ask in asks])
+            await self._abort({ask.rid: replica for ask in asks})
             raise
         except asyncio.CancelledError:
             self._left |= {ask.rid: replica for ask in asks[-1:]}
@@ -139,15 +145,6 @@ class Fleet:
                 self._in_flight.pop(asks[-1].rid, None)
             if replica is not None:
                 replica.load -= 1
-
-    def _parse(self, body: bytearray, ask: Ask, allowed: dict[str, int], where: str) -> Sampled:
-        return wire.parse_generate(parse_body(body, where), ask, self._shape, allowed, where)
-
-    @staticmethod
-    def _check_usable(asked: list[SGLangReplica]) -> None:
-        """Raises RolloutError if one that may answer must not sample: a router sends attempts to it all the same."""
-        for replica in asked:
-            replica.check_usable()
 
     def _choose(self, episode: Episode) -> SGLangReplica:
         """The replica that holds the sequence's or the group's prefix, unless it is much busier than the idlest one."""
@@ -167,7 +164,7 @@ class Fleet:
         return chosen
 
     def forget_groups(self) -> None:
-        """Group numbers are of one call; the next one starts afresh."""
+        """Before a call: group numbers are of one call."""
         self._of_group.clear()
 
     def nothing_left(self) -> str:
@@ -178,28 +175,20 @@ class Fleet:
 
     # Stopping what is in flight
 
-    async def abort(self, rids: Collection[str]) -> None:
+    async def _abort(self, attempts: Mapping[str, SGLangReplica | None]) -> None:
         """Asks the servers to stop attempts and return what they have; best effort, since an attempt may just have ended."""
-        calls = [
-            self._abort_one(replica, rid)
-            for rid in rids
-            for replica in ([self._in_flight.get(rid)] if self._in_flight.get(rid) is not None else self.live())
-            if replica is not None
-        ]
-        await asyncio.gather(*calls)
+        every = [(rid, r) for rid, replica in attempts.items() for r in ([replica] if replica is not None else self.live())]
+        await asyncio.gather(*(self._abort_one(replica, rid) for rid, replica in every))
 
     async def abort_left(self) -> None:
-        """Stops at the servers what was given up here; they would sample on for nobody and refuse to drop their caches."""
+        """Stops at the servers what was given up here; they would go on sampling and refuse to flush their caches."""
         left, self._left = self._left, {}
-        await asyncio.gather(
-            *(self._abort_one(r, rid) for rid, replica in left.items() for r in ([replica] if replica is not None else self.live()))
-        )
+        await self._abort(left)
 
     async def _abort_one(self, replica: SGLangReplica, rid: str) -> None:
         try:
-            await replica.http.body(
-                "POST", "/abort_request", {"rid": rid}, where="abort", retry=False, timeout_s=_ABORT_TIMEOUT_S
-            )
+            options: dict[str, Any] = {"where": "abort", "retry": False, "timeout_s": _ABORT_TIMEOUT_S}
+            await replica.http.body("POST", "/abort_request", {"rid": rid}, **options)
         except RolloutError as error:
             logger.info("%s did not take an abort: %s", replica.name, error)
 
@@ -213,7 +202,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.request_timeout_s
         while self._in_flight:
-            await self.abort(list(self._in_flight))
+            await self._abort(self._in_flight)
             wait_until = loop.time() + _ABORT_EVERY_S
             while self._in_flight and loop.time() < wait_until:
                 await asyncio.sleep(0.005)
@@ -243,7 +232,7 @@ class Fleet:
         """
         paused, self._paused = self._paused, []
         self._open.set()
-        # Those that were taken for lost meanwhile as well: nobody else would ever let them go on.
+        # Those that were given up meanwhile as well: nobody else would tell them to go on.
         reachable = [r for r in paused if r.connected and r.paused]
         told = await asyncio.gather(*(self._post(r, "/continue_generation", {}) for r in reachable), return_exceptions=True)
         for replica in reachable:

@@ -1,7 +1,7 @@
 """SGLangReplica: one SGLang server, our own or somebody else's, from the first connection to its end.
 
 A replica whose weights are not what was last pushed - it was restarted, or a push failed half-way - is not usable until a push
-succeeds. What is asked of it while it samples is in fleet.py.
+succeeds. What it is asked while it samples is in fleet.py.
 """
 
 from __future__ import annotations
@@ -33,60 +33,50 @@ _PROBE_IDS = (1, 2, 3, 5, 8, 13)
 class SGLangReplica:
     """One server behind an SGLangEngine.
 
+    Args:
+        url: of a running server, None to start one by `config`.
+        api_key: of the server.
+
     Attributes:
         index: among the replicas of the engine.
         server: the own server, None for one that is attached to.
+        url: base URL; that of an own server is known once it was started.
+        api_key: what clients have to present.
         labels: version labels that the server has stamped on what it sampled; the last one is that of now.
         unusable: why it must not sample, None if it may.
         load: attempts in flight.
         paused: told to pause for a weight update; its health check fails until it goes on.
-        max_length: tokens of prompt and response together that it takes at most; None where it does not say.
+        max_length: tokens of prompt and response together that it takes at most; None where it does not report it.
+        session, target: what controls its weight updates, and where weights go; while it is connected.
     """
 
+    session: PushSession
+    target: PushTarget
+
     def __init__(self, index: int, config: SGLangConfig, shape: ModelShape, *, url: str | None, api_key: str | None) -> None:
-        """Args:
-        url: of a running server, None to start one by `config`.
-        api_key: of the server.
-        """
         self.index = index
         self.config = config
         self.shape = shape
         self.server = SGLangServer(config, api_key) if url is None else None
+        self.url = url or ""
+        self.api_key = self.server.api_key if self.server is not None else api_key
         self.labels = [""]
         self.unusable: str | None = "it was not started"
         self.load = 0
-        self.pushed = False
         self.paused = False
         self.max_length: int | None = None
-        self._session: PushSession | None = None
-        self._target: PushTarget | None = None
-        self._url = url or ""
-        self._api_key = api_key
+        self._pushed = False
         self._http: HttpClient | None = None
 
     @property
     def name(self) -> str:
-        """For errors: says which server it is."""
-        return f"SGLang server {self._url or self.index}"
+        """For errors."""
+        return f"SGLang server {self.url or self.index}"
 
     @property
     def label(self) -> str:
         """The version label that the server stamps on what it samples now."""
         return self.labels[-1]
-
-    @label.setter
-    def label(self, label: str) -> None:
-        self.labels.append(label)
-
-    @property
-    def url(self) -> str:
-        """Base URL; that of an own server is known once it was started."""
-        return self._url
-
-    @property
-    def api_key(self) -> str | None:
-        """What clients have to present."""
-        return self.server.api_key if self.server is not None else self._api_key
 
     @property
     def connected(self) -> bool:
@@ -95,29 +85,13 @@ class SGLangReplica:
 
     @property
     def http(self) -> HttpClient:
-        """Its client.
-
-        Raises:
-            RolloutError: it is not started.
-        """
+        """Its client; raises RolloutError if it is not started."""
         if self._http is None:
             raise RolloutError("the rollout engine is not running; call start()")
         return self._http
 
-    @property
-    def session(self) -> PushSession:
-        """What controls its weight updates, while it is connected."""
-        assert self._session is not None
-        return self._session
-
-    @property
-    def target(self) -> PushTarget:
-        """Where its weights go, while it is connected."""
-        assert self._target is not None
-        return self._target
-
     def start(self, loop: LoopThread) -> None:
-        """Starts the own server, or attaches; returns when a probe came back with valid routes.
+        """Starts the own server, or attaches; returns when a probe returned valid routes.
 
         Args:
             loop: where its client runs.
@@ -130,7 +104,7 @@ class SGLangReplica:
         try:
             if self.server is not None:
                 self.server.start()
-                self._url = self.server.url
+                self.url = self.server.url
             self._connect(loop)
         except BaseException:
             self.stop()
@@ -138,7 +112,6 @@ class SGLangReplica:
 
     def stop(self) -> None:
         """Disconnects and stops an own server; safe to call twice and after a failure."""
-        self._session, self._target = None, None
         http, self._http = self._http, None
         if http is not None:
             http.close()
@@ -147,20 +120,19 @@ class SGLangReplica:
         self.unusable = "it was stopped"
 
     def _connect(self, loop: LoopThread) -> None:
-        config = self.config
-        settings = config.client_settings()
-        self._http = HttpClient(self._url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
-        info = self.get("/server_info")
+        settings = self.config.client_settings()
+        self._http = HttpClient(self.url, api_key=self.api_key, loop=loop, why_dead=self.why_dead, **settings)
+        info = self._get("/server_info")
         check_server_info(info, self.name)
-        self._session = PushSession(self._http)
-        self._target = push_target(config, self._url, self.api_key, info, self.name)
+        self.session = PushSession(self._http)
+        self.target = push_target(self.config, self.url, self.api_key, info, self.name)
         limit = info.get("max_req_input_len")
         self.max_length = limit if type(limit) is int and limit > 0 else None
         self.paused = False
-        self.label = self.read_label()
+        self.labels.append(self._read_label())
         self.unusable = None
         self._prove_routes()
-        if self.pushed:
+        if self._pushed:
             self.unusable = "its server was restarted and does not hold the weights of the last push"
 
     def _prove_routes(self) -> None:
@@ -169,12 +141,12 @@ class SGLangReplica:
         try:
             routes = self.score(ids).routes
         except (RouteError, RolloutError) as error:
-            raise RolloutError(f"{self.name}: the probe after the start failed: {error}{self.log()}") from error
+            raise RolloutError(f"{self.name}: the probe after the start failed: {error}{self._log()}") from error
         if routes.num_missing:
             raise RolloutError(
                 f"{self.name}: {routes.num_missing} of {len(ids)} rows of the probe's routes are unusable (duplicate or "
                 "out-of-range expert ids, or layers of zeros); its MoE kernel does not record routes, or ModelShape describes "
-                f"another model.{self.log()}"
+                f"another model.{self._log()}"
             )
 
     def why_dead(self) -> str | None:
@@ -185,7 +157,7 @@ class SGLangReplica:
             # Outside the client's pool, which may be exhausted; /health needs no key.
             # SGLang's /health generates a token, which a paused server does not do; any answer shows that a paused one lives.
             path = "/model_info" if self.paused else "/health"
-            with httpx.stream("GET", f"{self._url}{path}", timeout=30.0, trust_env=False) as answer:
+            with httpx.stream("GET", f"{self.url}{path}", timeout=30.0, trust_env=False) as answer:
                 status = answer.status_code
         except httpx.HTTPError as error:
             # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
@@ -194,19 +166,14 @@ class SGLangReplica:
                 if not self.server.alive():
                     return self.server.describe_end()
                 time.sleep(0.05)
-            return f"{self._url} does not answer ({type(error).__name__}: {error}).{self.log()}"
-        return None if status == 200 or self.paused else f"{self._url}/health answers {status}.{self.log()}"
+            return f"{self.url} does not answer ({type(error).__name__}: {error}).{self._log()}"
+        return None if status == 200 or self.paused else f"{self.url}/health answers {status}.{self._log()}"
 
-    def log(self) -> str:
+    def _log(self) -> str:
         """The last lines of an own server's log, ready to be appended to an error."""
         return self.server.describe_log() if self.server is not None else ""
 
-    def get(self, path: str) -> dict[str, Any]:
-        """The object that a GET answers.
-
-        Raises:
-            RolloutError: it is none.
-        """
+    def _get(self, path: str) -> dict[str, Any]:
         answer = self.http.run(self.http.json("GET", path, where=self.name))
         if not isinstance(answer, dict):
             raise RolloutError(f"{self.name}: {path} answered {str(answer)[:200]}, expected an object; is this an SGLang server?")
@@ -218,14 +185,14 @@ class SGLangReplica:
         Raises:
             RolloutError: it reports another version.
         """
-        reported = self.read_label()
+        reported = self._read_label()
         if reported != label:
             raise RolloutError(f"weight update: {self.name} reports version {reported!r} after a push of version {label}")
-        self.label, self.unusable, self.pushed = label, None, True
+        self.labels.append(label)
+        self.unusable, self._pushed = None, True
 
-    def read_label(self) -> str:
-        """The version label that the server reports now."""
-        return str(self.get("/model_info").get("weight_version"))
+    def _read_label(self) -> str:
+        return str(self._get("/model_info").get("weight_version"))
 
     def check_usable(self) -> None:
         """Raises RolloutError unless it may sample."""
@@ -233,10 +200,10 @@ class SGLangReplica:
             raise RolloutError(f"the rollout engine cannot sample: {self.unusable}; call update_weights()")
 
     def score(self, token_ids: Sequence[int]) -> Probe:
-        """Handshake probe, computed anew: the prefix cache is flushed first, so the server has to be idle.
+        """Handshake probe; the prefix cache is flushed first, so the server has to be idle.
 
         Raises:
-            RolloutError, RouteError: no answer, or one that cannot be believed.
+            RolloutError, RouteError: no response, or an invalid one.
         """
         http = self.http
         self.check_usable()

@@ -1,4 +1,4 @@
-"""RolloutCall: one generate call: all its episodes at bounded concurrency, re-rolls, turns, and an early stop."""
+"""RolloutCall: one generate call: all its episodes at bounded concurrency, retries, turns, and an early stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 from megatron_pr2.errors import EnvironmentFailed, RolloutError, RouteError
 from megatron_pr2.rollout.base import Progress, RolloutResponse, SamplingParams
@@ -23,7 +24,8 @@ from megatron_pr2.rollout.sglang.wire import Sampled
 logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.25
-_WORTH_ANOTHER_TRY = (AnswerError, RouteError, TimedOutError, TooLongError, UnavailableError)
+_RETRIED = (AnswerError, RouteError, TimedOutError, TooLongError, UnavailableError)
+Kept = TypeVar("Kept", RolloutResponse, Sampled)
 
 
 class RolloutCall:
@@ -63,7 +65,7 @@ class RolloutCall:
         self._on_progress = on_progress
         self._reported = 0.0
         self._stopping = False
-        # Slow tools must not keep answers from being decoded.
+        # Slow tools must not delay decoding.
         self._environments = ThreadPoolExecutor(config.concurrency, thread_name_prefix="environment")
         self._slots = asyncio.Semaphore(config.concurrency)
         self._left = Counter(episode.request.group for episode in episodes)
@@ -85,48 +87,42 @@ class RolloutCall:
             self._environments.shutdown(wait=False, cancel_futures=True)
             self._report(at_once=True)
 
-    def where(self, index: int) -> str:
-        """Names a response in errors."""
-        request = self.episodes[index].request
-        key = f", key {request.key}" if request.key else ""
-        return f"request {index} of {len(self.episodes)} (seed {request.seed}{key})"
-
     async def _in_slot(self, index: int) -> None:
         async with self._slots:
             if self._stopping:
                 return
+            request, limit = self.episodes[index].request, self._config.deadline_s
+            key = f", key {request.key}" if request.key else ""
+            where = f"request {index} of {len(self.episodes)} (seed {request.seed}{key})"
             try:
-                async with asyncio.timeout(self._config.deadline_s):
-                    await self._sample(index)
+                async with asyncio.timeout(limit):
+                    await self._sample(index, where)
             except TimeoutError as error:
-                raise TimedOutError(
-                    f"{self.where(index)}: not finished within {self._config.deadline_s:g} s; raise deadline_s "
-                    "or look at the engines"
-                ) from error
+                raise TimedOutError(f"{where}: not finished within {limit:g} s; raise deadline_s or look at the engines") from error
 
-    async def _sample(self, index: int) -> None:
+    async def _sample(self, index: int, where: str) -> None:
         """All attempts and turns of one response, until it is finished or everything stops."""
-        episode, where = self.episodes[index], self.where(index)
+        episode = self.episodes[index]
         if episode.num_sampled:
             self.counts["resumed"] += 1
-        while not episode.sealed:
+        while episode.finished is None:
             while episode.finish_reason is None:
                 await self._fleet.opened()
                 if self._stopping:
                     return
                 await self._try(episode, where)
             if not await self._next_turn(episode, where):
-                await self._seal(episode, where)
-        self.responses[index] = response = episode.response(where)
-        self.counts["turns"] += response.turns
+                episode.finish(await self._kept(episode.response(where)))
+        self.responses[index] = episode.finished
+        self.counts["turns"] += episode.finished.turns
         self._report()
         await self._finished(episode.request.group)
 
-    async def _seal(self, episode: Episode, where: str) -> None:
-        response = episode.response(where)
-        if response.routes is not None:
-            response = replace(response, routes=await asyncio.to_thread(self._spill.keep, response.routes))
-        episode.seal(response)
+    async def _kept(self, item: Kept) -> Kept:
+        """The same with its routes within the budget of memory."""
+        if item.routes is None:
+            return item
+        return replace(item, routes=await asyncio.to_thread(self._spill.keep, item.routes))
 
     async def _try(self, episode: Episode, where: str) -> None:
         halts = self._fleet.halts
@@ -140,11 +136,10 @@ class RolloutCall:
                 raise RouteError(
                     f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids"
                 )
-            if sampled.routes is not None:
-                sampled = replace(sampled, routes=await asyncio.to_thread(self._spill.keep, sampled.routes))
+            sampled = await self._kept(sampled)
             episode.extend(sampled, where)
-        except _WORTH_ANOTHER_TRY as error:
-            if self._stopping:  # enough is there: nothing depends on this one
+        except _RETRIED as error:
+            if self._stopping:  # enough groups are complete: nothing depends on this one
                 return
             episode.failures += 1
             self.counts["rerolls"] += 1
@@ -155,20 +150,15 @@ class RolloutCall:
         except EngineDiedError:
             if self._stopping:
                 return
-            # Another replica takes over where this one ended.
             self.counts["rerolls"] += 1
-            # While weights are replaced none is live, but some will be.
+            # Another replica goes on from what is known; while weights are replaced none is live, but some will be.
             if self._fleet.front is not None or not (self._fleet.live() or self._fleet.halted):
                 raise
         else:
-            self._count(sampled)
-
-    def _count(self, sampled: Sampled) -> None:
-        self.route_bytes += sampled.route_bytes
-        self.tokens += len(sampled.token_ids)
-        self.counts["invalid_rows"] += sampled.invalid_rows
-        self.counts["cached_tokens"] += sampled.cached_tokens
-        self.counts["retractions"] += sampled.retractions
+            self.route_bytes += sampled.route_bytes
+            self.tokens += len(sampled.token_ids)
+            for name in ("invalid_rows", "cached_tokens", "retractions"):
+                self.counts[name] += getattr(sampled, name)
 
     async def _next_turn(self, episode: Episode, where: str) -> bool:
         """Lets the environment reply to a finished turn; whether there is another one."""
@@ -176,9 +166,8 @@ class RolloutCall:
         if environment is None or episode.finish_reason != "stop":
             return False
         try:
-            loop = asyncio.get_running_loop()
-            ids = (episode.request.prompt_ids, episode.response_ids)
-            reply = await loop.run_in_executor(self._environments, environment.reply, *ids)
+            ids = (episode.request.prompt_ids, tuple(episode.response_ids))
+            reply = await asyncio.get_running_loop().run_in_executor(self._environments, environment.reply, *ids)
         except Exception as error:
             raise EnvironmentFailed(f"{where}: its environment failed: {type(error).__name__}: {error}") from error
         try:

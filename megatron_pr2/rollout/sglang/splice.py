@@ -1,4 +1,4 @@
-"""RouteSplice: the routes of a sequence that is sampled in several attempts, put together by token position.
+"""RouteSplice: the routes of a sequence that is sampled in several attempts, joined by token position.
 
 Row i belongs to input token i and is taken from the attempt in which that token was an input for the first time, so it is the
 route that the token's successor was sampled with. The last token of an attempt was no input yet: its row comes with the next
@@ -15,7 +15,7 @@ from megatron_pr2.routes.table import RouteTable
 
 
 class RouteSplice:
-    """Collects rows in order, without gaps and without a second opinion on a row.
+    """Collects rows in order, without gaps, each row once.
 
     Attributes:
         rows: rows known so far, those of tokens 0 .. rows - 1.
@@ -57,9 +57,9 @@ class RouteSplice:
         """
         if self.rows != num_tokens - 1:
             raise RouteError(f"{where}: {self.rows} rows for {num_tokens} tokens; expected one less than tokens")
-        if len(self._parts) == 1:
-            return self._parts[0]
         *earlier, last = self._parts
+        if not earlier:
+            return last
         experts = [part.experts[:-1] for part in earlier] + [last.experts]
         valid = [part.valid[:-1] for part in earlier] + [last.valid]
         return RouteTable(np.concatenate(experts), np.concatenate(valid), self._shape.num_experts)
