@@ -1,7 +1,7 @@
 """RolloutEngine: what the trainer asks of an engine, whatever runs behind it.
 
 Every method is collective: all trainer ranks call it, with the same arguments unless said otherwise. An engine that lives on
-one rank only does its work there and takes part in nothing else; `rollout/collective.py` hands the results round.
+one rank only does its work there; `rollout/collective.py` distributes the results.
 """
 
 from __future__ import annotations
@@ -151,7 +151,6 @@ class RolloutBatch:
 
     Attributes:
         responses: in the order of their requests.
-        stats: of the call.
         finished: indices of the requests that were answered, ascending: all of them, or those of the groups that were enough.
     """
 

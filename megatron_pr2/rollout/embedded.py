@@ -66,7 +66,7 @@ class MegatronEngine:
     ) -> RolloutBatch:
         """Samples this rank's share of the requests; all ranks run their forwards in step (experts are shared).
 
-        With `enough`, only the requests of the first so many groups are sampled: this engine answers all at the same time.
+        With `enough`, only the requests of the first so many groups are sampled: all of them finish at the same time.
         """
         began = time.monotonic()
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -85,7 +85,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """Log-probs and routes of given tokens under merged gates; every rank scores the same tokens."""
+        """Every rank scores the same tokens, under merged gates."""
         with self._evaluating():
             logprobs, tables = self._forward_recorded([list(token_ids)], 1.0, True)
         return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
@@ -164,7 +164,7 @@ class MegatronEngine:
         return out
 
     def _largest(self, value: int) -> int:
-        """The largest of the ranks' values: ranks with fewer sequences run along, because their experts serve the others."""
+        """Over all ranks: those with fewer sequences run along, because their experts serve the others."""
         largest = torch.tensor([value])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)

@@ -34,6 +34,7 @@ REFUSED = [
     (("--enable-flexkv",), "enable_flexkv=True", "slot of the KV cache"),
     (("--disaggregation-mode", "prefill"), "disaggregation_mode=prefill", "different servers"),
     (("--chunked-prefill-size", "-1"), "chunked_prefill_size=-1", "kills the scheduler"),
+    (("--chunked-prefill-size", "0"), "chunked_prefill_size=0", "kills the scheduler"),
     (("--tokenizer-worker-num", "4"), "tokenizer_worker_num=4", "weight version"),
     (("--dp-size", "2"), "dp_size=2", "replicas within one server"),
 ]

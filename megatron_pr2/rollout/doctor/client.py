@@ -21,14 +21,13 @@ _MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Reply:
-    """Status, body and the seconds that it took."""
+    """One response; as text, its status and the beginning of its body."""
 
     status: int
     body: bytes
     seconds: float
 
     def __str__(self) -> str:
-        """For messages: status and the beginning of the body."""
         return f"{self.status} {self.body[:200].decode('utf-8', errors='replace')!r}"
 
     def parsed(self) -> dict[str, Any]:
@@ -90,17 +89,12 @@ class EngineClient:
             raise RolloutError(f"{path}: {type(error).__name__}: {error}") from error
         return Reply(response.status_code, bytes(received), time.monotonic() - began)
 
-    def get(self, path: str) -> dict[str, Any]:
-        """The JSON object that a GET returns with status 200, else {}; raises as :meth:`request`."""
-        return self.request("GET", path).parsed()
-
     def generate(
         self, token_ids: Sequence[int], new_tokens: int, *, routes: bool = True, score: bool = False, through_rid: bool = False
     ) -> Reply:
         """One /generate; raises as :meth:`request`.
 
         Args:
-            routes: ask for them.
             score: ask for the prompt's log-probs too, for which the engine recomputes all of it.
             through_rid: additionally ask for routes through the request id (sglang/plugin.py), which passes a router.
         """

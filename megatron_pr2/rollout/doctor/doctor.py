@@ -29,8 +29,6 @@ def diagnose(url: str, *, api_key: str | None = None, model: Path | None = None,
     """Examines one server; never raises for anything that the server does.
 
     Args:
-        url: base URL of the server.
-        api_key: its key, None without one.
         model: directory of the checkpoint that it runs; compares against Transformers if given.
         timeout_s: for one request.
     """
@@ -107,7 +105,7 @@ class _Examination:
             self._fail("key", f"the server {refused}", _GIVE_KEY)
             return False
         workers = self._client.request("GET", "/workers")
-        self._router = "router_manager" in self._client.get("/get_server_info") or workers.status in (200, 401)
+        self._router = "router_manager" in self._client.request("GET", "/get_server_info").parsed() or workers.status in (200, 401)
         if not self._router:
             self._fail("reachable", f"/server_info answers {reply}", _NOT_SGLANG)
         elif workers.status != 200:
@@ -150,15 +148,16 @@ class _Examination:
             self._fail("settings", setting, f"use {remedy}")
         if not info.get("enable_return_routed_experts"):
             self._fail("settings", "the engine does not record routes", "start it with --enable-return-routed-experts")
-        if not info.get("skip_tokenizer_init"):
-            self._warn("settings", "every response is decoded to text, which nobody reads", "--skip-tokenizer-init")
-        if info.get("load_format") == "dummy":
-            self._warn("settings", "load_format=dummy: random weights until the first push", "push weights before comparing")
-        if info.get("quantization"):
-            detail = f"quantization={info['quantization']}: the engine computes with other weights than the trainer's"
-            self._warn("settings", detail, "run it unquantized, or expect less agreement")
-        if info.get("device") != "cpu" and not info.get("enable_deterministic_inference"):
-            self._warn("settings", "seeds of requests are ignored", "--enable-deterministic-inference if reruns must repeat")
+        seeds_ignored = info.get("device") != "cpu" and not info.get("enable_deterministic_inference")
+        other_weights = f"quantization={info.get('quantization')}: the engine computes with other weights than the trainer's"
+        for warned, detail, fix in (
+            (not info.get("skip_tokenizer_init"), "every response is decoded to text, which nobody reads", "--skip-tokenizer-init"),
+            (info.get("load_format") == "dummy", "load_format=dummy: random weights until the first push", "push before comparing"),
+            (info.get("quantization"), other_weights, "run it unquantized, or expect less agreement"),
+            (seeds_ignored, "seeds of requests are ignored", "--enable-deterministic-inference if reruns must repeat"),
+        ):
+            if warned:
+                self._warn("settings", detail, fix)
         if len(self._diagnosis.findings) == before:
             self._ok("settings", f"dtype={info.get('dtype')}, moe_runner_backend={info.get('moe_runner_backend')}")
 

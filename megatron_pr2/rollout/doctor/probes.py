@@ -41,10 +41,8 @@ class Probes:
     """Sends probes and adds findings; flushes the prefix cache only while the server is idle.
 
     Args:
-        client: of the server, or of a router in front of several.
-        diagnosis: where findings go.
-        shape: of its model, None if it is not known.
-        router: whether it is a router.
+        shape: of the server's model, None if it is not known.
+        router: whether it is a router in front of several servers.
 
     Attributes:
         label: weight version of the last response.
@@ -64,11 +62,7 @@ class Probes:
         self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
 
     def _ask(self, *, through_rid: bool, score: bool = False) -> tuple[Any, Mapping[str, Any]]:
-        """The parsed response to the probe, and its meta_info.
-
-        Raises:
-            RolloutError: no response, none of status 200, or not that of an SGLang server.
-        """
+        """The parsed response to the probe, and its meta_info; raises RolloutError."""
         reply = self._client.generate(self._ids, 1, score=score, through_rid=through_rid)
         if reply.status != 200:
             raise RolloutError(f"/generate answers {reply}")
@@ -82,13 +76,13 @@ class Probes:
     def _flush(self) -> str | None:
         """Flushes the prefix cache if the engine is idle; returns why not, None if it did."""
         if not self._router:
-            loads = self._client.get("/v1/loads").get("loads")
+            loads = self._client.request("GET", "/v1/loads").parsed().get("loads")
             known = [load for load in loads if isinstance(load, Mapping)] if isinstance(loads, list) else []
             self._busy = sum(int(load.get(name) or 0) for load in known for name in ("num_running_reqs", "num_waiting_reqs"))
             if self._busy:
-                return f"{self._busy} other requests are in work"
+                return f"{self._busy} other requests are running"
         reply = self._client.request("POST", "/flush_cache", {})
-        return None if reply.status == 200 else f"/flush_cache answers {reply.status}: other requests are in work"
+        return None if reply.status == 200 else f"/flush_cache answers {reply.status}: other requests are running"
 
     def routes(self) -> None:
         """Whether routes come back, in the shape of the model, and whether a router can replay them."""
@@ -162,12 +156,7 @@ class Probes:
             self._fail("repetition", f"only {share}", f"the engine returns other routes than it took: {_USE_TESTED}")
 
     def handshake(self, model: Path, dtype_name: str) -> None:
-        """Compares routes and log-probs with Transformers on a checkpoint, by the trainer's own thresholds.
-
-        Args:
-            model: directory of the checkpoint.
-            dtype_name: what the engine computes in, SGLang's name.
-        """
+        """Compares routes and log-probs with Transformers on a checkpoint, by the trainer's thresholds for SGLang's dtype name."""
         assert self._shape is not None
         dtype = torch.float32 if dtype_name in ("float32", "float") else torch.bfloat16
         lacking = reference.missing_memory(model, dtype)

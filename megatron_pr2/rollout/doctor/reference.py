@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,17 +89,14 @@ def score(model: Path, token_ids: Sequence[int], shape: ModelShape, dtype: torch
 
 
 def _stored_bytes(model: Path) -> int:
-    """Bytes per value of the checkpoint, by the header of one file; 2 where it cannot be told."""
+    """Bytes per value of the checkpoint, by the header of one file; 2 where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(model.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                name = next(iter(tensors.keys()), None)
-                return 4 if name is not None and tensors.get_slice(name).get_dtype() == "F32" else 2
-        except (OSError, SafetensorError):
-            break
-    return 2
+    try:
+        with safe_open(min(model.glob("*.safetensors")), framework="pt") as tensors:
+            return 4 if tensors.get_slice(next(iter(tensors.keys()))).get_dtype() == "F32" else 2
+    except (OSError, SafetensorError, ValueError, StopIteration):
+        return 2
 
 
 def _free_bytes() -> int | None:
@@ -110,5 +106,4 @@ def _free_bytes() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else None
-        return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
+        return None

@@ -30,11 +30,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_url(url: str, *, allow_remote: bool, has_key: bool) -> None:
-    """Refuses what is not the base URL of a server that may be talked to.
-
-    Raises:
-        ConfigError: malformed, holds a password or a path, or names another host than this one without leave or without a key.
-    """
+    """Raises ConfigError for a URL that is malformed, holds a password or a path, or names another host without leave or a key."""
     parts = urlsplit(url)
     try:
         port = parts.port
@@ -199,7 +195,7 @@ class SGLangConfig:
         return self.device
 
     def client_settings(self) -> dict[str, Any]:
-        """What every client of these servers is told: HttpClient's arguments of the same meaning."""
+        """HttpClient's arguments of the same meaning."""
         return {
             "concurrency": self.concurrency,
             "timeout_s": self.request_timeout_s,
@@ -208,11 +204,7 @@ class SGLangConfig:
         }
 
     def read_api_key(self) -> str | None:
-        """The key in `api_key_file`, None without one.
-
-        Raises:
-            ConfigError: the file cannot be read or is empty.
-        """
+        """The key in `api_key_file`, None without one; raises ConfigError if it cannot be read or is empty."""
         if self.api_key_file is None:
             return None
         try:

@@ -66,10 +66,8 @@ class Fleet:
         return [r for r in self.replicas if r.connected and r.index not in self.lost]
 
     async def opened(self) -> None:
-        """Returns when attempts may be sent; weights are being replaced meanwhile."""
+        """Waits while weights are replaced; attempts may be sent then."""
         await self._open.wait()
-
-    # Attempts
 
     async def attempt(self, episode: Episode, sampling: SamplingParams, where: str) -> Sampled:
         """Sends one attempt and returns its checked response.
@@ -173,31 +171,26 @@ class Fleet:
             replica.check_usable()
         return "no engine is left: " + "; ".join(self.lost.values())
 
-    # Stopping what is in flight
-
     async def _abort(self, attempts: Mapping[str, SGLangReplica | None]) -> None:
         """Asks the servers to stop attempts and return what they have; best effort, since an attempt may just have ended."""
-        every = [(rid, r) for rid, replica in attempts.items() for r in ([replica] if replica is not None else self.live())]
-        await asyncio.gather(*(self._abort_one(replica, rid) for rid, replica in every))
+
+        async def abort(replica: SGLangReplica, rid: str) -> None:
+            options: dict[str, Any] = {"where": "abort", "retry": False, "timeout_s": _ABORT_TIMEOUT_S}
+            try:
+                await replica.http.body("POST", "/abort_request", {"rid": rid}, **options)
+            except RolloutError as error:
+                logger.info("%s did not take an abort: %s", replica.name, error)
+
+        every = [(r, rid) for rid, replica in attempts.items() for r in ([replica] if replica is not None else self.live())]
+        await asyncio.gather(*(abort(*one) for one in every))
 
     async def abort_left(self) -> None:
         """Stops at the servers what was given up here; they would go on sampling and refuse to flush their caches."""
         left, self._left = self._left, {}
         await self._abort(left)
 
-    async def _abort_one(self, replica: SGLangReplica, rid: str) -> None:
-        try:
-            options: dict[str, Any] = {"where": "abort", "retry": False, "timeout_s": _ABORT_TIMEOUT_S}
-            await replica.http.body("POST", "/abort_request", {"rid": rid}, **options)
-        except RolloutError as error:
-            logger.info("%s did not take an abort: %s", replica.name, error)
-
     async def drain(self) -> None:
-        """Aborts whatever is in flight until nothing is.
-
-        Raises:
-            TimedOutError: an engine keeps on sampling.
-        """
+        """Aborts whatever is in flight until nothing is; raises TimedOutError if an engine keeps on sampling."""
         self.halts += 1
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.request_timeout_s
@@ -210,11 +203,7 @@ class Fleet:
                 raise TimedOutError(f"{len(self._in_flight)} responses did not stop within {self._config.request_timeout_s:g} s")
 
     async def halt(self) -> None:
-        """Before weights are replaced: sends nothing more, and stops or pauses what is in flight.
-
-        Raises:
-            RolloutError: an engine does not stop.
-        """
+        """Before weights are replaced: sends nothing more, and stops or pauses what is in flight; raises RolloutError."""
         self._open.clear()
         if self._config.interrupt == "abort":
             await self.drain()
@@ -225,7 +214,7 @@ class Fleet:
             await asyncio.gather(*(self._post(r, "/pause_generation", {"mode": "in_place"}) for r in self._paused))
 
     async def go_on(self) -> None:
-        """After weights were replaced, or were not: attempts may be sent again, and paused ones go on.
+        """After an update or its failure: attempts may be sent again, and paused ones go on.
 
         Raises:
             RolloutError: an engine does not go on; its attempts fail by themselves.
@@ -234,10 +223,10 @@ class Fleet:
         self._open.set()
         # Those that were given up meanwhile as well: nobody else would tell them to go on.
         reachable = [r for r in paused if r.connected and r.paused]
-        told = await asyncio.gather(*(self._post(r, "/continue_generation", {}) for r in reachable), return_exceptions=True)
+        replies = await asyncio.gather(*(self._post(r, "/continue_generation", {}) for r in reachable), return_exceptions=True)
         for replica in reachable:
             replica.paused = False
-        for replica, outcome in zip(reachable, told, strict=True):
+        for replica, outcome in zip(reachable, replies, strict=True):
             if isinstance(outcome, BaseException) and replica.index not in self.lost:
                 raise outcome
 

@@ -36,8 +36,7 @@ class RefusedError(RolloutError):
 
     def __init__(self, message: str, status: int, body: str) -> None:
         super().__init__(message)
-        self.status = status
-        self.body = body
+        self.status, self.body = status, body
 
 
 class TimedOutError(RolloutError):
@@ -49,7 +48,7 @@ class UnavailableError(RolloutError):
 
 
 class TooLongError(RolloutError):
-    """A response that is longer than any valid one."""
+    """A response is longer than any valid one."""
 
 
 class EngineDiedError(RolloutError):

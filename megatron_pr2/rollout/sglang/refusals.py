@@ -100,7 +100,7 @@ _RULES = (
         # managers/tokenizer_control_mixin.py: `_update_weight_version_if_provided` sets it in the process that took the request.
         "tokenizer_worker_num",
         _above_one,
-        "each tokenizer process keeps its own weight version, and only one of them hears of a weight update",
+        "each tokenizer process keeps its own weight version, and only one of them receives a weight update",
         "--tokenizer-worker-num 1",
     ),
 )

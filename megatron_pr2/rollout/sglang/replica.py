@@ -91,10 +91,7 @@ class SGLangReplica:
         return self._http
 
     def start(self, loop: LoopThread) -> None:
-        """Starts the own server, or attaches; returns when a probe returned valid routes.
-
-        Args:
-            loop: where its client runs.
+        """Starts the own server, or attaches; its client runs on `loop`. Returns when a probe returned valid routes.
 
         Raises:
             RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
@@ -170,7 +167,6 @@ class SGLangReplica:
         return None if status == 200 or self.paused else f"{self.url}/health answers {status}.{self._log()}"
 
     def _log(self) -> str:
-        """The last lines of an own server's log, ready to be appended to an error."""
         return self.server.describe_log() if self.server is not None else ""
 
     def _get(self, path: str) -> dict[str, Any]:
@@ -180,11 +176,7 @@ class SGLangReplica:
         return answer
 
     def published(self, label: str) -> None:
-        """After a push: reads the version back; it may sample again.
-
-        Raises:
-            RolloutError: it reports another version.
-        """
+        """After a push: it may sample again if it reports the pushed version, else this raises RolloutError."""
         reported = self._read_label()
         if reported != label:
             raise RolloutError(f"weight update: {self.name} reports version {reported!r} after a push of version {label}")
@@ -200,11 +192,7 @@ class SGLangReplica:
             raise RolloutError(f"the rollout engine cannot sample: {self.unusable}; call update_weights()")
 
     def score(self, token_ids: Sequence[int]) -> Probe:
-        """Handshake probe; the prefix cache is flushed first, so the server has to be idle.
-
-        Raises:
-            RolloutError, RouteError: no response, or an invalid one.
-        """
+        """Handshake probe; the prefix cache is flushed first, so the server has to be idle. Raises RolloutError or RouteError."""
         http = self.http
         self.check_usable()
         wire.check_token_ids(token_ids, self.shape.vocab_size, "score")

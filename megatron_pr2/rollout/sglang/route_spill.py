@@ -99,7 +99,6 @@ class RouteSpill:
             return table
 
     def counts(self) -> SpillCounts:
-        """Bytes and tables that are alive now, and totals."""
         with self._lock:
             self._settle()
             return replace(self._counts)
@@ -107,7 +106,13 @@ class RouteSpill:
     def _spill(self, table: RouteTable) -> RouteTable:
         counts, experts = self._counts, table.experts
         if not counts.total_spilled_tables:
-            self._report_first()
+            filesystem = _filesystem(self.directory)
+            warning = ", which is memory itself; name a directory on a disk" if filesystem in _IN_MEMORY_FILESYSTEMS else ""
+            logger.log(
+                logging.WARNING if warning else logging.INFO,
+                "routes exceed their budget of %d bytes and go to files in %s (%s)%s",
+                self._budget_bytes, self.directory, filesystem or "unknown file system", warning,
+            )  # fmt: skip
         # Ids and validity of a table lie in one array, which stands for both.
         size = experts.nbytes + table.valid.nbytes
         try:
@@ -131,18 +136,6 @@ class RouteSpill:
         counts.total_spilled_tables += 1
         ids = data[: experts.nbytes].view(experts.dtype).reshape(experts.shape)
         return RouteTable(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
-
-    def _report_first(self) -> None:
-        filesystem = _filesystem(self.directory)
-        in_memory = filesystem in _IN_MEMORY_FILESYSTEMS
-        logger.log(
-            logging.WARNING if in_memory else logging.INFO,
-            "routes exceed their budget of %d bytes and go to files in %s (%s)%s",
-            self._budget_bytes,
-            self.directory,
-            filesystem or "unknown file system",
-            ", which is memory itself; name a directory on a disk" if in_memory else "",
-        )
 
     def _room(self, size: int) -> tuple[mmap.mmap, int]:
         """A mapping and where in it there is room."""

@@ -29,13 +29,12 @@ Kept = TypeVar("Kept", RolloutResponse, Sampled)
 
 
 class RolloutCall:
-    """Runs the episodes of one call.
+    """Runs the episodes of one call, one per request.
 
     Attributes:
-        episodes: one per request.
         responses: of finished episodes, by their index.
         complete: groups of which every response is finished, in the order in which they were completed.
-        counts: what happened on the way: rerolls, timeouts, invalid_rows, cached_tokens, retractions, resumed, interrupted, turns.
+        counts: rerolls, timeouts, invalid_rows, cached_tokens, retractions, resumed, interrupted, turns.
         route_bytes: of routes as received.
         tokens: sampled in this call.
     """
@@ -51,7 +50,7 @@ class RolloutCall:
         enough: int | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.episodes = episodes
+        self._episodes = episodes
         self.responses: dict[int, RolloutResponse] = {}
         self.complete: list[int] = []
         self.counts: Counter[str] = Counter()
@@ -76,7 +75,7 @@ class RolloutCall:
         Raises:
             RolloutError, RouteError: of the first response that is lost.
         """
-        tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self.episodes))]
+        tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self._episodes))]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -91,9 +90,9 @@ class RolloutCall:
         async with self._slots:
             if self._stopping:
                 return
-            request, limit = self.episodes[index].request, self._config.deadline_s
+            request, limit = self._episodes[index].request, self._config.deadline_s
             key = f", key {request.key}" if request.key else ""
-            where = f"request {index} of {len(self.episodes)} (seed {request.seed}{key})"
+            where = f"request {index} of {len(self._episodes)} (seed {request.seed}{key})"
             try:
                 async with asyncio.timeout(limit):
                     await self._sample(index, where)
@@ -102,7 +101,7 @@ class RolloutCall:
 
     async def _sample(self, index: int, where: str) -> None:
         """All attempts and turns of one response, until it is finished or everything stops."""
-        episode = self.episodes[index]
+        episode = self._episodes[index]
         if episode.num_sampled:
             self.counts["resumed"] += 1
         while episode.finished is None:
@@ -116,7 +115,13 @@ class RolloutCall:
         self.responses[index] = episode.finished
         self.counts["turns"] += episode.finished.turns
         self._report()
-        await self._finished(episode.request.group)
+        group = episode.request.group
+        self._left[group] -= 1
+        if not self._left[group]:
+            self.complete.append(group)
+            if self._enough is not None and len(self.complete) >= self._enough and not self._stopping:
+                self._stopping = True
+                await self._fleet.drain()
 
     async def _kept(self, item: Kept) -> Kept:
         """The same with its routes within the budget of memory."""
@@ -136,8 +141,7 @@ class RolloutCall:
                 raise RouteError(
                     f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids"
                 )
-            sampled = await self._kept(sampled)
-            episode.extend(sampled, where)
+            episode.extend(await self._kept(sampled), where)
         except _RETRIED as error:
             if self._stopping:  # enough groups are complete: nothing depends on this one
                 return
@@ -176,19 +180,10 @@ class RolloutCall:
             raise EnvironmentFailed(str(error)) from error
         return episode.finish_reason is None
 
-    async def _finished(self, group: int) -> None:
-        self._left[group] -= 1
-        if self._left[group]:
-            return
-        self.complete.append(group)
-        if self._enough is not None and len(self.complete) >= self._enough and not self._stopping:
-            self._stopping = True
-            await self._fleet.drain()
-
     def _report(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
         if self._on_progress is None or (now - self._reported < _REPORT_EVERY_S and not at_once):
             return
         self._reported = now
-        self._on_progress(Progress(len(self.responses), len(self.episodes), self.tokens))
+        self._on_progress(Progress(len(self.responses), len(self._episodes), self.tokens))
 
