@@ -6,7 +6,8 @@ A YAML file names what differs from the defaults; `key=value` on the command lin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,41 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_pr2.config import PRESETS, PR2Config
+from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import BRIDGES
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS, check_source
 from megatron_pr2.rl.task import LESSONS
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+
+_CHOICES = {
+    "model.warm_start": LESSONS,
+    "model.bridge": BRIDGES,
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.engine": ("megatron", "sglang"),
+    "algorithm.importance": KINDS,
+    "algorithm.importance_level": LEVELS,
+    "algorithm.proximal_device": ("device", "cpu"),
+}
+_AT_LEAST = {
+    "steps": 1,
+    "checkpoint_every": 1,
+    "seed": 0,
+    "parallel.processes": 1,
+    "parallel.expert": 1,
+    "rollout.prompts": 1,
+    "rollout.responses": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.max_turns": 1,
+    "rollout.engines": 1,
+    "rollout.restarts": 0,
+    "rollout.oversample": 1,
+    "algorithm.mini_steps": 1,
+    "algorithm.micro_batch_size": 1,
+    "algorithm.clip_high": 0,
+    "algorithm.importance_cap": 1,
+    "optimizer.lr": 0,
+}
 
 
 @dataclass
@@ -197,7 +228,7 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Defaults, then the YAML file, then `key=value` overrides; validated.
+    """Defaults, then the YAML file, then `key=value` overrides.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or settings that contradict each other.
@@ -251,75 +282,59 @@ def _one_line(error: Exception) -> str:
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuses settings that contradict each other.
-
-    Raises:
-        ConfigError: naming the settings.
-    """
-    if config.preset not in PRESETS:
-        raise ConfigError(f"preset={config.preset!r}: expected one of {', '.join(PRESETS)}")
-    config.replay()
+    """Raises ConfigError for settings that are out of range or contradict each other."""
+    replay = config.replay()
     parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
-    for name, value in {
-        "steps": config.steps,
-        "checkpoint_every": config.checkpoint_every,
-        "parallel.processes": parallel.processes,
-        "parallel.expert": parallel.expert,
-        "rollout.prompts": rollout.prompts,
-        "rollout.responses": rollout.responses,
-        "rollout.max_new_tokens": rollout.max_new_tokens,
-        "rollout.max_turns": rollout.max_turns,
-        "rollout.engines": rollout.engines,
-        "algorithm.mini_steps": algorithm.mini_steps,
-        "algorithm.micro_batch_size": algorithm.micro_batch_size,
-    }.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: expected at least 1")
-    for name, value in {"seed": config.seed, "rollout.restarts": rollout.restarts}.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value}: expected at least 0")
-    if not 0.0 <= algorithm.clip_low < 1.0:
-        raise ConfigError(f"algorithm.clip_low={algorithm.clip_low}: expected a number in [0, 1)")
-    if not algorithm.clip_high >= 0.0:
-        raise ConfigError(f"algorithm.clip_high={algorithm.clip_high}: expected a number >= 0")
-    for name, chosen, allowed in (
-        ("importance", algorithm.importance, KINDS),
-        ("importance_level", algorithm.importance_level, LEVELS),
-        ("proximal_device", algorithm.proximal_device, ("device", "cpu")),
+    for name, allowed in _CHOICES.items():
+        if (value := attrgetter(name)(config)) not in allowed:
+            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    for name, least in _AT_LEAST.items():
+        if not (value := attrgetter(name)(config)) >= least:  # NaN is not
+            raise ConfigError(f"{name}={value}: expected at least {least}")
+    for name, right, expected in (
+        ("algorithm.clip_low", 0.0 <= algorithm.clip_low < 1.0, "a number in [0, 1)"),
+        ("algorithm.importance_floor", 0.0 <= algorithm.importance_floor <= 1.0, "a number in [0, 1]"),
+        ("algorithm.proximal_decay", 0.0 <= algorithm.proximal_decay < 1.0, "a number in [0, 1)"),
+        ("rollout.temperature", rollout.temperature > 0, "> 0 (greedy responses give GRPO no signal)"),
     ):
-        if chosen not in allowed:
-            raise ConfigError(f"algorithm.{name}={chosen!r}: expected one of {', '.join(allowed)}")
-    check_source(algorithm.old_logprobs, algorithm.importance, config.replay())
-    if not algorithm.importance_cap >= 1.0:
-        raise ConfigError(f"algorithm.importance_cap={algorithm.importance_cap}: expected a number >= 1, the weight of agreement")
-    if not 0.0 <= algorithm.importance_floor <= 1.0:
-        raise ConfigError(f"algorithm.importance_floor={algorithm.importance_floor}: expected a number in [0, 1]")
-    if not 0.0 <= algorithm.proximal_decay < 1.0:
-        raise ConfigError(f"algorithm.proximal_decay={algorithm.proximal_decay}: expected a number in [0, 1)")
-    if not config.optimizer.lr >= 0.0:
-        raise ConfigError(f"optimizer.lr={config.optimizer.lr}: expected a number >= 0")
-    if config.model.warm_start not in LESSONS:
-        raise ConfigError(f"model.warm_start={config.model.warm_start!r}: expected one of {', '.join(LESSONS)}")
-    if rollout.engine not in ("megatron", "sglang"):
-        raise ConfigError(f"rollout.engine={rollout.engine!r}: expected megatron or sglang")
+        if not right:
+            raise ConfigError(f"{name}={attrgetter(name)(config)}: expected {expected}")
+    check_source(algorithm.old_logprobs, algorithm.importance, replay)
     for name in ("urls", "sglang"):
         if getattr(rollout, name) and rollout.engine != "sglang":
             raise ConfigError(f"rollout.{name}={getattr(rollout, name)!r} needs rollout.engine=sglang, not {rollout.engine!r}")
-    if not rollout.oversample >= 1:
-        raise ConfigError(f"rollout.oversample={rollout.oversample}: expected 1 or more prompts asked for per prompt of a batch")
-    if not rollout.temperature > 0:
-        raise ConfigError(f"rollout.temperature={rollout.temperature}: expected > 0 (greedy responses give GRPO no signal)")
-    if config.model.bridge not in BRIDGES:
-        raise ConfigError(f"model.bridge={config.model.bridge!r}: expected one of {', '.join(BRIDGES)}")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"model.dtype={config.model.dtype!r}: expected float32 or bfloat16")
-    if parallel.processes % parallel.expert:
-        raise ConfigError(f"parallel.processes={parallel.processes} is not a multiple of parallel.expert={parallel.expert}")
-    if rollout.prompts % parallel.processes:
-        raise ConfigError(f"rollout.prompts={rollout.prompts} is not a multiple of parallel.processes={parallel.processes}")
+    for name, divisor in (("parallel.processes", "parallel.expert"), ("rollout.prompts", "parallel.processes")):
+        value, by = attrgetter(name, divisor)(config)
+        if value % by:
+            raise ConfigError(f"{name}={value} is not a multiple of {divisor}={by}")
     samples = rollout.prompts // parallel.processes * rollout.responses
     if samples % algorithm.mini_steps:
         raise ConfigError(
             f"rollout.prompts * rollout.responses / parallel.processes = {samples} samples a rank is not a multiple of "
             f"algorithm.mini_steps={algorithm.mini_steps}"
         )
+
+
+def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:
+    """The settings of the SGLang engines: `rollout.sglang` over what the job implies.
+
+    Raises:
+        ConfigError: an unknown field, or values that SGLangConfig refuses.
+    """
+    rollout = config.rollout
+    implied: dict[str, Any] = {
+        "urls": tuple(rollout.urls),
+        "model_path": None if rollout.urls else model_path,
+        "engines": rollout.engines,
+        "router": rollout.router,
+        "dtype": config.model.dtype,
+        "log_path": None if rollout.urls else str(Path(config.run) / "sglang.log"),
+    }
+    allowed = {entry.name for entry in fields(SGLangConfig)} - {"urls", "model_path", "engines", "router"}
+    if unknown := sorted(set(rollout.sglang) - allowed):
+        raise ConfigError(f"rollout.sglang.{unknown[0]}: not a setting here; expected one of {', '.join(sorted(allowed))}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in rollout.sglang.items()}
+    try:
+        return SGLangConfig(**{**implied, **given})
+    except TypeError as error:
+        raise ConfigError(f"rollout.sglang: a value has a wrong type ({error}); see docs/sglang.md") from error

@@ -120,9 +120,24 @@ def _rank(config: TrainConfig, model_path: str, data_path: str) -> None:
     from megatron_pr2.rl.quiet import silence_known_warnings
 
     silence_known_warnings()
+    record(_work)(config, model_path, data_path)
+
+
+def _work(config: TrainConfig, model_path: str, data_path: str) -> None:
+    _enable_host()
     from megatron_pr2.rl import worker
 
-    record(worker.run)(config, model_path, data_path)
+    worker.run(config, model_path, data_path)
+
+
+def _enable_host() -> None:
+    """Without a GPU Megatron-Core and Transformers need the host to be imported at all."""
+    import torch
+
+    from megatron_pr2 import host
+
+    if not torch.cuda.is_available():
+        host.enable()
 
 
 def _claim(directory: Path, config: TrainConfig) -> None:
@@ -178,12 +193,7 @@ def _check_gpus(config: TrainConfig) -> None:
 
 def warm_start(config: TrainConfig) -> Path:
     """The policy of the examples: tiny, made here, warm-started on the arithmetic task, cached."""
-    import torch
-
-    from megatron_pr2 import host
-
-    if not torch.cuda.is_available():
-        host.enable()  # Transformers needs a word about the CPU, too
+    _enable_host()
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
     return ensure_warm_start(examples_model(config), WarmStartConfig.of(config.model.warm_start, config.seed))

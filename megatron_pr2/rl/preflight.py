@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import choose_bridge
-from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl.config import TrainConfig, sglang_config
 from megatron_pr2.rl.data import Example, load_examples
 from megatron_pr2.rl.preflight_model import check_experts, check_model, check_tokenizer
 from megatron_pr2.rl.prompts import load_environment
@@ -80,8 +80,6 @@ def _made_up(seed: int) -> Sequence[Example]:
 def _check_engine(config: TrainConfig, model: SimpleNamespace | None, longest: int) -> None:
     if config.rollout.engine != "sglang":
         return
-    from megatron_pr2.rl.sglang_settings import sglang_config
-
     settings = sglang_config(config, config.model.path or "")
     settings.read_api_key()
     for name in ("push_directory", "spill_directory"):

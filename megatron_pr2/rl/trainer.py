@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,17 +41,17 @@ _PROBE_TOKENS = 48
 T = TypeVar("T")
 
 
-class Monitor(Protocol):
-    """What watches the run on rank 0."""
+class Monitor:
+    """Is told what the run does. This one ignores it: a person sees rank 0 only."""
 
     def phase(self, name: str) -> None:
-        """Says what the run is doing."""
+        """What is being done now."""
 
     def detail(self, text: str) -> None:
-        """Says how far it is; called from any thread."""
+        """How far it is; called from any thread."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """Takes the finished step's record."""
+        """The record of a finished step."""
 
 
 class Trainer:
@@ -65,15 +65,15 @@ class Trainer:
         reference: RolloutEngine,
         examples: Sequence[Example],
         tokenizer: Any,
-        monitor: Monitor | None,
+        monitor: Monitor | None = None,
     ) -> None:
         """Args:
-        engine: started; samples the responses.
+        engine: samples the responses; started before :meth:`run`.
         reference: the actor's own model as an engine, for the handshake.
-        monitor: on rank 0.
         """
         self._config, self._actor, self._engine, self._reference = config, actor, engine, reference
-        self._examples, self._tokenizer, self._monitor = examples, tokenizer, monitor
+        self._examples, self._tokenizer = examples, tokenizer
+        self.monitor = monitor or Monitor()
         self._prompts = PromptQueue(config, examples, tokenizer)
         self._directory = Path(config.run) / "checkpoints"
         self._step = 0
@@ -92,10 +92,6 @@ class Trainer:
             logger.info("resumed at step %d", self._step)
         return self._step
 
-    def watch(self, monitor: Monitor) -> None:
-        """Reports to `monitor` from now on; on rank 0."""
-        self._monitor = monitor
-
     def run(self) -> None:
         """Trains to the configured number of steps and writes the policy to RUN/final in Hugging Face format."""
         if self._config.pr2_needs_engine_routes:
@@ -109,9 +105,8 @@ class Trainer:
             record["seconds"] = dict(self._seconds)
             if self._handshake_report is not None:
                 record["handshake"], self._handshake_report = self._handshake_report, None
-            if self._monitor is not None:
-                self._monitor.step(record)
-        self._phase("export")
+            self.monitor.step(record)
+        self.monitor.phase("export")
         self._actor.save_pretrained(Path(self._config.run) / "final")
 
     def _train_step(self) -> dict[str, Any]:
@@ -129,7 +124,7 @@ class Trainer:
         mini_steps = []
         with self._timed("update"):
             for mini_step in range(1, kappa + 1):
-                self._phase(f"mini-step {mini_step} of {kappa}")
+                self.monitor.phase(f"mini-step {mini_step} of {kappa}")
                 mini_batch = samples[(mini_step - 1) * size : mini_step * size]
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
         record = self._record(samples, stats, report, mini_steps, time.monotonic() - started)
@@ -181,7 +176,7 @@ class Trainer:
         sampling = SamplingParams(
             rollout.max_new_tokens, rollout.temperature, self._prompts.stop_token_ids, max_turns=rollout.max_turns
         )
-        self._engine.on_progress = self._on_progress if self._monitor is not None else None
+        self._engine.on_progress = self._on_progress
         batch = self._retrying(
             lambda: self._engine.generate(
                 requests, sampling, return_routes=self._config.pr2_needs_engine_routes, enough=self._prompts.enough
@@ -208,8 +203,7 @@ class Trainer:
         return self._tokenizer.decode(response.response_ids[replies[-1] + 1 if len(replies) else 0 :], skip_special_tokens=True)
 
     def _on_progress(self, progress: Progress) -> None:
-        if self._monitor is not None:
-            self._monitor.detail(f"{progress.finished} of {progress.total} responses, {progress.tokens} tokens")
+        self.monitor.detail(f"{progress.finished} of {progress.total} responses, {progress.tokens} tokens")
 
     def _retrying(self, action: Callable[[], T]) -> T:
         """Does what the engine is asked; an engine that died meanwhile is restarted and gets the same weights first.
@@ -219,7 +213,7 @@ class Trainer:
         for attempt in range(self._config.rollout.restarts + 1):
             try:
                 if attempt:
-                    self._phase("restarting the rollout engine")
+                    self.monitor.phase("restarting the rollout engine")
                     self._pushed = -1
                     self._engine.restart()
                 self._push()
@@ -269,13 +263,9 @@ class Trainer:
     def _save(self) -> None:
         checkpoint.save(self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()})
 
-    def _phase(self, name: str) -> None:
-        if self._monitor is not None:
-            self._monitor.phase(name)
-
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        self._phase(phase.replace("_", " "))
+        self.monitor.phase(phase.replace("_", " "))
         started = time.monotonic()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started

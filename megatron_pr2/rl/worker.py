@@ -1,4 +1,7 @@
-"""One training rank: platform, actor, engine, trainer, and what a person sees of them on rank 0."""
+"""One training rank: platform, actor, engine, trainer, and what a person sees of them on rank 0.
+
+Imported when host.enable() was called: without a GPU Megatron-Core and Transformers need it to be imported at all.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +13,50 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from rich.logging import RichHandler
+from transformers import AutoConfig, AutoTokenizer
 
 from megatron_pr2 import host
+from megatron_pr2.hf.shape import model_shape
 from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
-from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl import gpu
+from megatron_pr2.rl.actor import Actor
+from megatron_pr2.rl.config import TrainConfig, sglang_config
+from megatron_pr2.rl.data import load_examples
+from megatron_pr2.rl.trainer import Monitor, Trainer
+from megatron_pr2.rollout.base import RolloutEngine
+from megatron_pr2.rollout.collective import CollectiveEngine
+from megatron_pr2.rollout.embedded import MegatronEngine
 
-logger = logging.getLogger(__name__)
 
-
-class RunMonitor:
-    """Rank 0's view: the live display and the metrics log."""
+class RunMonitor(Monitor):
+    """The live display and the metrics log."""
 
     def __init__(self, display: LiveDisplay, log: MetricsLog) -> None:
         self._display, self._log = display, log
 
     def phase(self, name: str) -> None:
-        """Shows what is going on."""
         self._display.phase(name)
 
     def detail(self, text: str) -> None:
-        """Shows how far it is."""
         self._display.detail(text)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Logs and shows a finished step."""
         self._log.append(record)
         self._display.update(record)
 
 
 def run(config: TrainConfig, model_path: str, data_path: str) -> None:
-    """Entry point of every rank; torchrun's environment variables say which.
+    """Trains; every rank calls it.
 
     Args:
         model_path: Hugging Face checkpoint directory.
         data_path: JSONL file of prompts and answers.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    _init_platform(config)
+    (gpu if torch.cuda.is_available() else host).init(expert=config.parallel.expert, seed=config.seed)
     try:
         _train(config, model_path, data_path)
     finally:
@@ -55,56 +64,42 @@ def run(config: TrainConfig, model_path: str, data_path: str) -> None:
 
 
 def _train(config: TrainConfig, model_path: str, data_path: str) -> None:
-    # Imported after the platform is up: on a machine without a GPU Megatron-Core and Transformers need it to be imported at all.
-    from transformers import AutoTokenizer
-
-    from megatron_pr2.rl.actor import Actor
-    from megatron_pr2.rl.data import load_examples
-    from megatron_pr2.rl.engines import make_engine
-    from megatron_pr2.rl.trainer import Trainer
-    from megatron_pr2.rollout.embedded import MegatronEngine
-
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     actor = Actor(config, model_path, pad_id)
     reference = MegatronEngine(actor.model, actor.pr2, pad_id=pad_id)
-    rank = dist.get_rank()
     with contextlib.ExitStack() as stack:
-        engine = make_engine(config, model_path, reference)
+        engine = reference if config.rollout.engine == "megatron" else _sglang_engine(config, model_path)
         stack.callback(engine.close)
-        monitor = None
-        trainer = Trainer(config, actor, engine, reference, load_examples(data_path), tokenizer, None)
+        trainer = Trainer(config, actor, engine, reference, load_examples(data_path), tokenizer)
         resumed_at = trainer.resume()
-        if rank == 0:
+        if dist.get_rank() == 0:
             log = stack.enter_context(MetricsLog(config.run, resume_step=resumed_at))
             title = f"megatron-pr2 · {config.preset} · {config.rollout.engine} rollouts · {config.run}"
             display = LiveDisplay(config.steps, title, start_step=resumed_at)
-            _log_above(display)
-            monitor = RunMonitor(stack.enter_context(display), log)
-            trainer.watch(monitor)
-            monitor.phase("starting the rollout engine")
+            if display.console.is_terminal:  # log lines go above the live table instead of through it
+                logging.getLogger().handlers = [RichHandler(console=display.console, show_path=False, show_time=False)]
+            logging.getLogger("megatron_pr2").setLevel(logging.INFO)
+            trainer.monitor = RunMonitor(stack.enter_context(display), log)
+        trainer.monitor.phase("starting the rollout engine")
         engine.start()
         trainer.run()
 
 
-def _init_platform(config: TrainConfig) -> None:
-    if torch.cuda.is_available():
-        from megatron_pr2.rl import gpu
+def _sglang_engine(config: TrainConfig, model_path: str) -> RolloutEngine:
+    engine: RolloutEngine | None = None
+    if dist.get_rank() == 0:
+        from megatron_pr2.rollout.sglang.engine import SGLangEngine
 
-        gpu.init(expert=config.parallel.expert, seed=config.seed)
-    else:
-        host.init(expert=config.parallel.expert, seed=config.seed)
-
-
-def _log_above(display: LiveDisplay) -> None:
-    """Log lines go above the live table instead of through it."""
-    from rich.logging import RichHandler
-
-    if display.console.is_terminal:
-        logging.getLogger().handlers = [RichHandler(console=display.console, show_path=False, show_time=False)]
-    logging.getLogger("megatron_pr2").setLevel(logging.INFO)
+        engine = SGLangEngine(sglang_config(config, model_path), model_shape(AutoConfig.from_pretrained(model_path)))
+    return CollectiveEngine(
+        engine,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=mpu.get_data_parallel_world_size(),
+        name="sglang",
+    )
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that the engine's processes are stopped and the display is left sane on the way out.
+    # As an exception, so that the engine's processes are stopped and the terminal is restored on the way out.
     raise SystemExit(128 + number)

@@ -51,7 +51,7 @@ def test_what_contradicts_itself_is_refused(source: str, importance: str, preset
     [
         ("importance=vtrace", "algorithm.importance='vtrace': expected one of none, tis, mis"),
         ("importance_level=turn", "algorithm.importance_level='turn': expected one of token, sequence"),
-        ("importance_cap=0.5", "algorithm.importance_cap=0.5: expected a number >= 1"),
+        ("importance_cap=0.5", "algorithm.importance_cap=0.5: expected at least 1"),
         ("importance_cap=.nan", "algorithm.importance_cap=nan"),
         ("importance_floor=1.5", "algorithm.importance_floor=1.5"),
         ("proximal_decay=1.0", "algorithm.proximal_decay=1.0"),

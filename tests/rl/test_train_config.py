@@ -51,7 +51,7 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["preset=ppo"], "preset='ppo': expected one of grpo, r2, r3, pr2"),
+        (["preset=ppo"], "preset 'ppo' is unknown; expected one of grpo, r2, r3, pr2"),
         (["stepz=3"], "stepz"),
         (["rollout.promptz=3"], "rollout.promptz"),
         (["steps=many"], "steps"),
@@ -80,11 +80,11 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
         (["algorithm.clip_high=-0.1"], "algorithm.clip_high=-0.1"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan"),
-        (["rollout.engine=vllm"], "rollout.engine='vllm': expected megatron or sglang"),
+        (["rollout.engine=vllm"], "rollout.engine='vllm': expected one of megatron, sglang"),
         (["rollout.urls=[http://localhost:1]"], "needs rollout.engine=sglang"),
         (["rollout.temperature=0"], "rollout.temperature=0"),
         (["rollout.temperature=.nan"], "rollout.temperature=nan"),
-        (["model.dtype=float16"], "model.dtype='float16': expected float32 or bfloat16"),
+        (["model.dtype=float16"], "model.dtype='float16': expected one of float32, bfloat16"),
         (["parallel.processes=3"], "parallel.processes=3 is not a multiple of parallel.expert=2"),
         (["rollout.prompts=33"], "rollout.prompts=33 is not a multiple of parallel.processes=2"),
         (["algorithm.mini_steps=7"], "not a multiple of algorithm.mini_steps=7"),
