@@ -1,7 +1,6 @@
 """Actor: the policy on Megatron-Core with its optimizer; log-prob pass, GRPO mini-steps, export.
 
-What a pipeline owner should look at: `_forward_step` is an ordinary Megatron forward step; PR2 wraps it and is told which
-micro-batch is which, nothing more.
+`_forward_step` is an ordinary Megatron forward step; PR2 wraps it and is told which micro-batch is which, nothing more.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import Shards
 from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
 from megatron_pr2.rl.corrections import decoupled_loss, diagnose
-from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
-from megatron_pr2.rl.old_logprobs import needs_snapshot_pass, rollout_logprobs, take_rollout_logprobs
+from megatron_pr2.rl.losses import LOSS_COLUMNS
+from megatron_pr2.rl.old_logprobs import needs_snapshot_pass
 from megatron_pr2.rl.proximal import ProximalPolicy
 from megatron_pr2.rl.sharding import (
     load_model_shards,
@@ -56,8 +55,6 @@ class Actor:
 
     Attributes:
         chunks: the DDP-wrapped model.
-        pr2: predictive routing replay on it.
-        optimizer: Megatron's.
         proximal: the moving average of the policy, where that is what old log-probs are of.
     """
 
@@ -68,10 +65,10 @@ class Actor:
             ConfigError, AttachError: the checkpoint is not a MoE model that replay can run on.
         """
         self._config, self._hf_path, self._pad_id = config, Path(hf_path), pad_id
-        self.dtype = getattr(torch, config.model.dtype)
+        dtype = getattr(torch, config.model.dtype)
         self._bridge, self.chunks = load_model(
             hf_path,
-            dtype=self.dtype,
+            dtype=dtype,
             bridge=config.model.bridge,
             ddp_config={"use_distributed_optimizer": False},
             extra_config={
@@ -91,8 +88,8 @@ class Actor:
                 adam_beta1=config.optimizer.beta1,
                 adam_beta2=config.optimizer.beta2,
                 clip_grad=config.optimizer.clip_grad,
-                bf16=self.dtype is torch.bfloat16,
-                params_dtype=self.dtype,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
             ),
             self.chunks,
         )
@@ -102,10 +99,8 @@ class Actor:
         if algorithm.old_logprobs == "ewma":
             where = torch.device("cpu") if algorithm.proximal_device == "cpu" else None
             self.proximal = ProximalPolicy(self.chunks, algorithm.proximal_decay, device=where)
-        model_config = self.chunks[0].config
-        model_config.finalize_model_grads_func = finalize_model_grads
-        model_config.grad_scale_func = self.optimizer.scale_loss
-        self._model_config = model_config
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
 
     @property
     def lr(self) -> float:
@@ -121,15 +116,13 @@ class Actor:
         """Once per rollout batch: the pass under theta_old with replayed routes, where the settings need one.
 
         Fills `sample.old_logprobs`, except with old_logprobs=ewma, where :meth:`update` does.
-
-        Raises:
-            RolloutError: old_logprobs=rollout, and the engine gave a sampled token no log-prob.
         """
         source = self._config.algorithm.old_logprobs
         if needs_snapshot_pass(source, self.pr2.config):
             self._take_logprobs(samples, self.pr2.old_logprobs)
         if source == "rollout":
-            take_rollout_logprobs(samples)
+            for sample in samples:
+                sample.old_logprobs = sample.rollout_logprobs()
 
     def _take_logprobs(self, samples: Sequence[Sample], replay: Pass) -> None:
         """A forward of all responses under the weights that the model has now; fills `sample.old_logprobs`."""
@@ -157,9 +150,8 @@ class Actor:
             # The same routes again, but no features: those are of the weights that the routes were predicted from.
             with self.proximal.swapped_in():
                 self._take_logprobs(samples, self.pr2.replay)
-        items = micro_batches(samples, algorithm.micro_batch_size, self._pad_id)
-        if algorithm.importance != "none":
-            _add_rollout_logprobs(items)
+        corrected = algorithm.importance != "none"
+        items = micro_batches(samples, algorithm.micro_batch_size, self._pad_id, rollout_logprobs=corrected)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -171,16 +163,15 @@ class Actor:
             self.proximal.update()
         report = self.pr2.step(self.lr)
         sums = torch.stack([r["sums"] for r in results]).sum(0).double()
-        low = torch.stack([r["extremes"][0] for r in results]).min().double()
-        high = torch.stack([r["extremes"][1] for r in results]).max().double()
+        lows, highs = torch.stack([r["extremes"] for r in results]).double().unbind(1)
         group = mpu.get_data_parallel_group()
         dist.all_reduce(sums, group=group)
-        extremes = torch.stack([-low, high])
+        extremes = torch.stack([-lows.min(), highs.max()])
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         value = dict(zip(LOSS_COLUMNS, sums.tolist(), strict=True))
         tokens = max(value["tokens"], 1.0)
         mean = value["ratio"] / tokens
-        if algorithm.importance != "none":
+        if corrected:
             diagnostics = torch.stack([r["diagnostics"] for r in results]).sum(0)
             dist.all_reduce(diagnostics, group=group)
             report = {"importance": diagnose(diagnostics), **report}
@@ -216,14 +207,12 @@ class Actor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that training continues from, as shards that any parallel layout can read."""
         model = model_shards(self.chunks)
-        state = {
+        return {
             "model": model,
             "optimizer": optimizer_shards(self.optimizer, model),
             "pr2": pr2_checkpoint.sharded_state_dict(self.pr2),
+            **self._proximal_shards(model),
         }
-        if self.proximal is not None:
-            state["proximal"] = self.proximal.sharded_state_dict(model)
-        return state
 
     def load_state_dict(self, saved: Shards) -> None:
         """Restores :meth:`state_dict`, in whatever layout it was written; collective.
@@ -234,15 +223,15 @@ class Actor:
         model = model_shards(self.chunks)
         optimizer = optimizer_template(self.optimizer, model)
         pr2 = pr2_checkpoint.sharded_state_dict(self.pr2, load_from=saved.directory)
-        template = {"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2}
-        if self.proximal is not None:
-            template["proximal"] = self.proximal.sharded_state_dict(model)
-        loaded = saved.read(template)
+        loaded = saved.read({"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2, **self._proximal_shards(model)})
         load_model_shards(self.chunks, loaded["model"])
         load_optimizer_shards(self.optimizer, optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
         pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
         if self.proximal is not None:
             self.proximal.load_state_dict(loaded["proximal"])
+
+    def _proximal_shards(self, model: dict[str, Any]) -> dict[str, Any]:
+        return {} if self.proximal is None else {"proximal": self.proximal.sharded_state_dict(model)}
 
     def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:
         rows, width = items[0]["tokens"].shape
@@ -276,18 +265,14 @@ def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor
 
 
 def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    old_BS, advantages_BS, mask_BS = item["old_logprobs"], item["advantages"], item["mask"]
-    clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
-    if algorithm.importance == "none":
-        loss, sums, extremes = policy_loss(logprobs_BS, old_BS, advantages_BS, mask_BS, **clip)
-        return loss, mask_BS.sum().to(torch.int), {"sums": sums, "extremes": extremes}
     loss, sums, extremes, diagnostics = decoupled_loss(
         logprobs_BS,
-        old_BS,
+        item["old_logprobs"],
         item["rollout_logprobs"],
-        advantages_BS,
-        mask_BS,
-        **clip,
+        item["advantages"],
+        item["mask"],
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
         kind=algorithm.importance,
         cap=algorithm.importance_cap,
         floor=algorithm.importance_floor,
@@ -295,13 +280,3 @@ def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: 
     )
     tokens = sums[LOSS_COLUMNS.index("tokens")].to(torch.int)
     return loss, tokens, {"sums": sums, "extremes": extremes, "diagnostics": diagnostics}
-
-
-def _add_rollout_logprobs(items: Sequence[dict[str, Any]]) -> None:
-    """Adds `rollout_logprobs` [B, S] float32 to micro-batches, 0 where the engine sampled nothing."""
-    for item in items:
-        out_BS = torch.zeros_like(item["old_logprobs"])
-        for row, sample in enumerate(item["samples"]):
-            first, stop = sample.loss_span
-            out_BS[row, first:stop] = torch.from_numpy(rollout_logprobs(sample))
-        item["rollout_logprobs"] = out_BS

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_pr2.attach import ReplaySequence
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.parallel.grid import padded
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.rollout.base import RolloutResponse
 
@@ -26,10 +27,8 @@ class Sample:
 
     Attributes:
         id: unique over the whole run.
-        response: tokens, the engine's log-probs, routes.
         reward, advantage: of the whole response.
-        old_logprobs: [len(response_ids)] float32 under theta_old, set by the old-log-prob pass; of no
-            meaning where the response's loss_mask is off.
+        old_logprobs: [len(response_ids)] float32, of no meaning where the response's loss_mask is off.
     """
 
     id: int
@@ -47,6 +46,28 @@ class Sample:
         """Input positions whose outputs are the response's tokens; the response's loss_mask says which of them bear loss."""
         return len(self.response.prompt_ids) - 1, self.length - 1
 
+    def rollout_logprobs(self) -> npt.NDArray[np.float32]:
+        """The engine's log-probs of the response, [len(response_ids)] float32.
+
+        Raises:
+            RolloutError: they are not one finite number for every token that bears loss.
+        """
+        logprobs = np.asarray(self.response.logprobs, dtype=np.float32)
+        tokens = len(self.response.response_ids)
+        if logprobs.shape != (tokens,):
+            raise RolloutError(
+                f"sample {self.id}: {logprobs.shape} log-probs for {tokens} response tokens; expected one each. "
+                "Ask the engine for them, or set old_logprobs=recompute and importance=none"
+            )
+        bad = ~np.isfinite(logprobs) & self.response.loss_mask
+        if bad.any():
+            raise RolloutError(
+                f"sample {self.id}: the engine's log-prob of response token {int(bad.argmax())} is {logprobs[bad.argmax()]}, and "
+                f"{int(bad.sum())} of {bad.size} are not finite; a sampled token has a finite one. Set old_logprobs=recompute and "
+                "importance=none to do without them"
+            )
+        return logprobs
+
     def replay_sequence(self, mini_step: int | None = None) -> ReplaySequence:
         """What PR2 has to know of it; `mini_step` is the one that will train on it, from 1."""
         response = self.response
@@ -62,9 +83,9 @@ class Sample:
 
 
 def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[int]:
-    """The order in which a rank trains on its samples, as indices into them: first its share of the first mini-step, and so on.
+    """The order in which a rank trains on its samples, as indices into them: its share of the first mini-step, of the second ...
 
-    Of every `mini_steps` samples of the rollout batch one goes into each mini-step, at random, so that every prompt's responses are
+    Of every `mini_steps` samples of the rollout batch one goes into each mini-step, at random, so that a prompt's responses are
     spread over all of them. A sample's mini-step does not depend on the number of ranks.
 
     Args:
@@ -76,12 +97,20 @@ def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[i
     return (drawn + mini_steps * np.arange(len(blocks))[:, None]).T.reshape(-1).tolist()
 
 
-def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dict[str, Any]]:
+def micro_batches(
+    samples: Sequence[Sample], size: int, pad_id: int, *, rollout_logprobs: bool = False
+) -> list[dict[str, Any]]:
     """Cuts samples into micro-batches of `size` sequences, in order.
 
+    Args:
+        rollout_logprobs: the engine's are needed; zeros otherwise.
+
     Returns:
-        One dict per micro-batch: tokens, labels, position_ids [B, S] int64; mask, advantages, old_logprobs [B, S] float32;
-        samples; micro_batch, by which a replay session finds it.
+        One dict per micro-batch: tokens, labels, position_ids [B, S] int64; mask, advantages, old_logprobs, rollout_logprobs [B, S]
+        float32; samples; micro_batch, by which a replay session finds it.
+
+    Raises:
+        RolloutError: the engine's log-probs are needed, and a sampled token has none.
     """
     out = []
     for start in range(0, len(samples), size):
@@ -91,7 +120,7 @@ def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dic
             "tokens": torch.full((len(chunk), width), pad_id, dtype=torch.int64),
             "labels": torch.full((len(chunk), width), pad_id, dtype=torch.int64),
             "position_ids": torch.arange(width, dtype=torch.int64).repeat(len(chunk), 1),
-            **{name: torch.zeros(len(chunk), width) for name in ("mask", "advantages", "old_logprobs")},
+            **{name: torch.zeros(len(chunk), width) for name in ("mask", "advantages", "old_logprobs", "rollout_logprobs")},
             "samples": chunk,
         }
         for row, sample in enumerate(chunk):
@@ -103,7 +132,8 @@ def micro_batches(samples: Sequence[Sample], size: int, pad_id: int) -> list[dic
             item["advantages"][row, first:stop] = sample.advantage
             if sample.old_logprobs is not None:
                 item["old_logprobs"][row, first:stop] = torch.from_numpy(sample.old_logprobs)
-        grid = layout.padded([s.id for s in chunk], [s.length for s in chunk], width)
-        item["micro_batch"] = MicroBatch(chunk[0].id, grid)
+            if rollout_logprobs:
+                item["rollout_logprobs"][row, first:stop] = torch.from_numpy(sample.rollout_logprobs())
+        item["micro_batch"] = MicroBatch(chunk[0].id, padded([s.id for s in chunk], [s.length for s in chunk], width))
         out.append(item)
     return out

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl.encoding import encode
+from megatron_pr2.rl.data import encode
 from megatron_pr2.rl.task import Problem
 
 OPEN, CLOSE = "[", "]"
@@ -34,19 +34,9 @@ def reply_to(turn: str) -> str:
 
 
 class Calculator:
-    """Answers a response each time that the policy writes "]"; an `Environment` (megatron_pr2/rollout/base.py).
-
-    Attributes:
-        stop_token_ids: the token of "]".
-    """
+    """Answers a response each time that the policy writes "]"; an `Environment` (megatron_pr2/rollout/base.py)."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Args:
-        tokenizer: of the policy.
-
-        Raises:
-            ConfigError: "]" is not one token.
-        """
         self._tokenizer = tokenizer
         ids = tokenizer.encode(CLOSE, add_special_tokens=False)
         if len(ids) != 1:

@@ -1,4 +1,4 @@
-"""Prompts with verifiable answers: JSONL loading and a deterministic, resumable sampler.
+"""Prompts with verifiable answers: loading from JSONL, a deterministic, resumable sampler, and encoding.
 
 Two kinds of line are understood, and may be mixed:
     {"prompt": "8+7-5=", "answer": "10"}                    this project's own; answer may be a number
@@ -46,11 +46,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def parse_row(row: object, where: str) -> Example:
-    """One decoded JSON line as an example.
-
-    Args:
-        row: what `json.loads` made of the line.
-        where: "file:line", named in errors.
+    """One decoded JSON line, of `where` = "file:line", as an example.
 
     Raises:
         DataError: not an object, a field is missing, empty or of a wrong type, or a GSM8K answer has no `####`.
@@ -107,48 +103,29 @@ def load_examples(path: str | Path) -> list[Example]:
 class PromptSampler:
     """Indices of the next examples: every epoch visits all of them once, in an order that (seed, epoch) alone decides.
 
-    A batch may reach across the end of an epoch. The state is three integers and the size, so a run resumes with exactly the
-    prompts that it would have seen.
+    A batch may reach across the end of an epoch. A run resumes with exactly the prompts that it would have seen.
     """
 
     def __init__(self, num_examples: int, seed: int) -> None:
-        """Starts at the first example of epoch 0.
-
-        Args:
-            num_examples: size of the data set, at least 1.
-            seed: non-negative.
-
-        Raises:
-            ConfigError: a value out of range.
-        """
         if num_examples < 1 or seed < 0:
             raise ConfigError(f"PromptSampler: num_examples={num_examples}, seed={seed}; expected >= 1 and >= 0")
-        self.num_examples = num_examples
-        self.seed = seed
-        self.epoch = 0
-        self.cursor = 0
-        self._order = self._shuffled(0)
+        self.num_examples, self.seed = num_examples, seed
+        self._start_at(0, 0)
 
-    def _shuffled(self, epoch: int) -> Sequence[int]:
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples).tolist()
-        return order
+    def _start_at(self, epoch: int, cursor: int) -> None:
+        self.epoch, self.cursor = epoch, cursor
+        self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples).tolist()
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices into the data set.
-
-        Raises:
-            ConfigError: `count` is below 1.
-        """
+        """The next `count` indices into the data set."""
         if count < 1:
             raise ConfigError(f"PromptSampler.take({count}): expected at least 1")
         taken: list[int] = []
-        while len(taken) < count:
+        for _ in range(count):
             if self.cursor == self.num_examples:
-                self.epoch, self.cursor = self.epoch + 1, 0
-                self._order = self._shuffled(self.epoch)
-            part = self._order[self.cursor : self.cursor + count - len(taken)]
-            taken.extend(part)
-            self.cursor += len(part)
+                self._start_at(self.epoch + 1, 0)
+            taken.append(self._order[self.cursor])
+            self.cursor += 1
         return taken
 
     def state_dict(self) -> dict[str, int]:
@@ -161,8 +138,7 @@ class PromptSampler:
         Raises:
             ConfigError: another data set size, or a state that no sampler can be in.
         """
-        missing = {"epoch", "cursor", "seed", "num_examples"} - set(state)
-        if missing:
+        if missing := set(self.state_dict()) - set(state):
             raise ConfigError(f"PromptSampler state lacks {sorted(missing)}; expected what state_dict() returned")
         if state["num_examples"] != self.num_examples:
             raise ConfigError(
@@ -171,5 +147,31 @@ class PromptSampler:
             )
         if state["epoch"] < 0 or state["seed"] < 0 or not 0 <= state["cursor"] <= self.num_examples:
             raise ConfigError(f"PromptSampler state {dict(state)} is out of range; expected what state_dict() returned")
-        self.epoch, self.cursor, self.seed = state["epoch"], state["cursor"], state["seed"]
-        self._order = self._shuffled(self.epoch)
+        self.seed = state["seed"]
+        self._start_at(state["epoch"], state["cursor"])
+
+
+def encode(tokenizer: Any, text: str, what: str, *, at_least: int = 1) -> tuple[int, ...]:
+    """The token ids of a text, without special tokens.
+
+    Args:
+        tokenizer: Transformers'.
+        what: what is encoded, for the message: "train.jsonl:3: the prompt".
+
+    Raises:
+        DataError: fewer than `at_least` tokens. Transformers makes an empty tokenizer of a directory without tokenizer files, and
+            some tokenizers drop characters that they do not know.
+    """
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    check_length(ids, text, what, at_least)
+    return ids
+
+
+def check_length(ids: Sequence[int], text: str, what: str, at_least: int = 1) -> None:
+    """Refuses an encoding that is too short; as for :func:`encode`."""
+    if len(ids) < at_least:
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        raise DataError(
+            f"{what} {shown!r} is {len(ids)} tokens of the model's tokenizer; expected {at_least} or more. Look whether the "
+            "tokenizer's files in model.path are complete and belong to the model, and whether it knows these characters"
+        )

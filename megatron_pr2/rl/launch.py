@@ -1,4 +1,4 @@
-"""Starts the training ranks of one machine and tells a person plainly why one of them failed."""
+"""Starts the training ranks of one machine and says why one of them failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig, read_yaml
-from megatron_pr2.rl.preflight import MADE_UP, check, examples_model
+from megatron_pr2.rl.preflight import check, examples_model, made_up
+from megatron_pr2.rl.task import write_problems
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -39,7 +40,7 @@ class TrainingFailed(PR2Error, RuntimeError):
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the whole job on this machine: model and data if they are not given, the ranks, the report.
+    """The whole job on this machine: model and data if they are not given, the ranks, the report.
 
     A run directory that holds an unfinished run of the same configuration is continued; a finished one is moved aside.
 
@@ -54,14 +55,20 @@ def train(config: TrainConfig) -> Path:
     directory = Path(config.run)
     check(config)
     with _alone(directory):
+        _move_finished(directory, config)
+    with _alone(directory):
         _claim(directory, config)
         _check_gpus(config)
         model_path = config.model.path or str(warm_start(config))
-        data_path = config.data or str(_task_file(config))
+        data_path = config.data or str(write_problems(made_up(config.seed), directory / "train.jsonl"))
         try:
             _run_ranks(config, model_path, data_path)
         finally:
-            _report(directory)
+            # Also of a run that was interrupted, if there is anything to see.
+            if (directory / FILE_NAME).exists() and (directory / FILE_NAME).stat().st_size:
+                from megatron_pr2.report.html import write_report
+
+                write_report(directory)
     return directory
 
 
@@ -140,17 +147,18 @@ def _enable_host() -> None:
         host.enable()
 
 
-def _claim(directory: Path, config: TrainConfig) -> None:
-    """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there.
+def _move_finished(directory: Path, config: TrainConfig) -> None:
+    """So that the same command runs again and nothing is lost."""
+    if (directory / "final").exists() and len(read_records(directory)) >= config.steps:
+        aside = (directory.with_name(f"{directory.name}.{n}") for n in itertools.count(1))
+        moved = directory.rename(next(place for place in aside if not place.exists()))
+        logger.warning("%s holds a finished run: moved it to %s", directory, moved)
 
-    A finished run is moved aside, so that the same command runs again and nothing is lost.
-    """
+
+def _claim(directory: Path, config: TrainConfig) -> None:
+    """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there."""
     file = directory / CONFIG_FILE
     new = OmegaConf.structured(config)
-    if (directory / "final").exists() and len(read_records(directory)) >= config.steps:
-        number = next(n for n in itertools.count(1) if not directory.with_name(f"{directory.name}.{n}").exists())
-        directory.rename(directory.with_name(f"{directory.name}.{number}"))
-        logger.warning("%s holds a finished run: moved it to %s.%d", directory, directory, number)
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
         defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(type(config))))
@@ -197,20 +205,6 @@ def warm_start(config: TrainConfig) -> Path:
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
     return ensure_warm_start(examples_model(config), WarmStartConfig.of(config.model.warm_start, config.seed))
-
-
-def _task_file(config: TrainConfig) -> Path:
-    from megatron_pr2.rl.task import TaskConfig, make_problems, write_problems
-
-    return write_problems(make_problems(TaskConfig(), "train", MADE_UP, config.seed), Path(config.run) / "train.jsonl")
-
-
-def _report(directory: Path) -> None:
-    """Renders what there is, also of a run that was interrupted."""
-    from megatron_pr2.report.html import write_report
-
-    if (directory / FILE_NAME).exists() and (directory / FILE_NAME).stat().st_size:
-        write_report(directory)
 
 
 def _reason(error: ChildFailedError, log: Path) -> str:

@@ -18,17 +18,8 @@ The replay rules, the same for every trainer (docs/off_policy.md has them as a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
-
 from megatron_pr2.config import PR2Config
-from megatron_pr2.errors import ConfigError, RolloutError
-
-if TYPE_CHECKING:  # settings are checked before torch is imported
-    from megatron_pr2.rl.batch import Sample
+from megatron_pr2.errors import ConfigError
 
 SOURCES = ("recompute", "rollout", "ewma")
 # What corrects them for the engine's: megatron_pr2.rl.corrections.
@@ -37,15 +28,7 @@ LEVELS = ("token", "sequence")
 
 
 def check_source(source: str, importance: str, replay: PR2Config) -> None:
-    """Refuses sources that contradict the correction or the routes.
-
-    Args:
-        source: one of SOURCES.
-        importance: one of KINDS.
-
-    Raises:
-        ConfigError: naming what to set.
-    """
+    """Raises ConfigError for a source that contradicts the correction (one of KINDS) or the routes."""
     if source not in SOURCES:
         raise ConfigError(f"algorithm.old_logprobs={source!r}: expected one of {', '.join(SOURCES)}")
     if source == "rollout" and replay.routes == "actor":
@@ -73,36 +56,3 @@ def needs_snapshot_pass(source: str, replay: PR2Config) -> bool:
     """
     features = replay.learns or (replay.predicts and replay.hold_back)
     return source == "recompute" or replay.routes == "actor" or features
-
-
-def rollout_logprobs(sample: Sample) -> npt.NDArray[np.float32]:
-    """The engine's log-probs of a response, [len(response_ids)] float32.
-
-    Raises:
-        RolloutError: they are not one finite number for every token that bears loss.
-    """
-    response = sample.response
-    logprobs = np.asarray(response.logprobs, dtype=np.float32)
-    if logprobs.shape != (len(response.response_ids),):
-        raise RolloutError(
-            f"sample {sample.id}: {logprobs.shape} log-probs for {len(response.response_ids)} response tokens; expected one each. "
-            "Ask the engine for them, or set old_logprobs=recompute and importance=none"
-        )
-    bad = ~np.isfinite(logprobs) & response.loss_mask
-    if bad.any():
-        raise RolloutError(
-            f"sample {sample.id}: the engine's log-prob of response token {int(bad.argmax())} is {logprobs[bad.argmax()]}, and "
-            f"{int(bad.sum())} of {bad.size} are not finite; a sampled token has a finite one. Set old_logprobs=recompute and "
-            "importance=none to do without them"
-        )
-    return logprobs
-
-
-def take_rollout_logprobs(samples: Sequence[Sample]) -> None:
-    """Makes the engine's log-probs the old ones.
-
-    Raises:
-        RolloutError: a sampled token has none.
-    """
-    for sample in samples:
-        sample.old_logprobs = rollout_logprobs(sample)

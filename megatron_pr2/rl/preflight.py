@@ -6,27 +6,35 @@ read (config.py); what only a built model or a running server can tell is refuse
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import choose_bridge
+from megatron_pr2.hf.shape import EXPERTS, model_shape
+from megatron_pr2.hf.weight_files import tensor_files
 from megatron_pr2.rl.config import TrainConfig, sglang_config
-from megatron_pr2.rl.data import Example, load_examples
-from megatron_pr2.rl.preflight_model import check_experts, check_model, check_tokenizer
+from megatron_pr2.rl.data import Example, check_length, load_examples
 from megatron_pr2.rl.prompts import load_environment
-from megatron_pr2.rl.task import TaskConfig, make_problems
+from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.python import find_python
 
-# The arithmetic problems of a run without data.
-MADE_UP = 2048
 _CONNECT_SECONDS = 3.0
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.*", "*.tiktoken"
+)  # fmt: skip
+# Classes that bring no end-of-sequence token of their own; a model's own class does, which is taken where none is named.
+_PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Prompts are encoded up to this many characters, which takes about a second; the rest is looked at when it is asked for.
+_CHARACTERS = 2_000_000
 
 
 def check(config: TrainConfig) -> None:
@@ -39,17 +47,18 @@ def check(config: TrainConfig) -> None:
     check_place(Path(config.run), "run")
     examples = load_examples(config.data) if config.data else None
     load_environment(config.rollout.environment)
+    model, longest = None, 0
     if config.model.path is None:
         if not examples_model(config).is_dir():  # one that is there is only read
             check_place(Path(config.model.cache), "model.cache")
         choose_bridge("qwen3_moe", config.model.bridge)
-        check_experts(TinyModelConfig().num_experts, config.parallel.expert, "the examples' model")
-        _check_engine(config, None, 0)
-        return
-    directory = Path(config.model.path)
-    model = check_model(directory, config.parallel.expert, config.model.bridge)
-    longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples or _made_up(config.seed))
-    _check_engine(config, model, longest)
+        _check_experts(TinyModelConfig().num_experts, config.parallel.expert)
+    else:
+        directory = Path(config.model.path)
+        model = _check_model(directory, config.parallel.expert, config.model.bridge)
+        longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples or _as_examples(made_up(config.seed)))
+    if config.rollout.engine == "sglang":
+        _check_sglang(sglang_config(config, config.model.path or ""), model, longest)
 
 
 def examples_model(config: TrainConfig) -> Path:
@@ -58,12 +67,17 @@ def examples_model(config: TrainConfig) -> Path:
     return Path(config.model.cache) / (f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}")
 
 
-def check_place(directory: Path, setting: str) -> None:
-    """Whether a directory can be made, or written to where it exists.
+def made_up(seed: int) -> list[Problem]:
+    """The arithmetic problems of a run without data."""
+    return make_problems(TaskConfig(), "train", 2048, seed)
 
-    Raises:
-        ConfigError: something else is there, or it may not be written to.
-    """
+
+def _as_examples(problems: Sequence[Problem]) -> list[Example]:
+    return [Example(problem.prompt, problem.answer, "made-up arithmetic (set data to use your own)") for problem in problems]
+
+
+def check_place(directory: Path, setting: str) -> None:
+    """Refuses a directory that can neither be made nor written to."""
     # Not Path.exists(), which raises where a parent may not be searched.
     existing = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
@@ -72,37 +86,142 @@ def check_place(directory: Path, setting: str) -> None:
         raise ConfigError(f"{setting}={directory}: {existing} cannot be written to; choose another directory")
 
 
-def _made_up(seed: int) -> Sequence[Example]:
-    problems = make_problems(TaskConfig(), "train", MADE_UP, seed)
-    return [Example(problem.prompt, problem.answer, "made-up arithmetic (set data to use your own)") for problem in problems]
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_engine(config: TrainConfig, model: SimpleNamespace | None, longest: int) -> None:
-    if config.rollout.engine != "sglang":
+def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNamespace:
+    """Config and weights of a Hugging Face directory.
+
+    Returns:
+        What config.json sets, of the text model; what it leaves to Transformers' defaults is not there.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        found = "no config.json there" if directory.is_dir() else "no such directory"
+        raise ConfigError(f"model.path={directory}: {found}; expected a Hugging Face model directory")
+    raw = _read_json(file)
+    kind, text = raw.get("model_type"), raw.get("text_config")
+    config = SimpleNamespace(**{**raw, **(text if isinstance(text, dict) else {}), "model_type": kind})
+    try:
+        choose_bridge(kind, bridge)
+        _check_shape(config, expert_parallel)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"{file}: a size or a list of layers cannot be used ({error})") from error
+    tensor_files(directory)
+    return config
+
+
+def _check_shape(config: SimpleNamespace, expert_parallel: int) -> None:
+    given = vars(config)
+    needed = ("num_experts_per_tok", "num_hidden_layers", "vocab_size")
+    if not any(name in given for name in EXPERTS) or any(name not in given for name in needed):
         return
-    settings = sglang_config(config, config.model.path or "")
+    shape = model_shape(config)
+    _check_experts(shape.num_experts, expert_parallel)
+    if not 1 <= shape.topk <= shape.num_experts:
+        raise ConfigError(f"top-{shape.topk} of {shape.num_experts} experts; expected 1 to all")
+
+
+def _check_experts(experts: int, expert_parallel: int) -> None:
+    if experts % expert_parallel:
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
+        raise ConfigError(
+            f"the model's {experts} experts cannot be spread over parallel.expert={expert_parallel} processes; expected one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+
+
+def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> int:
+    """Tokenizer files, and the prompts as they encode.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+        examples: whose prompts are encoded, up to a number of characters.
+
+    Returns:
+        The largest number of tokens of a prompt that was encoded; 0 where Transformers would have to convert the tokenizer first.
+
+    Raises:
+        ConfigError: no tokenizer, or one that cannot be read or has no end-of-sequence token.
+        DataError: a prompt has no tokens, or tokens that the model does not have.
+    """
+    if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.path={directory}: no tokenizer files there; expected tokenizer.json or what it can be made of "
+            "(tokenizer.model, vocab.json and merges.txt): copy them from where the model came from"
+        )
+    settings = _read_json(directory / "tokenizer_config.json", absent={})
+    special = _read_json(directory / "special_tokens_map.json", absent={})
+    if settings.get("tokenizer_class") in _PLAIN_TOKENIZERS and not (settings.get("eos_token") or special.get("eos_token")):
+        raise ConfigError(
+            f"{directory}/tokenizer_config.json: no eos_token; expected the token that ends a response, or no response would end"
+        )
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return 0
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"{file} cannot be read ({error}); copy it again") from error
+    # As they were when it was saved; Transformers takes neither from the file.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    longest = characters = 0
+    for example in examples:
+        characters += len(example.prompt)
+        if characters > _CHARACTERS:
+            break
+        ids = tokenizer.encode(example.prompt, add_special_tokens=False).ids
+        check_length(ids, example.prompt, f"{example.where}: the prompt")
+        longest = max(longest, len(ids))
+        if vocab_size is not None and max(ids) >= vocab_size:
+            raise ConfigError(
+                f"{example.where}: the prompt has token {max(ids)}, and the model's vocab_size is {vocab_size}; the tokenizer in "
+                "model.path is another model's"
+            )
+    return longest
+
+
+def _read_json(file: Path, *, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file; `absent` where there is no such file."""
+    if absent is not None and not file.is_file():
+        return absent
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: a JSON {type(found).__name__}; expected an object")
+    return found
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_sglang(settings: SGLangConfig, model: SimpleNamespace | None, longest: int) -> None:
     settings.read_api_key()
     for name in ("push_directory", "spill_directory"):
         if (place := getattr(settings, name)) is not None:
             check_place(Path(place), f"rollout.sglang.{name}")
     for url in (*settings.urls, *([settings.router] if settings.router not in ("none", "own") else [])):
-        _check_answers(url)
-    if not settings.urls and model is not None:
-        _check_context(settings, model, longest)
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((str(parts.hostname), port), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConfigError(f"{url}: nothing answers there ({error}); start the server first") from error
     if not settings.urls:
+        if model is not None:
+            _check_context(settings, model, longest)
         find_python(settings.python)
     if settings.router == "own":
         find_python(settings.python, module="sglang_router")
-
-
-def _check_answers(url: str) -> None:
-    """Something has to listen where a server is said to run."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((str(parts.hostname), port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(f"{url}: nothing answers there ({error}); start the server first") from error
 
 
 def _check_context(settings: SGLangConfig, model: SimpleNamespace, longest: int) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rl.data import Example, PromptSampler
-from megatron_pr2.rl.encoding import encode
+from megatron_pr2.rl.data import Example, PromptSampler, encode
 from megatron_pr2.rollout.base import Environment, RolloutRequest
 
 
@@ -24,14 +23,10 @@ class PromptQueue:
     """
 
     def __init__(self, config: TrainConfig, examples: Sequence[Example], tokenizer: Any) -> None:
-        """Raises:
-        ConfigError: the tokenizer has no end-of-sequence token.
-        """
-        self._config = config
-        self._examples = examples
-        self._tokenizer = tokenizer
+        self._config, self._examples, self._tokenizer = config, examples, tokenizer
         self._sampler = PromptSampler(len(examples), config.seed)
         self._next_group = 0
+        # (number of the group, index of its example)
         self._waiting: list[tuple[int, int]] = []
         self._asked: list[tuple[int, int]] = []
         self._make_environment = load_environment(config.rollout.environment)
@@ -51,11 +46,7 @@ class PromptQueue:
         return rollout.prompts if rollout.oversample > 1 else None
 
     def requests(self) -> list[RolloutRequest]:
-        """The requests of the next batch: what was left over first, then new prompts. Call `settle` when they are answered.
-
-        Raises:
-            DataError: a prompt has no tokens.
-        """
+        """The requests of the next batch: what was left over first, then new prompts. Call `settle` when they are answered."""
         rollout = self._config.rollout
         if not self._asked:
             count = max(0, math.ceil(rollout.prompts * rollout.oversample) - len(self._waiting))
@@ -71,11 +62,11 @@ class PromptQueue:
             Number of the response over the whole run, and its example, per answered request.
         """
         responses = self._config.rollout.responses
+        answered = []
+        for index in finished:
+            group, example = self._asked[index // responses]
+            answered.append((group * responses + index % responses, self._examples[example]))
         places = {index // responses for index in finished}
-        answered = [
-            (self._asked[index // responses][0] * responses + index % responses, self._examples[self._asked[index // responses][1]])
-            for index in finished
-        ]
         self._waiting = [asked for place, asked in enumerate(self._asked) if place not in places]
         self._asked = []
         return answered
@@ -86,8 +77,7 @@ class PromptQueue:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        own = ("next_group", "waiting")
-        self._sampler.load_state_dict({name: value for name, value in state.items() if name not in own})
+        self._sampler.load_state_dict(state)
         # Checkpoints of version 0.1.0 had no over-sampling: every prompt taken so far was a group.
         taken = self._sampler.epoch * self._sampler.num_examples + self._sampler.cursor
         self._next_group = int(state.get("next_group", taken))
@@ -100,7 +90,7 @@ class PromptQueue:
             int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0]),
             key=str(number) if self.enough is not None else "",
             group=group,
-            environment=self._make_environment(self._tokenizer) if self._make_environment is not None else None,
+            environment=self._make_environment and self._make_environment(self._tokenizer),
         )
 
 
@@ -114,10 +104,9 @@ def load_environment(name: str | None) -> Any:
         return None
     module, _, attribute = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(
             f"rollout.environment={name!r}: {error}; expected 'package.module:Name' of something that, called with the tokenizer, "
             f"returns a {Environment.__name__}"
         ) from error
-    return made

@@ -1,7 +1,6 @@
-"""Training jobs without what torch and Megatron-Core say about each other's names on every step and rank.
+"""Silences what torch and Megatron-Core say about each other's names on every step and rank of a training job.
 
-Nothing in here can be acted on by who runs the job, or by this package, which calls none of these names. Only a job's own processes
-are told; importing the package changes no filter.
+Nobody who runs a job can act on it, nor can this package, which calls none of these names. Importing it changes no filter.
 """
 
 from __future__ import annotations
@@ -29,25 +28,8 @@ _RECORDS = {
 
 
 def silence_known_warnings() -> None:
-    """Keeps this process from printing them; for processes that a job has for itself. Calling it again changes nothing."""
+    """Keeps this process from printing them; for a job's own processes, once."""
     for category, message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
     for name, start in _RECORDS.items():
-        logging.getLogger(name).addFilter(_Without(start))
-
-
-class _Without(logging.Filter):
-    """Drops records whose message begins with a text."""
-
-    def __init__(self, start: str) -> None:
-        super().__init__()
-        self.start = start
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.start)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Without) and self.start == other.start
-
-    def __hash__(self) -> int:
-        return hash(self.start)
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))

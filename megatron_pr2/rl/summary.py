@@ -14,8 +14,8 @@ from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rollout.base import RolloutStats
 
 PER_LAYER = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap")
+MEANS = (*PER_LAYER, "outside_mass")
 CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
-MEANS = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap", "outside_mass")
 
 
 def _reduced(values: Sequence[float], group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> list[float]:
@@ -43,7 +43,7 @@ def step_summary(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[st
 
 
 def rollout_summary(samples: Sequence[Sample], step: int, stats: RolloutStats, group: dist.ProcessGroup) -> dict[str, float]:
-    """How the responses were sampled: share of tokens from weights older than the step's, turns, and what the engine counted."""
+    """How responses were sampled: share of tokens from weights older than the step's, turns, and what the engine counted."""
     versions = [s.response.weight_versions[s.response.loss_mask] for s in samples]
     older = sum(int((v < step).sum()) for v in versions)
     count, tokens, old, turns = _reduced(
@@ -57,27 +57,27 @@ def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str
 
     "kl" is the k3 estimate of KL(mu || pi_old) from the engine's samples.
     """
-    gaps = [
-        (s.old_logprobs.astype(np.float64) - s.response.logprobs)[s.response.loss_mask]
-        for s in samples
-        if s.old_logprobs is not None
-    ]
-    gap = np.concatenate(gaps) if gaps else np.zeros(0)
+    with_old = [(s.old_logprobs, s.response) for s in samples if s.old_logprobs is not None]
+    gaps = [(old.astype(np.float64) - response.logprobs)[response.loss_mask] for old, response in with_old]
+    gap = np.concatenate([np.zeros(0), *gaps])
     count, absolute, kl = _reduced([gap.size, np.abs(gap).sum(), (np.exp(gap) - 1.0 - gap).sum()], group)
     (largest,) = _reduced([float(np.abs(gap).max(initial=0.0))], group, dist.ReduceOp.MAX)
     return {"mean": absolute / max(count, 1.0), "max": largest, "kl": kl / max(count, 1.0)}
 
 
 def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Flattens the per-layer drift of each mini-step: means over layers, the deviation histogram and what is kept per layer."""
+    """Drift of each mini-step: means over layers, the histogram of changed experts, and what is kept per layer."""
     entries: list[dict[str, Any]] = []
     for step in mini_steps:
         drift = step["drift"]
-        entry = {k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent", "hold_back")}
-        entry |= {name: _mean(drift[name]) for name in MEANS}
-        entry["changed"] = [_mean(drift[name]) for name in CHANGED]
-        entry["per_layer"] = {name: drift[name] for name in PER_LAYER}
-        entries.append(entry)
+        entries.append(
+            {
+                **{k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent", "hold_back")},
+                **{name: _mean(drift[name]) for name in MEANS},
+                "changed": [_mean(drift[name]) for name in CHANGED],
+                "per_layer": {name: drift[name] for name in PER_LAYER},
+            }
+        )
     later = [e for e in entries if e["mini_step"] >= 2]
     out: dict[str, Any] = {name: _mean([e[name] for e in later]) for name in ("agreement", "frozen_agreement", "lift")}
     # The first mini-step too, in which nothing has drifted yet and a prediction can only be wrong.

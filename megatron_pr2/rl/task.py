@@ -29,12 +29,7 @@ LESSONS = ("worked", "calculator")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the prompts look like.
-
-    Attributes:
-        min_terms, max_terms: numbers in a prompt, drawn uniformly.
-        max_digit: each number is drawn uniformly from 0..max_digit.
-    """
+    """What the prompts look like: min_terms to max_terms numbers, each from 0 to max_digit, both drawn uniformly."""
 
     min_terms: int = 3
     max_terms: int = 4
@@ -58,7 +53,7 @@ class Problem:
 
 
 def split_of(prompt: str) -> str:
-    """Split that a prompt belongs to, whatever the seed: "warmstart", "train" or "eval"."""
+    """One of SPLITS, whatever the seed."""
     return _BUCKETS[zlib.crc32(prompt.encode()) % len(_BUCKETS)]
 
 
@@ -75,11 +70,7 @@ def guess(problem: Problem, spread: int, rng: random.Random) -> str:
 
 
 def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list[Problem]:
-    """`count` different problems of one split; the same arguments give the same problems.
-
-    Raises:
-        ConfigError: unknown split, or fewer than `count` different prompts were found.
-    """
+    """`count` different problems of one split; the same arguments give the same problems."""
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"{seed}:{split}")

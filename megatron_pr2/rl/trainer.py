@@ -1,7 +1,6 @@
-"""The loop: rollout, old log-probs, kappa mini-steps, and round again (docs/design.md has the picture).
+"""The loop (docs/design.md has the picture):
 
-push merged gates -> generate with routes -> rewards, advantages -> begin_rollout -> old log-probs (replay, keep features;
-  megatron_pr2.rl.old_logprobs has the other sources)
+push merged gates -> generate with routes -> rewards, advantages -> begin_rollout -> old log-probs (replay, keep features)
   -> kappa x (replay, policy update, predictor update from the second on) -> log, checkpoint
 """
 
@@ -26,8 +25,7 @@ from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.batch import Sample, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rl.data import Example
-from megatron_pr2.rl.encoding import encode
+from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
@@ -164,24 +162,19 @@ class Trainer:
         except RolloutError as error:
             failure = str(error)
         # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, failure)
-        if failures := [each for each in told if each is not None]:
-            raise RolloutError(failures[0])
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if first := next(filter(None, failures), None):
+            raise RolloutError(first)
         self._handshake_report = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
-        rollout = self._config.rollout
+        rollout, with_routes, enough = self._config.rollout, self._config.pr2_needs_engine_routes, self._prompts.enough
         requests = self._prompts.requests()
-        sampling = SamplingParams(
-            rollout.max_new_tokens, rollout.temperature, self._prompts.stop_token_ids, max_turns=rollout.max_turns
-        )
+        stops = self._prompts.stop_token_ids
+        sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, stops, max_turns=rollout.max_turns)
         self._engine.on_progress = self._on_progress
-        batch = self._retrying(
-            lambda: self._engine.generate(
-                requests, sampling, return_routes=self._config.pr2_needs_engine_routes, enough=self._prompts.enough
-            )
-        )
+        batch = self._retrying(lambda: self._engine.generate(requests, sampling, return_routes=with_routes, enough=enough))
         answered = self._prompts.settle(batch.finished)
         own = share(len(answered), mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank())
         rewards = [
@@ -193,8 +186,7 @@ class Trainer:
             Sample(number, response, reward, float(advantage))
             for (number, _), response, reward, advantage in zip(answered[own], batch.responses, rewards, advantages, strict=True)
         ]
-        mini_steps = self._config.algorithm.mini_steps
-        order = mini_batch_order(own, mini_steps, [self._config.seed, self._step])
+        order = mini_batch_order(own, self._config.algorithm.mini_steps, [self._config.seed, self._step])
         return [samples[i] for i in order], batch.stats
 
     def _last_turn(self, response: RolloutResponse) -> str:
@@ -206,7 +198,7 @@ class Trainer:
         self.monitor.detail(f"{progress.finished} of {progress.total} responses, {progress.tokens} tokens")
 
     def _retrying(self, action: Callable[[], T]) -> T:
-        """Does what the engine is asked; an engine that died meanwhile is restarted and gets the same weights first.
+        """Asks the engine; one that fails is restarted, gets the same weights and is asked again.
 
         Nothing is lost: no response of this step was used yet, and requests carry their seeds.
         """
@@ -232,30 +224,33 @@ class Trainer:
         mini_steps: list[dict[str, Any]],
         seconds: float,
     ) -> dict[str, Any]:
-        summary = step_summary(samples, mpu.get_data_parallel_group())
-        routes, route_bytes, feature_bytes = _sum_reports(report, self._actor.pr2, mpu.get_data_parallel_group())
+        group = mpu.get_data_parallel_group()
+        summary = step_summary(samples, group)
+        routes, route_bytes, feature_bytes = _sum_reports(report, self._actor.pr2, group)
         # Engine and actor hold the same weights then, up to the prediction.
         if self._actor.pr2.engine_agreement is not None:
             routes["agreement"] = self._actor.pr2.engine_agreement
         routes["features_absent"] = sum(m["features_absent"] for m in mini_steps)
         tokens = int(summary.pop("tokens"))
+        corrections = [m["importance"] for m in mini_steps if "importance" in m]
+        importance = {"importance": {name: _mean(corrections, name) for name in corrections[0]}} if corrections else {}
         return {
             "step": self._step,
             "seed": self._config.seed,
             "preset": self._config.preset,
             "wall_seconds": seconds,
             **summary,
-            "policy_loss": float(np.mean([m["loss"] for m in mini_steps])),
-            "clip_fraction": float(np.mean([m["clip_fraction"] for m in mini_steps])),
-            "grad_norm": float(np.mean([m["grad_norm"] for m in mini_steps])),
+            "policy_loss": _mean(mini_steps, "loss"),
+            "clip_fraction": _mean(mini_steps, "clip_fraction"),
+            "grad_norm": _mean(mini_steps, "grad_norm"),
             "lr": self._actor.lr,
             "tokens_per_second": tokens / seconds,
             **drift_summary(mini_steps),
-            "logprob_gap": logprob_gap(samples, mpu.get_data_parallel_group()),
-            **_mean_importance(mini_steps),
+            "logprob_gap": logprob_gap(samples, group),
+            **importance,
             "routes": routes,
             "predictor": mini_steps[-1]["predictor"],
-            "rollout": rollout_summary(samples, self._step, stats, mpu.get_data_parallel_group()),
+            "rollout": rollout_summary(samples, self._step, stats, group),
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
             "bytes": {"routes": route_bytes, "features": feature_bytes, "weights": self._weight_bytes},
         }
@@ -271,10 +266,8 @@ class Trainer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
 
 
-def _mean_importance(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Diagnostics of the off-policy correction, where there is one: the mean over mini-steps."""
-    reports = [mini_step["importance"] for mini_step in mini_steps if "importance" in mini_step]
-    return {"importance": {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}} if reports else {}
+def _mean(reports: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([report[name] for report in reports]))
 
 
 def _sum_reports(report: RolloutReport, pr2: PR2, group: dist.ProcessGroup) -> tuple[dict[str, Any], int, int]:

@@ -10,8 +10,7 @@ import pytest
 from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.calculator import Calculator
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rl.data import Example
-from megatron_pr2.rl.encoding import encode
+from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.tokenizer import prompt_bytes
 from megatron_pr2.rollout.base import RolloutRequest

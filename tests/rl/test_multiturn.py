@@ -180,8 +180,8 @@ def advantages_at(chosen: Any, value: float) -> Iterator[None]:
 
     cut = actor.micro_batches
 
-    def tampered(samples: Any, size: int, pad_id: int) -> list[dict[str, Any]]:
-        items = cut(samples, size, pad_id)
+    def tampered(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        items = cut(*args, **kwargs)
         for item in items:
             item["advantages"][chosen(item["mask"] > 0, item["advantages"] != 0)] = value
         return items

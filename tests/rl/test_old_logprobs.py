@@ -17,7 +17,7 @@ from megatron_pr2.errors import AttachError, ConfigError, RolloutError
 from megatron_pr2.rl import checkpoint, corrections
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rl.old_logprobs import SOURCES, check_source, needs_snapshot_pass, rollout_logprobs, take_rollout_logprobs
+from megatron_pr2.rl.old_logprobs import SOURCES, check_source, needs_snapshot_pass
 from megatron_pr2.rl.proximal import ProximalPolicy
 from megatron_pr2.rollout.base import RolloutResponse
 from tests.helpers import toy
@@ -97,13 +97,11 @@ def test_a_partial_rollout_keeps_what_each_token_was_sampled_with() -> None:
     newest = np.array([-1.0, -2.0, -0.5, -0.7], dtype=np.float32)
     continued = sample([-1.3, -1.9, -0.5, -0.7], versions=[2, 2, 3, 3])
     log_ratio = corrections.behaviour_log_ratio(
-        torch.from_numpy(newest)[None], torch.from_numpy(rollout_logprobs(continued))[None], torch.ones(1, 4)
+        torch.from_numpy(newest)[None], torch.from_numpy(continued.rollout_logprobs())[None], torch.ones(1, 4)
     )
     weighted = corrections.behaviour_weights(log_ratio, torch.ones(1, 4), kind="tis", cap=1.2)
     np.testing.assert_allclose(weighted.weights[0], [1.2, np.exp(-0.1), 1.0, 1.0], rtol=rounding(2))
-    take_rollout_logprobs([continued])
-    assert continued.old_logprobs is not None
-    assert continued.old_logprobs.tolist() == continued.response.logprobs.tolist()
+    assert continued.rollout_logprobs().tolist() == continued.response.logprobs.tolist()
 
 
 @pytest.mark.parametrize(
@@ -115,11 +113,11 @@ def test_a_partial_rollout_keeps_what_each_token_was_sampled_with() -> None:
 )
 def test_an_engine_without_log_probs_is_refused(logprobs: list[float], message: str) -> None:
     with pytest.raises(RolloutError, match=message):
-        take_rollout_logprobs([sample(logprobs)])
+        sample(logprobs).rollout_logprobs()
 
 
 def test_tokens_of_an_environment_need_none() -> None:
-    rollout_logprobs(sample([-1.0, np.nan, -1.0, -1.0], loss_mask=[True, False, True, True]))
+    sample([-1.0, np.nan, -1.0, -1.0], loss_mask=[True, False, True, True]).rollout_logprobs()
 
 
 # ---- the moving average ----------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.data import load_examples
 from megatron_pr2.rl.launch import _alone, _claim, train
-from megatron_pr2.rl.preflight import check, check_place
-from megatron_pr2.rl.preflight_model import check_tokenizer
+from megatron_pr2.rl.preflight import check, check_place, check_tokenizer
 from megatron_pr2.rollout.sglang.python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]

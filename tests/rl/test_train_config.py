@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl import launch
 from megatron_pr2.rl.config import TrainConfig, load_config
 from megatron_pr2.rl.launch import _claim
 
@@ -186,6 +187,20 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
     changed = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, clip_high=0.9))
     with pytest.raises(ConfigError, match=r"other settings \(algorithm\.clip_high\)"):
         _claim(unfinished(tmp_path / "changed", settings), changed)
+
+
+def test_a_finished_run_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same command starts again in an empty directory, which it holds alone."""
+    run = tmp_path / "run"
+    config = load_config(None, [f"run={run}", "steps=1", "model.path=model", "data=data"])
+    unfinished(run, OmegaConf.to_container(OmegaConf.structured(config)))
+    (run / "final").mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
+    monkeypatch.setattr(launch, "check", lambda config: None)
+    monkeypatch.setattr(launch, "_run_ranks", lambda *_: None)
+    assert launch.train(config) == run
+    assert (tmp_path / "run.1" / "final").is_dir()
+    assert sorted(file.name for file in run.iterdir()) == ["config.yaml", "lock"]
 
 
 def test_a_run_of_a_later_release_is_refused(tmp_path: Path) -> None:
