@@ -25,11 +25,7 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Shards:
-    """A part of a checkpoint that each rank reads its own share of.
-
-    Attributes:
-        directory: of the checkpoint.
-    """
+    """A part of a checkpoint that each rank reads its own share of."""
 
     directory: Path
     name: str
@@ -77,7 +73,8 @@ def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
         for _, old in checkpoints(directory)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
-    sharded = [name for name, value in state.items() if isinstance(value, dict) and _has_shards(value)]
+    nested = {name: nested_values(value) for name, value in state.items() if isinstance(value, dict)}
+    sharded = [name for name, values in nested.items() if any(isinstance(value, ShardedBase) for value in values)]
     try:
         files.together(lambda: prepare() if rank == 0 else None)
         files.write({**state, "step": step, "sharded": sharded}, temporary)
@@ -95,11 +92,11 @@ def load_latest(directory: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: on every rank, if any rank cannot read it.
     """
-    found = [path for _, path in checkpoints(directory)]
     # As rank 0 sees it: the others may look at an older state of a shared file system.
-    newest: list[Path | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(newest, found[-1] if found else None)
-    path = newest[0]
+    newest = [path for _, path in checkpoints(directory)][-1:]
+    told = [newest[0] if newest else None]
+    dist.broadcast_object_list(told)
+    path = told[0]
     if path is None:
         return None
     try:
@@ -107,10 +104,6 @@ def load_latest(directory: Path) -> dict[str, Any] | None:
     except CheckpointError as error:
         raise _unreadable(path, error) from error
     return {**state, **{name: Shards(path, name) for name in state.pop("sharded")}}
-
-
-def _has_shards(value: dict[str, Any]) -> bool:
-    return any(isinstance(each, ShardedBase) for each in nested_values(value))
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -36,12 +36,7 @@ DIAGNOSTIC_COLUMNS = ("tokens", "weight", "weight_squared", "outside", "kl")
 
 @torch.no_grad()
 def behaviour_log_ratio(prox_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(prox / mu) of every token that bears loss, 0 elsewhere; [B, S] fp32.
-
-    Args:
-        prox_logprobs, rollout_logprobs: [B, S] natural logs; what they are where the mask is off does not matter.
-        mask: [B, S], above 0 where a token bears loss.
-    """
+    """log(prox / mu) [B, S] fp32 of every token that bears loss (mask > 0); 0 elsewhere, whatever is there."""
     return torch.where(mask > 0, prox_logprobs.float() - rollout_logprobs.float(), 0.0)
 
 
@@ -51,9 +46,6 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
     A product of the ratios would grow with the length; the geometric mean is what sequences are filtered by in verl ("seq_mean_k1")
     and what GSPO clips (https://arxiv.org/abs/2507.18071).
-
-    Args:
-        log_ratio: from :func:`behaviour_log_ratio`.
     """
     bears = (mask > 0).float()
     mean_B1 = log_ratio.sum(1, keepdim=True) / bears.sum(1, keepdim=True).clamp(min=1.0)
@@ -82,12 +74,12 @@ def masked_weights(log_ratio: Tensor, floor: float, cap: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Weighted:
-    """What a correction makes of the tokens of a micro-batch.
+    """What a correction makes of the tokens of a micro-batch; all [B, S] fp32.
 
     Attributes:
-        weights: [B, S] fp32, w.
-        mask: [B, S] fp32, 1 where a token still bears loss.
-        outside: [B, S] fp32, 1 where a token's ratio was beyond the bounds: truncated, or dropped.
+        weights: w.
+        mask: 1 where a token still bears loss.
+        outside: 1 where a token's ratio was beyond the bounds: truncated, or dropped.
     """
 
     weights: Tensor
@@ -105,14 +97,9 @@ def behaviour_weights(
 
     Args:
         log_ratio: from :func:`behaviour_log_ratio`.
-        mask: [B, S], above 0 where a token bears loss.
-        kind: one of KINDS.
         cap: largest weight.
         floor: smallest weight that "mis" keeps.
         level: "token", or "sequence": all tokens of a row get the geometric mean of their ratios, and stay or go together.
-
-    Raises:
-        ConfigError: unknown kind or level.
     """
     if kind not in KINDS or level not in LEVELS:
         raise ConfigError(f"importance={kind!r}, level={level!r}: expected one of {', '.join(KINDS)} and of {', '.join(LEVELS)}")
@@ -141,7 +128,7 @@ def decoupled_loss(
     floor: float = 0.5,
     level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The module's equation, summed over tokens; policy_loss to the last bit where mu = prox.
+    """The module's equation, summed over tokens; policy_loss to the last bit where mu = prox, and with kind="none".
 
     Args:
         logprobs, prox_logprobs, rollout_logprobs: [B, S], natural logs under theta, prox and mu.
@@ -149,8 +136,7 @@ def decoupled_loss(
         kind, cap, floor, level: as of :func:`behaviour_weights`.
 
     Returns:
-        loss, sums, extremes: as of policy_loss, over the tokens that still bear loss; sums[0] is how many these are, which summed
-            over the mini-batch is what the loss is divided by.
+        loss, sums, extremes: as of policy_loss, over the tokens that still bear loss; sums[0] is how many these are.
         diagnostics: [len(DIAGNOSTIC_COLUMNS)] sums for :func:`diagnose`.
     """
     log_ratio = behaviour_log_ratio(prox_logprobs, rollout_logprobs, mask)
@@ -163,13 +149,7 @@ def decoupled_loss(
 
 @torch.no_grad()
 def diagnostic_sums(log_ratio: Tensor, weighted: Weighted, mask: Tensor) -> Tensor:
-    """Sums over tokens, [len(DIAGNOSTIC_COLUMNS)] float64; they add up over micro-batches and ranks.
-
-    Args:
-        log_ratio: from :func:`behaviour_log_ratio`.
-        weighted: from :func:`behaviour_weights`.
-        mask: before the correction.
-    """
+    """Sums over tokens, [len(DIAGNOSTIC_COLUMNS)] float64; `mask` is the one before the correction."""
     bears = (mask > 0).float()
     applied = weighted.weights * weighted.mask
     # k3 estimate of KL(mu || prox) from mu's samples, never negative: http://joschu.net/blog/kl-approx.html
@@ -178,10 +158,7 @@ def diagnostic_sums(log_ratio: Tensor, weighted: Weighted, mask: Tensor) -> Tens
 
 
 def diagnose(sums: Tensor) -> dict[str, float]:
-    """How far behaviour and proximal policy are apart, and what the correction leaves of the sample.
-
-    Args:
-        sums: from :func:`diagnostic_sums`, added up over micro-batches and ranks.
+    """How far behaviour and proximal policy are apart, from :func:`diagnostic_sums` added up over micro-batches and ranks.
 
     Returns:
         weight: mean w, 0 for what was dropped; about 1 where nothing was cut off.

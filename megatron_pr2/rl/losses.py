@@ -42,7 +42,6 @@ def policy_loss(
 
     Args:
         logprobs, old_logprobs: [B, S], natural logs under theta and theta_old (or whichever policy the update is to stay close to).
-        advantages: [B, S].
         mask: [B, S] float, 1 where a token bears loss.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         weights: [B, S] without gradient, multiplied to every token's loss outside of the clipping (megatron_pr2.rl.corrections).
@@ -61,15 +60,10 @@ def policy_loss(
     if weights is not None:
         per_token = per_token * weights.detach()
     with torch.no_grad():
-        columns = [
-            mask,
-            per_token,
-            (clipped > unclipped).float() * mask,
-            ratio * mask,
-            ratio.square() * mask,
-            # k3 estimate of KL(theta_old || theta), never negative: http://joschu.net/blog/kl-approx.html
-            (ratio - 1.0 - log_ratio) * mask,
-        ]
+        # k3 estimate of KL(theta_old || theta), never negative: http://joschu.net/blog/kl-approx.html
+        kl = ratio - 1.0 - log_ratio
+        clipping = (clipped > unclipped).float()
+        columns = [mask, per_token, clipping * mask, ratio * mask, ratio.square() * mask, kl * mask]
         sums = torch.stack([c.sum() for c in columns])
         bears = mask > 0
         low = torch.where(bears, ratio, torch.inf).min()

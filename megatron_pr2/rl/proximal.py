@@ -29,18 +29,14 @@ class ProximalPolicy:
     It is fp32 whatever the weights are: in bf16 an average does not follow weights that move by less than 1 / (1 - decay) of its
     spacing. It takes 4 bytes per parameter of the rank, also under a distributed optimizer, and while it is swapped in the weights
     themselves once more. Buffers (an expert bias) are not averaged; they stay the trainer's.
-
-    Attributes:
-        decay: weight of the average's past per update.
-        updates: how many update() has seen.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], decay: float, *, device: torch.device | None = None) -> None:
-        """Begins at the weights of now.
+        """Begins at the current weights.
 
         Args:
             chunks: the model, plain or wrapped.
-            decay: in [0, 1).
+            decay: weight of the average's past per update, in [0, 1).
             device: where the average is kept; None keeps each part where its weights are. On the CPU it costs one copy of the
                 weights over the bus per update, and two more per swap.
 
@@ -75,7 +71,7 @@ class ProximalPolicy:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights of now into the average; after every update of the policy."""
+        """Takes the current weights into the average; after every update of the policy."""
         self._total = self.decay * self._total + 1.0
         for name, parameter in self._parameters.items():
             average = self._average[name]
@@ -97,10 +93,7 @@ class ProximalPolicy:
             self._write(saved)
 
     def sharded_state_dict(self, model: dict[str, Any]) -> dict[str, Any]:
-        """The average as shards that any parallel layout can read, to be saved beside the model's; keys begin with "proximal.".
-
-        Args:
-            model: the chunks' sharded state dicts (megatron_pr2.rl.sharding.model_shards).
+        """The average as shards that any parallel layout can read; `model` are the chunks' own (sharding.model_shards).
 
         Raises:
             CheckpointError: the model does not say how a weight of its is sharded.
@@ -112,8 +105,9 @@ class ProximalPolicy:
                 f"the model's sharded state dict has no entry for {absent[0]} and {len(absent) - 1} other weights; a module "
                 "without sharded_state_dict() cannot be in a checkpoint of the moving average"
             )
-        entries = zip(range(len(names)), self._average.items(), strict=True)
-        shards = {name: make_sharded_optimizer_tensor(sharded[i], average, "proximal") for i, (name, average) in entries}
+        shards = {
+            name: make_sharded_optimizer_tensor(sharded[i], self._average[name], "proximal") for i, name in enumerate(names)
+        }
         return {"average": shards, "total": self._total, "updates": self.updates}
 
     @torch.no_grad()

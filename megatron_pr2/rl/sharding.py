@@ -35,13 +35,8 @@ def load_model_shards(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any])
 
 
 def optimizer_shards(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
-    """Adam's moments and master weights as shards, and the number of updates.
-
-    Args:
-        model: :func:`model_shards` of the model that it optimizes.
-    """
-    state = optimizer.sharded_state_dict(model, metadata=_METADATA)
-    shards, _ = extract_sharded_base(state)
+    """Adam's moments and master weights as shards, and the number of updates; `model` are the :func:`model_shards`."""
+    shards, _ = extract_sharded_base(optimizer.sharded_state_dict(model, metadata=_METADATA))
     return {"shards": shards, "step": _step(optimizer)}
 
 
@@ -59,8 +54,7 @@ def load_optimizer_shards(optimizer: MegatronOptimizer, template: dict[str, Any]
         step: the number of updates that :func:`optimizer_shards` gave.
     """
     state = _filled(template, loaded)
-    alone = len(optimizer.chained_optimizers) == 1 if isinstance(optimizer, ChainedOptimizer) else True
-    for each in [state] if alone else state.values():
+    for each in [state] if len(_chained(optimizer)) == 1 else state.values():
         inner = each.get("optimizer", each)
         if step["parameters"] is not None:
             inner["state"]["common_step"] = step["parameters"]
@@ -73,15 +67,18 @@ def load_optimizer_shards(optimizer: MegatronOptimizer, template: dict[str, Any]
 
 def _step(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Updates so far: torch's Adam counts per parameter, Transformer Engine's per group."""
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    inner = [each.optimizer for each in chained if each.optimizer is not None]
+    inner = [each.optimizer for each in _chained(optimizer) if each.optimizer is not None]
     parameters = (state["step"] for each in inner for state in each.state.values() if "step" in state)
     groups = (group["step"] for each in inner for group in each.param_groups if group.get("step") is not None)
     return {"parameters": next(parameters, None), "groups": next(groups, None)}
 
 
+def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
 def _filled(template: Any, loaded: Any) -> Any:
-    """`template` with what was read in the place of its shards."""
+    """`template` with what was read in the place of its shards; nothing was read of what holds none."""
     if isinstance(template, ShardedBase):
         return loaded
     if isinstance(template, LocalNonpersistentObject):

@@ -1,4 +1,4 @@
-"""What supervised training of the tiny policy is made of: batches, load balancing, and measurements of the result.
+"""What a warm start is made of: batches, load balancing, and measurements of the result.
 
 Shape suffixes: B sequences, S positions, T tokens (B * S), E experts.
 """
@@ -28,10 +28,7 @@ Response = str | tuple[str, ...]
 
 
 def supervised_batch(pairs: Sequence[tuple[str, Response]]) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and labels [B, S] int64 of (prompt, response) pairs, padded on the right.
-
-    Only the policy's turns bear loss.
-    """
+    """Token ids and labels [B, S] int64 of (prompt, response) pairs, padded on the right; only the policy's turns bear loss."""
     rows = [_tokens_and_labels(prompt, response) for prompt, response in pairs]
     width = max(len(tokens) for tokens, _ in rows)
     input_ids = torch.full((len(pairs), width), PAD_ID)

@@ -17,8 +17,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,37 +90,26 @@ class WarmStartConfig:
         if not 0 <= self.band[0] < self.band[1] <= 1:
             raise ConfigError(f"WarmStartConfig.band={self.band}: expected 0 <= low < high <= 1")
         if self.batch_size > self.problems:
-            raise ConfigError(
-                f"WarmStartConfig.batch_size={self.batch_size}: expected at most problems={self.problems}"
-            )
+            raise ConfigError(f"WarmStartConfig.batch_size={self.batch_size}: expected at most problems={self.problems}")
 
     @classmethod
     def of(cls, lesson: str, seed: int) -> WarmStartConfig:
-        """What `model.warm_start` names: the quickstart's, or the calculator example's, for calls are learned sooner than sums."""
+        """What `model.warm_start` names. Calls of a calculator are learned sooner than sums."""
         return cls(seed=seed, lesson=lesson, steps=150) if lesson == "calculator" else cls(seed=seed, lesson=lesson)
 
     def digest(self) -> str:
-        """Identifies what is trained; two configurations with the same digest give the same checkpoint."""
+        """Two configurations with the same digest give the same checkpoint."""
         settings = asdict(self)
         if self.lesson == "worked":  # as before there were lessons: what was cached then is the same
             del settings["lesson"]
-        text = json.dumps([_RECIPE, settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_RECIPE, settings], sort_keys=True).encode()).hexdigest()
 
 
 def ensure_warm_start(path: str | Path, config: WarmStartConfig | None = None, *, show_progress: bool = True) -> Path:
     """The warm-started model directory at `path`, made if it is not there yet.
 
-    A directory that holds a complete warm start of the same configuration is kept as it is; one of another configuration is
-    replaced. The directory appears complete or not at all, also if the process is killed half-way.
-
-    Args:
-        path: Hugging Face model directory, with `warm_start.json` (configuration, exact match, routing) beside the weights.
-        config: or None for the quickstart's.
-        show_progress: draw a progress bar on the terminal.
-
-    Returns:
-        `path`.
+    It is a Hugging Face model directory with `warm_start.json` (configuration, exact match, routing) beside the weights. One of
+    another configuration is replaced. The directory appears complete or not at all, also if the process is killed half-way.
 
     Raises:
         CheckpointError: something else is at `path`, or it cannot be written.
@@ -148,9 +136,7 @@ def ensure_warm_start(path: str | Path, config: WarmStartConfig | None = None, *
                 os.replace(path, old)
             os.replace(fresh, path)
     except OSError as error:
-        raise CheckpointError(
-            f"warm start: cannot write {path} ({error}); choose a directory that can be written"
-        ) from error
+        raise CheckpointError(f"warm start: cannot write {path} ({error}); choose a directory that can be written") from error
     return path
 
 
@@ -168,22 +154,30 @@ def warm_start(config: WarmStartConfig, *, show_progress: bool = False) -> tuple
 
     An exact match outside the band is logged as a warning and left to the caller: a deliberately small configuration may want it.
     """
-    with _one_thread(), _Display(config.steps, show_progress) as display:
-        trainer = _Trainer(config, display)
-        held_out = make_problems(config.task, "eval", config.eval_prompts, config.seed)
-        environment = Calculator(byte_tokenizer()) if config.lesson == "calculator" else None
-        low, high = config.band
-        early = int(config.early * config.steps)
-        trainer.round([config.early_guess_share] * early + [config.guess_share] * (config.steps - early), config.lr)
-        rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed, environment))
-        for _ in range(config.extra_rounds):
-            if rate >= low:
-                break
-            trainer.round([config.guess_share] * max(1, config.steps // 4), config.lr / 4)
-            rate = display.measured(exact_match_rate(trainer.model, held_out, config.seed, environment))
-        routing = routing_statistics(trainer.model, held_out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that the result does not depend on the number of cores
+    name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    try:
+        with Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note, disable=not show_progress) as progress:
+            return _train(config, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(config: WarmStartConfig, progress: Progress) -> tuple[Qwen3MoeForCausalLM, dict[str, Any]]:
+    trainer = _Trainer(config, progress)
+    low, high = config.band
+    early = int(config.early * config.steps)
+    trainer.round([config.early_guess_share] * early + [config.guess_share] * (config.steps - early), config.lr)
+    rate = trainer.exact_match()
+    for _ in range(config.extra_rounds):
+        if rate >= low:
+            break
+        trainer.round([config.guess_share] * max(1, config.steps // 4), config.lr / 4)
+        rate = trainer.exact_match()
     if not low <= rate <= high:
         logger.warning("warm start: exact match %.3f on held-out prompts is outside %.2f..%.2f", rate, low, high)
+    routing = routing_statistics(trainer.model, trainer.held_out)
     result = {"exact_match": rate, "in_band": low <= rate <= high, "steps": trainer.steps, "routing": routing}
     return trainer.model, result
 
@@ -191,25 +185,33 @@ def warm_start(config: WarmStartConfig, *, show_progress: bool = False) -> tuple
 class _Trainer:
     """Model, optimizer and data of one warm start."""
 
-    def __init__(self, config: WarmStartConfig, display: _Display) -> None:
+    def __init__(self, config: WarmStartConfig, progress: Progress) -> None:
         self.model = build_tiny_model(config.model, config.seed)
         self.steps = 0
-        self._config, self._display = config, display
+        self._config, self._progress = config, progress
+        self._bar = progress.add_task("warm start", total=0, note="")
+        self.held_out = make_problems(config.task, "eval", config.eval_prompts, config.seed)
         self._problems = make_problems(config.task, "warmstart", config.problems, config.seed)
+        self._environment = Calculator(byte_tokenizer()) if config.lesson == "calculator" else None
         self._rng = random.Random(config.seed)
-        self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     def round(self, guess_shares: Sequence[float], peak_lr: float) -> None:
         """One supervised step per entry of `guess_shares`, with a learning rate that rises to `peak_lr` and falls to zero."""
+        self._progress.update(self._bar, total=self.steps + len(guess_shares))
         self.model.train()
         for step, guess_share in enumerate(guess_shares):
             lr = peak_lr * min((step + 1) / _WARMUP_STEPS, 1 - step / len(guess_shares))
             loss = self._step(self._demonstrations(guess_share), lr)
             self.steps += 1
-            self._display.advance(self.steps, loss)
+            self._progress.update(self._bar, completed=self.steps, note=f"loss {loss:.3f}")
         self.model.eval()
+
+    def exact_match(self) -> float:
+        """On held-out prompts."""
+        rate = exact_match_rate(self.model, self.held_out, self._config.seed, self._environment)
+        self._progress.update(self._bar, note=f"exact match {rate:.1%}")
+        return rate
 
     def _demonstrations(self, guess_share: float) -> list[tuple[str, Response]]:
         return [
@@ -232,45 +234,3 @@ class _Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(out.loss.detach())
-
-
-class _Display:
-    """A progress bar with the last loss and the measured exact match."""
-
-    def __init__(self, steps: int, show: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(*columns, disable=not show)
-        self._task = self._progress.add_task("warm start", total=steps, note="")
-        self._total = steps
-
-    def __enter__(self) -> _Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, steps: int, loss: float) -> None:
-        self._total = max(self._total, steps)
-        self._progress.update(self._task, completed=steps, total=self._total, note=f"loss {loss:.3f}")
-
-    def measured(self, rate: float) -> float:
-        self._progress.update(self._task, note=f"exact match {rate:.1%}")
-        return rate
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrix products on one thread, so that the result does not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
