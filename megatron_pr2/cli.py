@@ -41,7 +41,7 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; docs/config.md lists them.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of prompt/answer, or of GSM8K's question/answer. Default: made-up arithmetic.")
+        Path | None, typer.Option(help="JSONL of prompt/answer, or of GSM8K's question/answer. Default: generated arithmetic.")
     ] = None,
 ) -> None:
     """Trains a MoE policy by GRPO with routes replayed (preset grpo, r2, r3 or pr2).
@@ -90,12 +90,11 @@ def report(
     """
     with errors():
         page = _write_page(runs or [], routes or [], output)
-        if routes:
-            typer.echo(json.dumps({"routes": [str(file) for file in routes], "report": str(page)}))
-        elif runs and len(runs) > 1:
-            typer.echo(json.dumps({"runs": [str(run) for run in runs], "report": str(page)}))
-        elif runs:
+        if runs and len(runs) == 1:
             _print_result(runs[0], page)
+        else:
+            kind, paths = ("runs", runs) if runs else ("routes", routes)
+            typer.echo(json.dumps({kind: [str(path) for path in paths or []], "report": str(page)}))
 
 
 @app.command()
@@ -140,12 +139,10 @@ def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Pat
     if bool(runs) == bool(files):
         wrong = "both runs and --routes" if runs else "nothing to report on"
         raise ConfigError(f"{wrong}; expected one or more run directories, or --routes FILE (once or twice)")
-    for run in runs:
-        if not run.is_dir():
-            raise ConfigError(f"{run}: no such run directory")
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"--routes {file}: no such file")
+    if absent := [run for run in runs if not run.is_dir()]:
+        raise ConfigError(f"{absent[0]}: no such run directory")
+    if absent := [file for file in files if not file.is_file()]:
+        raise ConfigError(f"--routes {absent[0]}: no such file")
     try:
         if files:
             from megatron_pr2.report.routes_page import write_routes_report
@@ -180,7 +177,7 @@ def _print_diagnosis(diagnosis: Diagnosis) -> None:
     from rich.text import Text
 
     colors = {"OK": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
-    table = Table(title=Text(diagnosis.url), title_justify="left", show_lines=False)
+    table = Table(title=Text(diagnosis.url), title_justify="left")
     for heading in ("check", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for finding in diagnosis.findings:

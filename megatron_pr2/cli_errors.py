@@ -1,4 +1,4 @@
-"""How a command ends on what its user can mend."""
+"""How a command ends after an error that its user can fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_pr2.errors import PR2Error
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What the user can mend becomes one line and exit code 1."""
+    """An error that the user can fix becomes one line and exit code 1."""
     try:
         yield
     except PR2Error as error:

@@ -1,4 +1,4 @@
-"""TrainConfig: everything `megatron-pr2 train` can be told, as structured configuration (OmegaConf).
+"""TrainConfig: all settings of `megatron-pr2 train`, as structured configuration (OmegaConf).
 
 A YAML file names what differs from the defaults; `key=value` on the command line overrides both. Unknown keys are refused.
 """

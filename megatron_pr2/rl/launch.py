@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig, read_yaml
-from megatron_pr2.rl.preflight import check, examples_model, made_up
-from megatron_pr2.rl.task import write_problems
+from megatron_pr2.rl.preflight import check, examples_model
+from megatron_pr2.rl.task import training_problems, write_problems
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> Path:
         _claim(directory, config)
         _check_gpus(config)
         model_path = config.model.path or str(warm_start(config))
-        data_path = config.data or str(write_problems(made_up(config.seed), directory / "train.jsonl"))
+        data_path = config.data or str(write_problems(training_problems(config.seed), directory / "train.jsonl"))
         try:
             _run_ranks(config, model_path, data_path)
         finally:
@@ -99,7 +99,7 @@ def _run_ranks(config: TrainConfig, model_path: str, data_path: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # A failed rank is told by TrainingFailed and in full by errors.log; torch's own report of it would bury the reason.
+    # TrainingFailed gives the reason and errors.log the details; torch's own report would hide the reason among its tables.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launch = LaunchConfig(
@@ -208,7 +208,7 @@ def warm_start(config: TrainConfig) -> Path:
 
 
 def _reason(error: ChildFailedError, log: Path) -> str:
-    """What the first failed rank said, in a line; every rank's traceback goes to `log`."""
+    """The error of the first failed rank, in a line; every rank's traceback goes to `log`."""
     with log.open("a", encoding="utf-8") as file:
         for rank, failure in error.failures.items():
             file.write(f"--- rank {rank}, exit code {failure.exitcode}, {failure.timestamp_isoformat()}\n")

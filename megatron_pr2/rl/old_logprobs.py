@@ -1,19 +1,13 @@
-"""Where old log-probs come from: the sources of an asynchronous pipeline, and what each means for replay.
+"""Where old log-probs come from, and what each source means for replay.
 
     recompute   a forward under theta_old, the weights when the rollout batch arrived (of the last push, in a synchronous loop)
     rollout     the engine's own, kept with every token that it sampled: no forward, and right for each token of a response that was
                 sampled under several versions of the weights
     ewma        a forward under the moving average of the policy (proximal.py), before every mini-step
 
-The replay rules, the same for every trainer (docs/off_policy.md has them as a table):
-  1. Every forward over the rollout's tokens replays the same routes: a ratio of two policies that chose different experts measures
-     the routing. `pr2.old_logprobs`, `pr2.replay` and `pr2.actor_update` all do.
-  2. Features (h_old, p_old) and routes of the actor come from the snapshot, in `pr2.old_logprobs`; never from a moving average,
-     whose routers nobody predicts. So its pass is a `pr2.replay`, which keeps nothing and learns nothing.
-  3. A source without a forward under the snapshot still needs one where features or the actor's routes are needed
-     (:func:`needs_snapshot_pass`); its log-probs are then not used.
-  4. Routes that the actor records and log-probs of the rollout exclude each other: the engine sampled under routes of its own, and
-     the recording pass has the log-probs that belong to the recorded routes anyway (:func:`check_source`).
+docs/off_policy.md has the replay rules. In short: every forward over the rollout's tokens replays the same routes, since a ratio of
+two policies that chose different experts measures the routing; features and routes of the actor come from the snapshot, in
+`pr2.old_logprobs`, also where its log-probs are not used; a pass under the moving average is a `pr2.replay`, which keeps nothing.
 """
 
 from __future__ import annotations

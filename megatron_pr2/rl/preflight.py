@@ -22,7 +22,7 @@ from megatron_pr2.hf.weight_files import tensor_files
 from megatron_pr2.rl.config import TrainConfig, sglang_config
 from megatron_pr2.rl.data import Example, check_length, load_examples
 from megatron_pr2.rl.prompts import load_environment
-from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
+from megatron_pr2.rl.task import training_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.python import find_python
@@ -45,7 +45,12 @@ def check(config: TrainConfig) -> None:
         DataError: a line of the data, or a prompt, cannot be used.
     """
     check_place(Path(config.run), "run")
-    examples = load_examples(config.data) if config.data else None
+    generated = "generated arithmetic (set data to use your own)"
+    examples = (
+        load_examples(config.data)
+        if config.data
+        else [Example(problem.prompt, problem.answer, generated) for problem in training_problems(config.seed)]
+    )
     load_environment(config.rollout.environment)
     model, longest = None, 0
     if config.model.path is None:
@@ -56,7 +61,7 @@ def check(config: TrainConfig) -> None:
     else:
         directory = Path(config.model.path)
         model = _check_model(directory, config.parallel.expert, config.model.bridge)
-        longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples or _as_examples(made_up(config.seed)))
+        longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples)
     if config.rollout.engine == "sglang":
         _check_sglang(sglang_config(config, config.model.path or ""), model, longest)
 
@@ -65,15 +70,6 @@ def examples_model(config: TrainConfig) -> Path:
     """Where the policy of the examples is cached, and made if it is not there."""
     lesson = config.model.warm_start
     return Path(config.model.cache) / (f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}")
-
-
-def made_up(seed: int) -> list[Problem]:
-    """The arithmetic problems of a run without data."""
-    return make_problems(TaskConfig(), "train", 2048, seed)
-
-
-def _as_examples(problems: Sequence[Problem]) -> list[Example]:
-    return [Example(problem.prompt, problem.answer, "made-up arithmetic (set data to use your own)") for problem in problems]
 
 
 def check_place(directory: Path, setting: str) -> None:

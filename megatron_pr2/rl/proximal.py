@@ -96,7 +96,7 @@ class ProximalPolicy:
         """The average as shards that any parallel layout can read; `model` are the chunks' own (sharding.model_shards).
 
         Raises:
-            CheckpointError: the model does not say how a weight of its is sharded.
+            CheckpointError: the model does not say how one of its weights is sharded.
         """
         names = list(self._parameters)
         sharded = get_param_id_to_sharded_param_map(model, self._parameters.values())

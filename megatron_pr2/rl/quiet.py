@@ -1,14 +1,15 @@
-"""Silences what torch and Megatron-Core say about each other's names on every step and rank of a training job.
+"""Hides the warnings of torch and Megatron-Core about each other's names, which come on every step and rank of a training job.
 
-Nobody who runs a job can act on it, nor can this package, which calls none of these names. Importing it changes no filter.
+Neither who runs a job nor this package, which calls none of these names, can act on them. Importing this changes no filter.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
-# Category, start of the message (a regular expression), and the module that it is said from.
+# Category, start of the message (a regular expression), and the module that warns.
 _WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # Megatron-Core's collectives, under names that torch 2.13 gives up.
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\.c10d_logger"),
@@ -18,11 +19,11 @@ _WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     # Imported by Megatron-Core itself, from a model that is not in use.
     (UserWarning, r"MimoModelConfig is experimental", r"megatron\.core\.models\.mimo\."),
 )
-# The same, said by loggers.
+# The same, from loggers.
 _RECORDS = {
     # GPTModel is what the bridges build; HybridModel, its successor, is not in all releases.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    # Said by load() of itself.
+    # load() of itself.
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
 
@@ -32,4 +33,8 @@ def silence_known_warnings() -> None:
     for category, message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
     for name, start in _RECORDS.items():
-        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
+        logging.getLogger(name).addFilter(_without(start))
+
+
+def _without(start: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(start)

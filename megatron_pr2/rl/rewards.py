@@ -11,7 +11,7 @@ from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
-# A longer run of digits is noise, and big-number arithmetic on it would cost time.
+# A longer run of digits is no answer, and big-number arithmetic on it would cost time.
 MAX_NUMBER_CHARS = 256
 
 # A sign belongs to a number if it touches it and touches nothing that it could be subtracted from: "10-3" and "10 - 3" end in 3,

@@ -53,7 +53,7 @@ def _tokens_and_labels(prompt: str, response: Response) -> tuple[list[int], list
 def balance_loss(router_logits: Sequence[Tensor], real: Tensor, topk: int) -> Tensor:
     """Mean over layers of E * sum_e f_e P_e: f_e the share of routes that expert e gets, P_e its mean probability; 1 at balance.
 
-    Transformers' own loss pools all layers, which lets an expert die in one layer if its namesake in another makes up for it.
+    Transformers' own loss pools all layers, so that an unused expert in one layer may be balanced by an expert of another.
 
     Args:
         router_logits: per layer [T, E].
@@ -70,7 +70,7 @@ def balance_loss(router_logits: Sequence[Tensor], real: Tensor, topk: int) -> Te
 
 @torch.no_grad()
 def routing_statistics(model: Qwen3MoeForCausalLM, problems: Sequence[Problem]) -> list[dict[str, float]]:
-    """Per layer, over prompts and worked responses: is routing collapsed, uniform noise, or in between?
+    """Per layer, over prompts and worked responses: is routing collapsed, uniform, or in between?
 
     `top1` mean largest probability; `topk_mass` mean probability of the selected experts; `entropy` mean entropy over that of
     the uniform distribution; `load_max`, `load_min` largest and smallest expert load, 1 at balance.

@@ -1,11 +1,11 @@
-"""The quickstart's task: sums of one-digit numbers, made up from a seed and checked by exact match.
+"""The quickstart's task: sums of one-digit numbers, generated from a seed and checked by exact match.
 
     prompt     "8+7+5+9="
     worked     "15 20 29"   the running sums; the last number is the answer
-    guessed    "~27"        the sum at a glance, mostly a little off
+    guessed    "~27"        a number near the answer
 
-Warm-start shows the policy both kinds of response, so it samples both; only the answer is rewarded. RL therefore has something
-to find that shows in the text as well as in the reward: working it out pays. Response lengths vary with the prompt and the kind.
+Warm-start shows the policy both kinds of response, so it samples both; only the answer is rewarded. What RL changes therefore shows
+in the text as well as in the reward: more responses are worked out. Their lengths vary with the prompt and the kind.
 """
 
 from __future__ import annotations
@@ -82,10 +82,13 @@ def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list
         if split_of(problem.prompt) == split:
             found.setdefault(problem.prompt, problem)
     if len(found) < count:
-        raise ConfigError(
-            f"only {len(found)} different {split} prompts found for {config}; ask for fewer than {count} or allow more terms"
-        )
+        raise ConfigError(f"only {len(found)} different {split} prompts found for {config}; expected {count}: allow more terms")
     return list(found.values())
+
+
+def training_problems(seed: int) -> list[Problem]:
+    """What a run without data trains on."""
+    return make_problems(TaskConfig(), "train", 2048, seed)
 
 
 def write_problems(problems: Iterable[Problem], path: str | Path) -> Path:

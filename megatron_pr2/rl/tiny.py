@@ -93,7 +93,7 @@ def save_tiny_model(model: Qwen3MoeForCausalLM, path: str | Path) -> Path:
     from transformers.utils import logging as hf_logging
 
     showed = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # a bar for half a megabyte is noise
+    hf_logging.disable_progress_bar()  # the file has half a megabyte
     try:
         model.save_pretrained(str(path))
     finally:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Monitor:
-    """Is told what the run does. This one ignores it: a person sees rank 0 only."""
+    """What shows a run's progress. This one does nothing: progress is shown on rank 0 only."""
 
     def phase(self, name: str) -> None:
         """What is being done now."""

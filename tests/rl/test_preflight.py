@@ -130,7 +130,7 @@ def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Pat
     (model / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"{data}:1: the prompt '1\+1=' is 0 tokens"):
         check(load_config(None, [f"model.path={model}", f"data={data}", f"run={tmp_path / 'run'}"]))
-    with pytest.raises(DataError, match=r"made-up arithmetic.*is 0 tokens"):
+    with pytest.raises(DataError, match=r"generated arithmetic.*is 0 tokens"):
         check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
 
 
