@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -162,11 +162,9 @@ def _claim(directory: Path, config: TrainConfig) -> None:
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
         defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(type(config))))
-        old = OmegaConf.merge(defaults, read_yaml(file))
-        for key in _MAY_CHANGE:
-            OmegaConf.update(old, key, OmegaConf.select(new, key))
-        if OmegaConf.to_container(old) != OmegaConf.to_container(new):
-            changed = sorted(_differences(OmegaConf.to_container(old), OmegaConf.to_container(new)))
+        old = _flat(OmegaConf.to_container(OmegaConf.merge(defaults, read_yaml(file))))
+        now = _flat(OmegaConf.to_container(new))
+        if changed := sorted(key for key in {*old, *now} - {*_MAY_CHANGE} if old.get(key, ...) != now.get(key, ...)):
             raise ConfigError(
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
                 "or remove that one to start over"
@@ -183,11 +181,12 @@ def _unwritable(directory: Path, error: OSError) -> ConfigError:
     return ConfigError(f"run={directory} cannot be written to ({error}); choose another directory")
 
 
-def _differences(old: object, new: object, prefix: str = "") -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = set(old) | set(new)
-        return {name for key in keys for name in _differences(old.get(key), new.get(key), f"{prefix}{key}.")}
-    return set() if old == new else {prefix.rstrip(".")}
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _check_gpus(config: TrainConfig) -> None:

@@ -99,7 +99,8 @@ class Trainer:
             self._step += 1
             if self._step % self._config.checkpoint_every == 0 or self._step == self._config.steps:
                 with self._timed("checkpoint"):
-                    self._save()
+                    state = {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()}
+                    checkpoint.save(self._directory, self._step, state)
             record["seconds"] = dict(self._seconds)
             if self._handshake_report is not None:
                 record["handshake"], self._handshake_report = self._handshake_report, None
@@ -164,8 +165,8 @@ class Trainer:
         # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
-        if first := next(filter(None, failures), None):
-            raise RolloutError(first)
+        if told := [each for each in failures if each is not None]:
+            raise RolloutError(told[0])
         self._handshake_report = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
@@ -254,9 +255,6 @@ class Trainer:
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
             "bytes": {"routes": route_bytes, "features": feature_bytes, "weights": self._weight_bytes},
         }
-
-    def _save(self) -> None:
-        checkpoint.save(self._directory, self._step, {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()})
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
