@@ -197,7 +197,7 @@ class TrainConfig:
         preset: `grpo`, `r2`, `r3` or `pr2`: sets `pr2.routes` and `pr2.predictor`, nothing else.
         pr2: overrides of PR2Config's fields.
         run: directory of everything that the run writes. One directory per run.
-        data: JSONL file: `prompt`/`answer` lines, or GSM8K's `question`/`answer` lines. `null` makes up arithmetic for the
+        data: JSONL file: `prompt`/`answer` lines, or GSM8K's `question`/`answer` lines. `null` generates arithmetic for the
             quickstart's model. `--data FILE` is the same. The prompt is given to the policy verbatim, without a chat template.
         steps: rollout batches. May be raised when a run is continued.
         seed: decides the quickstart's model and data, the order of prompts and what is sampled.
