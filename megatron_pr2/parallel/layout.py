@@ -19,7 +19,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.parallel.grid import TokenGrid, cut, moe_layer_indices
 from megatron_pr2.parallel.ranks import LOST_EXPERT_GRADIENTS, ORDER, RankNumbering
-from megatron_pr2.parallel.stages import LayoutRows, Stages, cut_layers, layout_chunks, layout_rows, pattern_chunks
+from megatron_pr2.parallel.stages import LayoutRows, Stages, cut_layers, layout_rows, pattern_chunks
 
 # TransformerConfig's names of the fields of a ParallelLayout.
 CONFIG_NAMES = {
@@ -109,14 +109,14 @@ class ParallelLayout:
                 raise ConfigError(f"{name}={size}: expected at least 1")
         if isinstance(self.moe_layer_freq, int) and self.moe_layer_freq < 1:
             raise ConfigError(f"moe_layer_freq={self.moe_layer_freq}: expected at least 1, or a list of 0 and 1 per layer")
-        rows, frequency, chunks = layout_rows(self.pipeline_layout), self.moe_layer_freq, 1
+        self._replace("pipeline_layout", layout_rows(self.pipeline_layout))
+        frequency, chunks = self.moe_layer_freq, 1
         if self.hybrid_pattern is not None:
             layers = DecoderLayers.of_pattern(self.hybrid_pattern)
             frequency = [int(layer in layers.moe) for layer in range(layers.count)]
             chunks = pattern_chunks(self.hybrid_pattern, self.pipeline)
-        elif rows is not None:
-            chunks = layout_chunks(rows, self.pipeline)
-        self._replace("pipeline_layout", rows)
+        elif self.pipeline_layout is not None:
+            chunks = len(self.stages[0])
         self._replace("moe_layer_freq", frequency if isinstance(frequency, int) else tuple(frequency))
         if self.virtual_pipeline is None and chunks > 1:
             self._replace("virtual_pipeline", chunks)

@@ -87,15 +87,6 @@ def layout_rows(layout: Any) -> LayoutRows | None:
     return tuple(tuple(getattr(layer, "name", layer) for layer in row) for row in layout)
 
 
-def layout_chunks(layout: LayoutRows, pipeline: int) -> int:
-    """Chunks per stage that a layout asks for.
-
-    Raises:
-        ConfigError: it cannot be read, or its rows are not a multiple of the stages.
-    """
-    return _parse_layout(layout, pipeline).virtual_pipeline_model_parallel_size
-
-
 def pattern_chunks(pattern: str, pipeline: int) -> int:
     """Chunks per stage that the pattern of a HybridModel asks for; 1 where it has no "|".
 
