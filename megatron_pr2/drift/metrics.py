@@ -8,15 +8,17 @@ Everything is accumulated on the device, per layer, over the sampled tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_pr2.replay.scores import poisson_terms, score
+from megatron_pr2.replay.scores import divergence_terms
+from megatron_pr2.replay.sequences import RolloutReport
 
 COLUMNS = (
     "tokens",  # sampled tokens seen
@@ -31,32 +33,6 @@ COLUMNS = (
     "coverage_gap",  # mass of rho on its own top-k minus its mass on the replayed set
     "outside_mass",  # mass of rho outside the replayed set
 )
-
-
-def divergences(p_SE: Tensor, predictions: Sequence[Tensor], score_function: str) -> tuple[Tensor, Tensor]:
-    """What `scores.divergence` gives, for several predictions of one target, which is scored once.
-
-    For sigmoid routers the Bernoulli KL is written as score(p) (p - q) - softplus(p) + softplus(q), which is the same.
-
-    Args:
-        p_SE: fp32 logits [..., S, E].
-        predictions: N others of the same shape.
-
-    Returns:
-        The scores of p, [..., S, E], and the sums over the tokens, [..., N].
-    """
-    q_NSE = torch.stack(tuple(predictions))
-    if score_function == "softmax":
-        log_rho_SE = torch.log_softmax(p_SE, dim=-1)
-        rho_SE = log_rho_SE.exp()
-        terms_NSE = (log_rho_SE - torch.log_softmax(q_NSE, dim=-1)).mul_(rho_SE)
-    elif score_function == "sigmoid":
-        rho_SE = torch.sigmoid(p_SE)
-        terms_NSE = (p_SE - q_NSE).mul_(rho_SE).add_(F.softplus(q_NSE)).sub_(F.softplus(p_SE))
-    else:
-        rho_SE = score(p_SE, score_function)
-        terms_NSE = poisson_terms(p_SE, q_NSE)
-    return rho_SE, terms_NSE.sum((-2, -1)).movedim(0, -1)
 
 
 def drift_columns(
@@ -79,7 +55,8 @@ def drift_columns(
     """
     topk = current_SK.shape[-1]
     steps, combine = _constants(topk, p_SE.device)
-    rho_SE, kl = divergences(p_SE, (q_hat_SE, p_old_SE), score_function)
+    rho_SE, kl_NSE = divergence_terms(p_SE, torch.stack((q_hat_SE, p_old_SE)), score_function)
+    kl = kl_NSE.sum((-2, -1)).movedim(0, -1)
     if score_function != "softmax":
         # As Megatron-Core normalises them where it balances load.
         rho_SE = rho_SE / (rho_SE.sum(-1, keepdim=True) + 1e-20)
@@ -141,3 +118,41 @@ class DriftMetrics:
         out |= {name: means[:, i].tolist() for i, name in enumerate(COLUMNS[1:])}
         out["lift"] = [a - b for a, b in zip(out["agreement"], out["frozen_agreement"], strict=True)]
         return out
+
+
+def missing_share(report: RolloutReport) -> dict[str, float]:
+    """`pr2/missing_share`: tokens of this rank's replica without a valid route, of those that could have one."""
+    return {"pr2/missing_share": report.missing / report.tokens} if report.tokens else {}
+
+
+def scalars(report: Mapping[str, Any], engine_agreement: float | None) -> dict[str, float]:
+    """What a logger wants: a step's report in a few plain numbers, averaged over MoE layers. What was not measured is absent.
+
+    | Key | What it is |
+    | --- | --- |
+    | `pr2/engine_agreement` | engine's experts that the current router chose as well in the last old-log-prob pass |
+    | `pr2/agreement`, `pr2/frozen_agreement`, `pr2/lift`, ... | COLUMNS and lift, means over sampled tokens |
+    | `pr2/predictor/tokens`, `/grad_norm`, `/weight_norm` | the predictor's last update |
+    | `pr2/hold_back/beta`, `/lift`, `/lift_error` | the share of W_p that is used, and the measured gain that decides it |
+    | `pr2/features_absent` | sampled tokens of this rank that no log-prob pass kept features of |
+
+    Args:
+        report: what `PR2.step` returns.
+    """
+    drift: Mapping[str, Sequence[float]] = report["drift"]
+    held: Mapping[str, Sequence[float]] = report.get("hold_back", {})
+    found: dict[str, float | None] = {
+        "pr2/engine_agreement": engine_agreement,
+        "pr2/features_absent": float(report["features_absent"]),
+        **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name != "tokens"},
+        **{f"pr2/predictor/{name}": value for name, value in report["predictor"].items()},
+        **{f"pr2/hold_back/{name}": _mean(values, [1.0] * len(values)) for name, values in held.items()},
+    }
+    return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Weighted mean of what is finite; None if nothing is."""
+    pairs = [(v, w) for v, w in zip(values, weights, strict=True) if math.isfinite(v) and w > 0]
+    total = sum(w for _, w in pairs)
+    return sum(v * w for v, w in pairs) / total if total else None

@@ -42,35 +42,35 @@ def score(logits_SE: Tensor, score_function: str) -> Tensor:
         return torch.sigmoid(logits_SE)
     if score_function == "sqrtsoftplus":
         return F.softplus(logits_SE).sqrt()
-    raise _unknown(score_function)
+    raise ValueError(f"score function {score_function!r}: expected {', '.join(map(repr, SCORE_FUNCTIONS))}")
 
 
-def divergence(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
-    """Forward KL(target || prediction) per token, [S], of the distributions whose means are the scores (see above).
+def divergence_terms(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> tuple[Tensor, Tensor]:
+    """Forward KL(target || prediction) of the distributions whose means are the scores (see above), per expert.
+
+    For sigmoid it is written as score(p) (p - q) - softplus(p) + softplus(q), which is the same.
 
     Args:
-        target_SE, prediction_SE: logits.
+        target_SE: logits.
+        prediction_SE: logits; several predictions of one target, [N, S, E], score it once.
+
+    Returns:
+        The scores of the target, [S, E], and terms of the shape of the prediction, whose sum over the experts is the KL of a token.
     """
     if score_function == "softmax":
-        log_target = torch.log_softmax(target_SE, dim=-1)
-        return (log_target.exp() * (log_target - torch.log_softmax(prediction_SE, dim=-1))).sum(-1)
+        log_rho_SE = torch.log_softmax(target_SE, dim=-1)
+        rho_SE = log_rho_SE.exp()
+        return rho_SE, (log_rho_SE - torch.log_softmax(prediction_SE, dim=-1)).mul_(rho_SE)
+    rho_SE = score(target_SE, score_function)
     if score_function == "sigmoid":
-        on = torch.sigmoid(target_SE) * (F.logsigmoid(target_SE) - F.logsigmoid(prediction_SE))
-        off = torch.sigmoid(-target_SE) * (F.logsigmoid(-target_SE) - F.logsigmoid(-prediction_SE))
-        return (on + off).sum(-1)
-    if score_function == "sqrtsoftplus":
-        return poisson_terms(target_SE, prediction_SE).sum(-1)
-    raise _unknown(score_function)
-
-
-def poisson_terms(target_SE: Tensor, prediction_SE: Tensor) -> Tensor:
-    """KL of Poissons per expert, [..., S, E], whose rates are sqrt(softplus(logits)); shapes may broadcast."""
-    rho_SE, q_SE = score(target_SE, "sqrtsoftplus"), score(prediction_SE, "sqrtsoftplus")
-    return (_log_softplus(target_SE) - _log_softplus(prediction_SE)).mul(0.5).mul(rho_SE) - rho_SE + q_SE
+        terms_SE = (target_SE - prediction_SE).mul_(rho_SE)
+        return rho_SE, terms_SE.add_(F.softplus(prediction_SE)).sub_(F.softplus(target_SE))
+    logs_SE = (_log_softplus(target_SE) - _log_softplus(prediction_SE)).mul(0.5)
+    return rho_SE, logs_SE.mul(rho_SE) - rho_SE + score(prediction_SE, score_function)
 
 
 def divergence_gradient(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
-    """Gradient of :func:`divergence` with respect to the logits of the prediction, [S, E]."""
+    """Gradient of the divergence of each token with respect to the logits of the prediction, [S, E]."""
     difference_SE = score(prediction_SE, score_function) - score(target_SE, score_function)
     if score_function != "sqrtsoftplus":
         return difference_SE
@@ -81,7 +81,3 @@ def divergence_gradient(target_SE: Tensor, prediction_SE: Tensor, score_function
 def _log_softplus(x: Tensor) -> Tensor:
     """log softplus(x), which is x where softplus underflows."""
     return F.softplus(x.clamp(min=_LOW)).log() + (x - _LOW).clamp(max=0.0)
-
-
-def _unknown(score_function: str) -> ValueError:
-    return ValueError(f"score function {score_function!r}: expected {', '.join(map(repr, SCORE_FUNCTIONS))}")

@@ -10,12 +10,13 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_pr2.drift.metrics import COLUMNS, DriftMetrics, divergences, drift_columns
+from megatron_pr2.drift.metrics import COLUMNS, DriftMetrics, drift_columns
 from megatron_pr2.errors import AttachError
 from megatron_pr2.replay import router as router_module
 from megatron_pr2.replay.router import select_experts
-from megatron_pr2.replay.scores import SCORE_FUNCTIONS, divergence, score
+from megatron_pr2.replay.scores import SCORE_FUNCTIONS, divergence_terms, score
 from tests.helpers import toy
+from tests.helpers.divergence import kl
 from tests.helpers.rounding import assert_near, rounding
 
 pytestmark = pytest.mark.usefixtures("host_platform")
@@ -118,8 +119,8 @@ def by_definition(
         mass = {name: rho[token, sorted(ids)].sum().item() for name, ids in (("own", own), ("taken", taken))}
         sums["coverage_gap"] += mass["own"] - mass["taken"]
         sums["outside_mass"] += 1 - mass["taken"]
-    sums["kl_predicted"] = divergence(p.double(), q_hat.double(), function).sum().item()
-    sums["kl_frozen"] = divergence(p.double(), p_old.double(), function).sum().item()
+    sums["kl_predicted"] = kl(p.double(), q_hat.double(), function).sum().item()
+    sums["kl_frozen"] = kl(p.double(), p_old.double(), function).sum().item()
     return sums
 
 
@@ -159,13 +160,14 @@ def test_divergences_are_the_predictors(function: str) -> None:
     generator = torch.Generator().manual_seed(5)
     p, q, far = (torch.randn(23, EXPERTS, dtype=torch.float64, generator=generator) for _ in range(3))
     for scale in (1.0, 50.0):
-        scores, sums = divergences(p * scale, (q * scale, far * scale), function)
-        expected = [divergence(p * scale, other * scale, function).sum() for other in (q, far)]
+        scores, terms = divergence_terms(p * scale, torch.stack((q, far)) * scale, function)
+        sums = terms.sum((-2, -1))
+        expected = [kl(p * scale, other * scale, function).sum() for other in (q, far)]
         assert_near(sums, torch.stack(expected), 23 * EXPERTS)
         assert sums.isfinite().all()
         torch.testing.assert_close(scores, score(p * scale, function))
     with pytest.raises(ValueError, match="tanh"):
-        divergences(p, (q,), "tanh")
+        divergence_terms(p, q, "tanh")
 
 
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS)
@@ -174,8 +176,8 @@ def test_small_drift_is_measured_in_single_precision(function: str) -> None:
     generator = torch.Generator().manual_seed(6)
     p = torch.randn(512, 64, generator=generator)
     q = p + 0.01 * torch.randn(512, 64, generator=generator)
-    _, (found,) = divergences(p, (q,), function)
-    expected = divergence(p.double(), q.double(), function).sum().item()
+    found = divergence_terms(p, q, function)[1].sum()
+    expected = kl(p.double(), q.double(), function).sum().item()
     assert found.item() == pytest.approx(expected, abs=512 * rounding(1))
     assert expected > 20 * 512 * rounding(1)
 

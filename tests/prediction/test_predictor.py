@@ -10,26 +10,21 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Poisson, kl_divergence
 
 from megatron_pr2.prediction.learned import LearnedPredictor, gradient_sum, matching_logits
 from megatron_pr2.prediction.predictor import merge_gate, shift_logits
 from megatron_pr2.replay.hook import knows_score_function
-from megatron_pr2.replay.scores import SCORE_FUNCTIONS, divergence, divergence_gradient, score
+from megatron_pr2.replay.scores import SCORE_FUNCTIONS, divergence_gradient, divergence_terms, score
 from tests.helpers.distributed import pool
+from tests.helpers.divergence import kl
 from tests.helpers.rounding import assert_near, rounding
 
 S, E, H = 11, 6, 5
 
 
-def kl(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
-    """KL(target || prediction) per token, by torch's own distributions."""
-    if score_function == "softmax":
-        return kl_divergence(Categorical(logits=target_SE), Categorical(logits=prediction_SE))
-    if score_function == "sqrtsoftplus":
-        target, prediction = (torch.log1p(x.exp()).sqrt() for x in (target_SE, prediction_SE))
-        return kl_divergence(Poisson(target), Poisson(prediction)).sum(-1)
-    return kl_divergence(Bernoulli(logits=target_SE), Bernoulli(logits=prediction_SE)).sum(-1)
+def divergence(target_SE: Tensor, prediction_SE: Tensor, score_function: str) -> Tensor:
+    """Per token."""
+    return divergence_terms(target_SE, prediction_SE, score_function)[1].sum(-1)
 
 
 def features(dtype: torch.dtype = torch.float64, tokens: int = S, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
