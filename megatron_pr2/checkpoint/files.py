@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_pr2.errors import CheckpointError
+from megatron_pr2.parallel.consensus import attempt, described, failures_of_all
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
@@ -174,35 +175,23 @@ def together(action: Callable[[], T]) -> T:
         CheckpointError: on every rank, if it failed on any.
         KeyboardInterrupt, SystemExit: on the ranks that torch told of one instead.
     """
-    result: Any = None
-    failure: dict[int, str] = {}
+    result: T | None = None
+    failures: dict[int, str] = {}
     end: BaseException | None = None
     try:
-        result = action()
+        result, failure = attempt(action)
+        if failure is not None:
+            failures = {dist.get_rank(): failure}
     except CheckpointException as error:  # a BaseException
-        failure = {rank: _described(failed[0]) for rank, failed in error.failures.items()}
-        # torch takes these for failures, too, which nobody who handles errors should handle.
+        failures = {rank: described(failed[0]) for rank, failed in error.failures.items()}
+        # torch counts these as failures, which nobody who handles errors should handle.
         end = next((failed[0] for failed in error.failures.values() if isinstance(failed[0], KeyboardInterrupt | SystemExit)), None)
-    except Exception as error:
-        failure = {dist.get_rank(): _described(error)}
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, failure)
+    failures = failures_of_all(failures)
     if end is not None:
         raise end
-    if failures := _by_rank(told):
+    if failures:
         raise CheckpointError("; ".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
     return cast(T, result)
-
-
-def _by_rank(told: list[dict[int, str]]) -> dict[int, str]:
-    """The ranks' failures by rank, each once.
-
-    torch tells every rank of every failure by its number; where it does not communicate, a rank of its own as number 0. If all
-    ranks were told the same, it is taken for the former.
-    """
-    if all(each == told[0] for each in told):
-        return told[0]
-    return {rank: "; ".join(each.values()) for rank, each in enumerate(told) if each}
 
 
 def synced(path: Path) -> None:
@@ -256,7 +245,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _described(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
