@@ -17,39 +17,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pr2.checkpoint import checkpoint
 from megatron_pr2.config import PR2Config
-from megatron_pr2.drift.feature_plan import FeaturePlan
-from megatron_pr2.drift.features import FeatureStore
 from megatron_pr2.drift.measurement import Measurement
-from megatron_pr2.drift.scalars import Scalars
+from megatron_pr2.drift.metrics import missing_share, scalars
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.parallel.groups import check_groups, communication_device, every_layer, everyone, token_group, whole_model
+from megatron_pr2.parallel.groups import check_groups, communication_device, every_layer, everyone, token_group
 from megatron_pr2.parallel.replica import find_replica
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.prediction.gates import merge_gates
-from megatron_pr2.prediction.horizon import Forecast
-from megatron_pr2.prediction.predictor import RoutePredictor, merge_gate
+from megatron_pr2.prediction.gates import merge_gates, merged_in_place
+from megatron_pr2.prediction.horizon import Horizon
+from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.prediction.strategies import make_predictor
-from megatron_pr2.replay.alignment import require_alignment
-from megatron_pr2.replay.consensus import agree_on_outcome, agree_on_pass
 from megatron_pr2.replay.hook import check_release, check_unpatched
 from megatron_pr2.replay.intake import take_in
-from megatron_pr2.replay.micro_batch import MicroBatch, listed
+from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.model_settings import check_config
-from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport, sampled_tokens
-from megatron_pr2.replay.session import Observer, Predict, ReplaySession
+from megatron_pr2.replay.passes import Passes
+from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
+from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.replay.sites import give_back, unwrapped, upgrade_routers
 from megatron_pr2.replay.token_check import TokenCheck
 from megatron_pr2.routes.store import RouteStore
@@ -57,21 +55,20 @@ from megatron_pr2.routes.table import RouteTable
 
 __all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "attach"]  # what a pipeline needs, in one place
 
+
 class PR2:
     """Predictive routing replay on one model; made by :func:`attach`.
 
     Attributes:
-        config: the settings.
+        config, model_config: the settings, and Megatron's TransformerConfig.
         sites: this rank's routers, ascending by layer.
-        layers: of the whole model, by Megatron-Core's numbers and by Hugging Face's.
+        layers, moe_layers: of the whole model, and those of them with experts (0-based): the L axis of a RouteTable.
         predictor: W_p of this rank's layers, or None.
-        routes: the routes of the rollout batch at work.
-        engine_agreement: share of the engine's experts that the live router chose as well in the last old-log-prob pass, or None.
-        model_config: Megatron's TransformerConfig.
         replica, token_group: the ranks that train the same sequences, and those that hold other tokens of the same layers.
-        sequences, tokens: the rollout batch at work (without its routes), and its tokens as one axis.
+        sequences, tokens, routes: the current rollout batch: its sequences (without routes), its tokens as one axis, its routes.
         measurement: what its passes leave behind: features, drift, the predictor's gradient.
-        forecast: over how many updates a prediction reaches, and the policy's optimizer.
+        features, feature_plan: router inputs and logits of this rank's sampled tokens, and which rank holds which.
+        horizon: over how many updates a prediction reaches, and the policy's optimizer.
         token_check: whether the model runs the tokens whose routes are replayed.
     """
 
@@ -79,69 +76,51 @@ class PR2:
         self.config = config
         check_release()
         check_unpatched()
-        self._chunks = list(chunks)
-        self.model_config = unwrapped(chunks[0]).config
-        check_config(self.model_config)
-        check_groups(self.model_config, communication_device())
-        self.sites, self.layers = upgrade_routers(self._chunks)
+        self.model_config = model = unwrapped(chunks[0]).config
+        check_config(model)
+        check_groups(model, communication_device())
+        self.sites, self.layers = upgrade_routers(chunks)
+        self.moe_layers = self.layers.moe
         with ExitStack() as undo:  # an attach() that fails leaves the model as it was
             undo.callback(give_back, self.sites)
-            experts = self.model_config.num_moe_experts
-            device = next((p.device for chunk in self._chunks for p in chunk.parameters()), communication_device())
+            device = next((p.device for chunk in chunks for p in chunk.parameters()), communication_device())
             if device.type == "cpu" and communication_device().type == "cuda":
                 raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
-            self.token_group = token_group(self.model_config.sequence_parallel)
-            self.replica = find_replica([site.column for site in self.sites], self.model_config.sequence_parallel)
-            self.predictor: RoutePredictor | None = make_predictor(config, self.model_config, len(self.sites), device)
-            self.forecast = Forecast(config, self.model_config, self.sites, self.predictor, self.token_group, device)
-            self.measurement = Measurement(
-                config, self.model_config, self.sites, self.predictor, self.replica, device
-            )
+            self.token_group = token_group(model.sequence_parallel)
+            self.replica = find_replica([site.column for site in self.sites], model.sequence_parallel)
+            self.predictor: RoutePredictor | None = make_predictor(config, model, len(self.sites), device)
+            self.horizon = Horizon(config, model, self.sites, self.predictor, self.token_group, device)
+            self.measurement = Measurement(config, model, self.sites, self.predictor, self.replica, self.token_group, device)
+            self.features, self.feature_plan = self.measurement.features, self.measurement.plan
             self.routes = RouteStore(
-                self.replica,
-                len(self.moe_layers),
-                self.model_config.moe_router_topk,
-                experts,
-                device,
+                self.replica, len(self.moe_layers), model.moe_router_topk, model.num_moe_experts, device,
                 scatter=config.routes == "engine" and config.route_delivery == "scatter",
-            )
-            self._device = device
-            self.engine_agreement: float | None = None
-            self._scalars = Scalars()
-            self.token_check = TokenCheck(self.replica.ranks, self._chunks, device)
-            self._open = False
-            self.tokens = TokenIndex({})
-            self.sequences: tuple[ReplaySequence, ...] = ()
-            self._attached = True
+            )  # fmt: skip
+            self.token_check = TokenCheck(self.replica.ranks, chunks, device)
+            groups = everyone(self.token_group)
+            self._passes = Passes(self.sites, chunks, self.replica.ranks, groups, self.routes.slices, self.token_check)
             undo.pop_all()
+        self._device = device
+        self.tokens = TokenIndex({})
+        self.sequences: tuple[ReplaySequence, ...] = ()
+        self._missing_share: dict[str, float] = {}
+        self._scalars: dict[str, float] = {}
+        self._mode = "replay" if config.replays else "live"  # of passes after the old-log-prob pass
 
     def follow(self, optimizer: Any) -> None:
         """Tells which optimizer trains the policy; predictor="momentum" reads from it how the gates move, after every update.
 
-        Args:
-            optimizer: Megatron-Core's, sharded or not (prediction.optimizer_moments). Other strategies need none and ignore it.
+        Those that are known are in prediction.optimizer_moments. Other strategies need none and ignore it.
 
         Raises:
             AttachError: it does not train the gates.
         """
-        self.forecast.watch(optimizer)
+        self.horizon.watch(optimizer)
 
     @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """0-based indices of all MoE layers of the model among its decoder layers: the L axis of a RouteTable."""
-        return self.layers.moe
-
-    @property
-    def features(self) -> FeatureStore:
-        """Router inputs and logits of the sampled tokens that this rank holds."""
-        return self.measurement.features
-
-    @property
-    def feature_plan(self) -> FeaturePlan:
-        """Which rank holds the features of which sampled token."""
-        return self.measurement.plan
-
-    # ---- one rollout batch -------------------------------------------------------------------------------------------
+    def engine_agreement(self) -> float | None:
+        """Share of the engine's experts that the current router chose as well in the last old-log-prob pass."""
+        return self.measurement.engine_agreement
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
@@ -153,24 +132,19 @@ class PR2:
             RouteError: a table is absent or does not fit the model, more tokens lack a route than `max_missing_share` allows, or
                 the ranks of a replica were told of different sequences.
         """
-        self._require_idle("begin_rollout")
+        self._passes.require_closed("begin_rollout")
         batch = take_in(
-            sequences,
-            self.config,
-            self.model_config,
-            len(self.moe_layers),
-            self.replica,
-            is_owner=self.routes.is_owner,
-            sum_over_ranks=self._sum_over_ranks,
-        )
-        self.tokens = tokens = batch.tokens
+            sequences, self.config, self.model_config, len(self.moe_layers), self.replica,
+            is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
+        )  # fmt: skip
+        self.tokens = batch.tokens
         self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in sequences)
-        self.token_check.begin(tokens, sequences)
-        self.routes.begin(tokens, batch.tables, batch.valid if batch.valid is not None else np.zeros(tokens.total, dtype=bool))
-        sampled = sampled_tokens(sequences, tokens, batch.valid, self.config.seed, self.config.sample_fraction)
-        self.forecast.end_batch()
-        self.measurement.begin(self.sequences, tokens, sampled, self.forecast.known_horizon(self.sequences))
-        self._scalars.rollout(report := batch.report(self.routes.table_bytes))
+        self.token_check.begin(batch.tokens, sequences)
+        self.routes.begin(batch.tokens, batch.tables, batch.valid)
+        self.horizon.end_batch()
+        self.measurement.begin(self.sequences, batch.tokens, batch.sampled, self.horizon.known_horizon(self.sequences))
+        report = RolloutReport(batch.total, batch.missing, self.routes.table_bytes)
+        self._missing_share, self._scalars = missing_share(report), {}
         return report
 
     def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -178,11 +152,9 @@ class PR2:
 
         Optional, collective over the replica: call it before other work that the transfer can hide behind.
         """
-        self._require_attached()
-        micro_batches = listed(micro_batches)
+        self._passes.require_attached()
         if self.config.routes == "engine":
-            agree_on_pass(self.replica.ranks, micro_batches)
-            self.routes.slices([micro_batch.grid for micro_batch in micro_batches])
+            self.routes.slices([micro_batch.grid for micro_batch in self._passes.agreed(micro_batches)])
 
     @contextmanager
     def old_logprobs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
@@ -192,26 +164,18 @@ class PR2:
         replica pass the same ones in the same order.
 
         Raises:
-            ReplayError: a micro-batch was not run exactly once, or the live router agrees with fewer of the engine's experts than
+            ReplayError: a micro-batch was not run exactly once, or the router agrees with fewer of the engine's experts than
                 `min_agreement`: routes and tokens are not aligned.
         """
+        self._passes.require_closed("old_logprobs")
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
-        predict = self.measurement.predict if self.config.routes == "actor" and self.predictor is not None else None
-        self._require_idle("old_logprobs")
-        micro_batches = listed(micro_batches)
-        agree_on_pass(self.replica.ranks, micro_batches)
-        self.measurement.open_log_prob_pass(micro_batches)
-        try:
-            with self._pass("old_logprobs", micro_batches, mode, self.measurement.keep_features, predict) as session:
-                yield session
-            if mode == "replay":
-                self.engine_agreement = self.measurement.agreement.read(everyone(self.token_group))
-                topk, experts = self.model_config.moe_router_topk, self.model_config.num_moe_experts
-                require_alignment(self.engine_agreement, self.config.min_agreement, topk, experts)
-        except BaseException:
-            self.measurement.abort_log_prob_pass()
-            raise
-        self.measurement.close_log_prob_pass()
+        predict = self.measurement.predict if mode == "record" and self.predictor is not None else None
+        micro_batches = self._passes.agreed(micro_batches)
+        with (
+            self.measurement.log_prob_pass(micro_batches),
+            self._passes.run("old_logprobs", micro_batches, mode, self.measurement.keep_features, predict) as session,
+        ):
+            yield session
         if mode == "record":
             self.routes.mark_recorded([micro_batch.grid for micro_batch in micro_batches])
             for bound, ids_TLK in session.recorded():
@@ -232,30 +196,21 @@ class PR2:
         """
         if mini_step < 1:
             raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
-        mode = "replay" if self.config.replays else "live"
-        self._require_idle("actor_update")
-        micro_batches = listed(micro_batches)
-        self.forecast.require_optimizer()
-        agree_on_pass(self.replica.ranks, micro_batches)
-        brought = False
-        try:
-            brought = self.measurement.open_training_pass(micro_batches, learning=self.config.learns and mini_step >= 2)
-            with self._pass(f"mini-step {mini_step}", micro_batches, mode, self.measurement.compare) as session:
-                yield session
-        except BaseException:
-            self.measurement.discard()
-            raise
-        finally:
-            self.measurement.close_training_pass(brought)
-        self.forecast.ran(mini_step)
+        self._passes.require_closed("actor_update")
+        self.horizon.require_optimizer()
+        micro_batches = self._passes.agreed(micro_batches)
+        with (
+            self.measurement.training_pass(micro_batches, learning=self.config.learns and mini_step >= 2),
+            self._passes.run(f"mini-step {mini_step}", micro_batches, self._mode, self.measurement.compare) as session,
+        ):
+            yield session
+        self.horizon.ran(mini_step)
 
     def step(self, lr: float) -> dict[str, Any]:
         """Ends a mini-step: updates the predictor (if it was learning) with alpha * lr and reads the drift metrics.
 
-        Collective over the ranks that hold other tokens of the same layers; call it on every rank, after the policy's optimizer.
-
-        Args:
-            lr: the policy's current learning rate.
+        Collective over the ranks that hold other tokens of the same layers; call it on every rank, after the policy's optimizer,
+        with the policy's current learning rate.
 
         Returns:
             "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
@@ -267,84 +222,48 @@ class PR2:
         Raises:
             AttachError: predictor="momentum" and the optimizer does not train the gates with Adam.
         """
-        self._require_idle("step")
-        update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
-        measured = self.measurement
-        if self.predictor is not None:
-            if measured.learning:
-                measured.learning = False
-                update = self.predictor.step(self.config.alpha * lr, self.token_group)
-            if self.config.follows:
-                self.forecast.update()
-                update["weight_norm"] = self.predictor.weight_norm()
-        absent, drift = measured.features_absent, measured.drift.read(self.token_group)
-        if measured.hold_back is not None:
-            measured.hold_back.read(self.token_group)
-        measured.discard()
-        held = {} if measured.hold_back is None else measured.hold_back.used
-        columns = [site.column for site in self.sites]
-        per_layer, update = whole_model(columns, drift | {f"hold_back.{name}": values for name, values in held.items()}, update)
-        report = {"drift": {name: per_layer[name] for name in drift}, "predictor": update, "features_absent": absent}
-        if held:
-            report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
-        self._scalars.step(report, self.engine_agreement)
+        self._passes.require_closed("step")
+        report = self.measurement.step(lr, self.horizon)
+        self._scalars = scalars(report, self.engine_agreement)
         return report
 
     def metrics(self) -> dict[str, float]:
-        """The last step in a few numbers for any logger, `pr2/lift` and others (megatron_pr2.drift.scalars); not collective."""
-        return dict(self._scalars.values)
+        """The last step in a few numbers for any logger, `pr2/lift` and others (drift.metrics.scalars); not collective."""
+        return self._missing_share | self._scalars
 
     def end_rollout(self) -> None:
         """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective.
 
-        What the batch says of the prediction counts from the next push on; without this call from the push after the next
-        begin_rollout() on.
+        Without it, what the batch says of the prediction counts one push later.
         """
-        self._require_idle("end_rollout")
+        self._passes.require_closed("end_rollout")
         self.tokens, self.sequences = TokenIndex({}), ()
         self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
         self.measurement.end()
-        self.forecast.end_batch()
+        self.horizon.end_batch()
 
     @contextmanager
     def replay(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """A further pass over the rollout's tokens under other weights (a proximal policy, say), with the same routes.
 
         Nothing is learned from it and nothing kept: features are of the weights that the routes were predicted from. Routes that
-        the actor records must have been recorded before. Collective as `actor_update` is.
-
-        Raises:
-            ReplayError: a micro-batch was not run exactly once.
+        the actor records must have been recorded before. Collective, and refuses, as `actor_update` does.
         """
-        self._require_idle("replay")
-        micro_batches = listed(micro_batches)
-        agree_on_pass(self.replica.ranks, micro_batches)
-        with self._pass("replay", micro_batches, "replay" if self.config.replays else "live") as session:
+        self._passes.require_closed("replay")
+        with self._passes.run("replay", self._passes.agreed(micro_batches), self._mode) as session:
             yield session
 
-    @contextmanager
-    def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
-        """Any other forward whose routes are wanted (an embedded rollout, a handshake): live routes, recorded."""
-        self._require_idle("record")
-        micro_batches = listed(micro_batches)
-        self._open = True
-        try:
-            localize = self.replica.ranks.rows
-            with ReplaySession(self.sites, self._chunks, micro_batches, mode="record", localize=localize) as session:
-                yield session
-        finally:
-            self._open = False
+    def record(self, micro_batches: Sequence[MicroBatch]) -> AbstractContextManager[ReplaySession]:
+        """Any other forward whose routes are wanted (an embedded rollout, a handshake): the router's own routes, recorded."""
+        self._passes.require_closed("record")
+        return self._passes.record(micro_batches)
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
         """Tables of a :meth:`record` session, by sequence id."""
         return session.recorded_tables(lengths, len(self.moe_layers), self.model_config.num_moe_experts)
 
-    # ---- weights for the engine --------------------------------------------------------------------------------------
-
-    def engine_weights(
-        self, weights: Iterable[tuple[str, Tensor]], *, own_stage: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
+    def engine_weights(self, weights: Iterable[tuple[str, Tensor]], *, own_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Passes weights in Hugging Face names through and merges W_p into the gates on the way.
 
         Collective over the pipeline group at the call (not while the result is walked), unless `own_stage`.
@@ -361,20 +280,9 @@ class PR2:
         own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
         return merge_gates(weights, own if own_stage else every_layer(own), self.layers)
 
-    @contextmanager
-    def merged_gates(self) -> Iterator[None]:
+    def merged_gates(self) -> AbstractContextManager[None]:
         """The model itself with W + W_p in its gates, for an embedded rollout; the gates come back bit-identical."""
-        saved = [site.router.weight.data for site in self.sites]
-        try:
-            for site in self.sites:
-                if (w_EH := self.measurement.prediction(site)) is not None:
-                    site.router.weight.data = merge_gate(site.router.weight.data, w_EH)
-            yield
-        finally:
-            for site, data in zip(self.sites, saved, strict=True):
-                site.router.weight.data = data
-
-    # ---- life --------------------------------------------------------------------------------------------------------
+        return merged_in_place(self.sites, self.measurement.prediction)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
         """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.
@@ -382,7 +290,7 @@ class PR2:
         A pipeline that would rather have it in its own `dist_checkpointing` call: checkpoint.checkpoint.sharded_state_dict.
 
         Args:
-            rollout: also keeps the rollout batch at work, for a checkpoint between two mini-steps.
+            rollout: also keeps the current rollout batch, for a checkpoint between two mini-steps.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write.
@@ -398,83 +306,16 @@ class PR2:
         Raises:
             CheckpointError: on every rank, if any rank cannot read it, or it is of a model of another size.
         """
-        self._require_idle("load")
+        self._passes.require_closed("load")
         checkpoint.load(self, directory, sequences=sequences)
 
     def detach(self) -> None:
-        """Gives the routers back as they were; the handle cannot be used afterwards.
-
-        Raises:
-            ReplayError: a pass is open.
-        """
-        if not self._attached:
-            return
-        self._require_idle("detach")
-        give_back(self.sites)
-        self.replica.release()
-        self._attached = False
-
-    # ---- inside ------------------------------------------------------------------------------------------------------
-
-    def _require_attached(self) -> None:
-        if not self._attached:
-            raise AttachError("this PR2 handle was detached; attach() again")
-
-    def _require_idle(self, call: str) -> None:
-        self._require_attached()
-        if self._open:
-            raise ReplayError(
-                f"{call}: another pass is open on this model; close it first. Passes follow each other, and `step` follows them"
-            )
-
-    def _sum_over_ranks(self, values: Sequence[int]) -> list[int]:
-        if self.token_group is None or dist.get_world_size(self.token_group) == 1:
-            return [int(v) for v in values]
-        total = torch.tensor([int(v) for v in values], dtype=torch.int64, device=self._device)
-        dist.all_reduce(total, group=self.token_group)
-        return [int(v) for v in total.tolist()]
-
-    @contextmanager
-    def _pass(
-        self,
-        name: str,
-        micro_batches: Sequence[MicroBatch],
-        mode: str,
-        observer: Observer | None = None,
-        predict: Predict | None = None,
-    ) -> Iterator[ReplaySession]:
-        """A session over micro-batches of the rollout batch at work, whose tokens are compared with what the model runs."""
-        session = ReplaySession(
-            self.sites,
-            self._chunks,
-            micro_batches,
-            mode=mode,
-            localize=self.replica.ranks.rows,
-            routes=self.routes.slices,
-            observer=observer,
-            predict=predict,
-            look=self.token_check.look,
-        )
-        try:
-            self.token_check.open(micro_batches)
-            incomplete, ran = None, False
-            self._open = True
-            try:
-                with session:
-                    yield session
-                    ran = True
-            except ReplayError as error:
-                if not ran:
-                    raise
-                incomplete = error
-            finally:
-                self._open = False
-                self.token_check.close()
-            agree_on_outcome(everyone(self.token_group), name, incomplete, self.token_check)
-        except BaseException:
-            self.token_check.forget()
-            raise
-        self.token_check.keep()
+        """Gives the routers back as they were; the handle cannot be used afterwards. Refused while a pass is open."""
+        if self._passes.attached:
+            self._passes.require_closed("detach")
+            give_back(self.sites)
+            self.replica.release()
+            self._passes.attached = False
 
 
 def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
@@ -495,3 +336,13 @@ def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR
     if not isinstance(config, PR2Config):
         raise AttachError(f"attach() got {config!r} as its config; pass PR2Config.preset('pr2'), or another preset")
     return PR2(chunks, config)
+
+
+class _Callable(ModuleType):
+    """Importing this module makes `megatron_pr2.attach` the module, where the package promises the function; it may be called."""
+
+    def __call__(self, model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
+        return attach(model_chunks, config)
+
+
+sys.modules[__name__].__class__ = _Callable

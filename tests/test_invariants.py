@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Poisson, kl_divergence
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,10 +21,11 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.parallel.grid import padded
 from megatron_pr2.parallel.groups import everyone
 from megatron_pr2.parallel.tokens import sample_positions
-from megatron_pr2.replay.consensus import agree_on_outcome, agree_on_pass
 from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.passes import agree_on_outcome, agree_on_pass
 from tests.helpers import toy
 from tests.helpers.distributed import pool
+from tests.helpers.divergence import kl
 from tests.helpers.loop import train_job
 from tests.helpers.rounding import assert_near, rounding
 
@@ -116,14 +116,6 @@ def test_ranks_report_the_same(runs: dict[str, list[dict[str, Any]]]) -> None:
 # ---- I5: the predictor's gradient through a whole session ------------------------------------------------------------
 
 
-def divergences(p: Tensor, q: Tensor, score_function: str) -> Tensor:
-    if score_function == "softmax":
-        return kl_divergence(Categorical(logits=p), Categorical(logits=q))
-    if score_function == "sqrtsoftplus":
-        return kl_divergence(*(Poisson(torch.log1p(x.exp()).sqrt()) for x in (p, q))).sum(-1)
-    return kl_divergence(Bernoulli(logits=p), Bernoulli(logits=q)).sum(-1)
-
-
 def by_token(calls: list[toy.Call], data: list[toy.Batch], chunk: torch.nn.Module) -> dict[tuple[int, int, int], Any]:
     """(layer, sequence, position) -> (router input, logits), from what the routers saw."""
     seen = {}
@@ -169,11 +161,8 @@ def autograd_gradient(
     p_old = torch.stack([old[key][1] for key in keys]).double()
     p = torch.stack([new[key][1] for key in keys]).double()
     w = w_EH.double().requires_grad_(True)
-    if target == "post":
-        loss = divergences(p, p_old + h_old @ w.t(), function).mean()
-    else:
-        loss = divergences(p - p_old, h_old @ w.t(), "softmax").mean()
-    return torch.autograd.grad(loss, w)[0]
+    loss = kl(p, p_old + h_old @ w.t(), function) if target == "post" else kl(p - p_old, h_old @ w.t(), "softmax")
+    return torch.autograd.grad(loss.mean(), w)[0]
 
 
 def sampled(pr2: PR2, tables: dict[int, Any], lengths: dict[int, int]) -> list[tuple[int, int]]:

@@ -27,21 +27,15 @@ class Contents(Protocol):
     model_config: Any
     sites: list[RouterSite]
     layers: DecoderLayers
+    moe_layers: tuple[int, ...]
     predictor: RoutePredictor | None
     measurement: Measurement
+    features: FeatureStore
+    feature_plan: FeaturePlan
     routes: RouteStore
     replica: Replica
     token_group: dist.ProcessGroup | None
     sequences: tuple[ReplaySequence, ...]
     tokens: TokenIndex
-
-    @property
-    def moe_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def features(self) -> FeatureStore: ...
-
-    @property
-    def feature_plan(self) -> FeaturePlan: ...
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport: ...

@@ -5,13 +5,15 @@ Both happen in observers that a ReplaySession calls once per router and micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pr2.config import PR2Config
@@ -19,11 +21,13 @@ from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
 from megatron_pr2.parallel.grid import IntArray
+from megatron_pr2.parallel.groups import everyone, whole_model
 from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.hold_back import HoldBack
+from megatron_pr2.prediction.horizon import Horizon
 from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
-from megatron_pr2.replay.alignment import AgreementCheck
+from megatron_pr2.replay.alignment import AgreementCheck, require_alignment
 from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.replay.router import select_experts
 from megatron_pr2.replay.sequences import ReplaySequence, held_out_tokens, horizons
@@ -52,7 +56,7 @@ class Measurement:
 
     Attributes:
         features, plan: router inputs and logits of the sampled tokens, and which rank holds which.
-        agreement: of replayed and live routes in the log-prob pass.
+        agreement, engine_agreement: of an engine's routes with the current router's, in this and in the last log-prob pass.
         drift: metrics of the training passes.
         hold_back: how much of the prediction is believed, or None.
         held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
@@ -67,10 +71,13 @@ class Measurement:
         sites: Sequence[RouterSite],
         predictor: RoutePredictor | None,
         replica: Replica,
+        token_group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
         """Args: `device` is the routers'."""
-        self._config, self._predictor, self._stage, self._device = config, predictor, replica.tp_cp, device
+        self._config, self._sites, self._predictor = config, list(sites), predictor
+        self._stage, self._token_group, self._device = replica.tp_cp, token_group, device
+        self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
         self.features = FeatureStore(
             len(sites),
@@ -85,6 +92,7 @@ class Measurement:
             self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device
         )
         self.agreement = AgreementCheck(device)
+        self.engine_agreement: float | None = None
         self.drift = DriftMetrics(len(sites), device)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
@@ -154,54 +162,75 @@ class Measurement:
             shift_TE = shift_TE * self._row_horizons[bound.micro_batch.key]
         return (p_TE.float() + shift_TE).to(p_TE.dtype)
 
-    def open_log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Makes room for the features of the sampled tokens that this rank is going to compute."""
+    @contextmanager
+    def log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+        """Makes room for the features of the sampled tokens that this rank is going to compute, and keeps them unless it fails."""
         rows = self._rows(micro_batches)
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
-        if self._horizon is not None:
-            keys = (micro_batch.key for micro_batch in micro_batches)
-            self._row_horizons = {key: self._horizon_of(tokens) for key, tokens in zip(keys, rows, strict=True)}
         try:
+            if self._horizon is not None:
+                keys = (micro_batch.key for micro_batch in micro_batches)
+                self._row_horizons = {key: self._horizon_of(tokens) for key, tokens in zip(keys, rows, strict=True)}
             self._locate(micro_batches, rows)
+            yield
+            if self._config.routes == "engine":
+                self.engine_agreement = self.agreement.read(everyone(self._token_group))
+                require_alignment(self.engine_agreement, self._config.min_agreement, self._topk, self._experts)
         except BaseException:
             # Room without features would be learned from as zeros by a second attempt.
             self.plan.forget_last()
+            self.agreement.discard()
             raise
-
-    def abort_log_prob_pass(self) -> None:
-        """Forgets features of a pass that failed: they must not be learned from."""
-        self._located, self._row_horizons = {}, {}
-        self.plan.forget_last()
-        self.agreement.discard()
-
-    def close_log_prob_pass(self) -> None:
-        """Files what is still on its way."""
-        self._located, self._row_horizons = {}, {}
+        finally:
+            self._located, self._row_horizons = {}, {}
         self.features.settle()
 
-    def open_training_pass(self, micro_batches: Sequence[MicroBatch], *, learning: bool) -> bool:
-        """Brings features to the tokens that this rank is going to compute; collective over the stage.
-
-        Returns:
-            Whether any came from other ranks; close_training_pass() has to be told.
-        """
+    @contextmanager
+    def training_pass(self, micro_batches: Sequence[MicroBatch], *, learning: bool) -> Iterator[None]:
+        """Brings features to the tokens that this rank is going to compute, for as long as it lasts; collective over the stage."""
         # First, and kept if the pass fails: the other ranks learn, and wait for this one's share in step().
         self.learning = learning
-        rows = self._rows(micro_batches)
-        brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
+        brought = False
         try:
+            rows = self._rows(micro_batches)
+            brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
             self.features_absent += sum(map(self.plan.absent, rows))
             self._locate(micro_batches, rows)
+            yield
         except BaseException:
-            self.close_training_pass(brought)
+            self.discard()
             raise
-        return brought
+        finally:
+            self._located = {}
+            if brought:
+                self.features.remove_last()
 
-    def close_training_pass(self, brought: bool) -> None:
-        """Lets go of what open_training_pass() brought."""
-        self._located = {}
-        if brought:
-            self.features.remove_last()
+    def step(self, lr: float, horizon: Horizon) -> dict[str, Any]:
+        """Ends a mini-step; collective over the token group and the pipeline. See `PR2.step` for what it returns.
+
+        Args:
+            lr: the policy's learning rate.
+        """
+        update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
+        if self._predictor is not None:
+            if self.learning:
+                self.learning = False
+                update = self._predictor.step(self._config.alpha * lr, self._token_group)
+            if self._config.follows:
+                horizon.update()
+                update["weight_norm"] = self._predictor.weight_norm()
+        absent, drift = self.features_absent, self.drift.read(self._token_group)
+        held: dict[str, list[float]] = {}
+        if self.hold_back is not None:
+            self.hold_back.read(self._token_group)
+            held = self.hold_back.used
+        self.discard()
+        per_layer = drift | {f"hold_back.{name}": values for name, values in held.items()}
+        per_layer, update = whole_model([site.column for site in self._sites], per_layer, update)
+        report = {"drift": {name: per_layer[name] for name in drift}, "predictor": update, "features_absent": absent}
+        if held:
+            report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
+        return report
 
     def discard(self) -> None:
         """Forgets what training passes gathered: a failed one belongs to no mini-step."""

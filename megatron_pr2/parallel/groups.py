@@ -74,6 +74,15 @@ def everyone(tokens: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
     return [group for group in (tokens, stages) if group is not None]
 
 
+def summed(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """Integers summed over a group; collective, with one read. None is a group of one rank."""
+    if group is None or group.size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=group)
+    return [int(value) for value in total.tolist()]
+
+
 def every_layer(own: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """W_p of every MoE layer of the model by 0-based layer; collective over the pipeline group where there is one.
 

@@ -248,7 +248,7 @@ class Plan:
         # A gate's update per layer, and of how many elements it is (optimizer_moments.next_updates).
         followed = (self._predictor("momentum")["momentum"] + 4 * layers_D1) * self.config.follows
         gradient = self._predictor(self.config.predictor)["gradient"]
-        # sequences.agree_on_rollout: a bit per token.
+        # replay.intake: a bit per token.
         validity = math.ceil(tokens.sequences * self.work.seq / 8)
         return {
             "engine_routes": self._owner * (tokens.sequences * sglang_route_bytes(self.work.seq, self.model)),

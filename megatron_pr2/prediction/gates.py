@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.prediction.predictor import merge_gate
+from megatron_pr2.replay.sites import RouterSite
 
 # Hugging Face names of MoE gates: Qwen2/3-MoE, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral (block_sparse_moe.gate), gpt-oss
 # (mlp.router), Llama 4 (feed_forward.router) and Nemotron-H (mixer.gate). Layers of multi-token-prediction heads count from 0
@@ -17,6 +19,20 @@ from megatron_pr2.prediction.predictor import merge_gate
 GATE_NAME = re.compile(r"(?:^|(?<!mtp)\.)layers\.(\d+)\.(mlp|block_sparse_moe|feed_forward|mixer)\.(?:gate|router)\.weight$")
 # What Nemotron-H calls the one part of a layer: its attention and its experts have a number each, as in HybridModel.
 _ONLY_PART = "mixer"
+
+
+@contextmanager
+def merged_in_place(sites: Sequence[RouterSite], prediction: Callable[[RouterSite], Tensor | None]) -> Iterator[None]:
+    """The routers with what is predicted for them in their own gates, which come back bit-identical; None leaves one alone."""
+    saved = [site.router.weight.data for site in sites]
+    try:
+        for site in sites:
+            if (w_EH := prediction(site)) is not None:
+                site.router.weight.data = merge_gate(site.router.weight.data, w_EH)
+        yield
+    finally:
+        for site, data in zip(sites, saved, strict=True):
+            site.router.weight.data = data
 
 
 def merge_gates(

@@ -1,4 +1,4 @@
-"""Forecast: over how many updates a prediction has to reach, and what one update of the policy does to the gates.
+"""Horizon: over how many updates a prediction has to reach, and what one update of the policy does to the gates.
 
 Of kappa mini-steps the i-th trains i - 1 updates after the rollout, (kappa - 1) / 2 on average; kappa is that of the last rollout
 batch.
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError
+from megatron_pr2.parallel.consensus import largest
 from megatron_pr2.prediction.optimizer_moments import find_holders, next_updates
 from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.replay.sequences import ReplaySequence, last_mini_step
 from megatron_pr2.replay.sites import RouterSite
 
 
-class Forecast:
+class Horizon:
     """What a predictor is told of time: mini-steps, and the policy's optimizer."""
 
     def __init__(
@@ -95,10 +96,9 @@ class Forecast:
         if self._config.routes != "actor" or self._predictor is None:
             return None
         unknown, last = last_mini_step(sequences)
-        if self._group is not None and dist.get_world_size(self._group) > 1:
+        if self._group is not None and self._group.size() > 1:
             both = torch.tensor([unknown, last], dtype=torch.int64, device=self._device)
-            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group)
-            unknown, last = both.tolist()
+            unknown, last = largest(both, [self._group]).tolist()
         if unknown or last < 2:
             return None
         return (self._config.horizon if self._config.follows else 0.0) or (last - 1) / 2

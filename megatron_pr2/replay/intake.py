@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import RouteError
-from megatron_pr2.parallel.replica import Replica
+from megatron_pr2.parallel.consensus import attempt, digest
+from megatron_pr2.parallel.groups import communication_device, gathered, summed
+from megatron_pr2.parallel.replica import RankGroup, Replica
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.replay.sequences import (
-    ReplaySequence,
-    RolloutReport,
-    agree_on_rollout,
-    check_sequences,
-    checked_table,
-    count_missing,
-    too_many_missing,
-)
+from megatron_pr2.replay.sequences import ReplaySequence, check_sequences, checked_table, sampled_tokens
 from megatron_pr2.routes.table import RouteTable
 
 logger = logging.getLogger(__name__)
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,17 @@ class Intake:
     Attributes:
         tokens: its tokens as one axis.
         tables: by sequence, on the rank that owns them; empty elsewhere, and where routes do not come with the rollout.
-        valid: which tokens have a route, by flat token index; None where routes do not come with the rollout.
+        valid: which tokens have a route, by flat token index; none where routes do not come with the rollout.
+        sampled: whose router inputs are kept.
         missing, total: tokens of this rank's replica without a route, and that could have one.
     """
 
     tokens: TokenIndex
     tables: dict[int, RouteTable]
-    valid: npt.NDArray[np.bool_] | None
+    valid: Mask
+    sampled: Mask
     missing: int
     total: int
-
-    def report(self, route_bytes: int) -> RolloutReport:
-        """What `begin_rollout` returns."""
-        return RolloutReport(self.total, self.missing, route_bytes)
 
 
 def take_in(
@@ -58,36 +54,35 @@ def take_in(
     replica: Replica,
     *,
     is_owner: bool,
-    sum_over_ranks: Callable[[Sequence[int]], list[int]],
+    token_group: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> Intake:
-    """Checks a rollout batch; collective over the replica and over the ranks that `sum_over_ranks` reduces over.
+    """Checks a rollout batch; collective over the replica and over `token_group`.
 
     Args:
         num_layers: MoE layers of the whole model.
         is_owner: whether this rank must have been given the tables.
+        device: where the token group communicates.
 
     Raises:
         RouteError: on all of these ranks, if any of them refuses.
     """
     from_engine = config.routes == "engine"
-    tables: dict[int, RouteTable] = {}
-    failure: str | None = None
-    try:
+
+    def checked() -> dict[int, RouteTable]:
         check_sequences(sequences)
-        if from_engine and is_owner:
-            shape = num_layers, model.moe_router_topk, model.num_moe_experts
-            tables = {s.id: checked_table(s, *shape) for s in sequences}
-    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-        failure = str(error) if isinstance(error, RouteError) else f"{type(error).__name__}: {error}"
-        sequences = ()
-    tokens = TokenIndex({s.id: s.length for s in sequences})
+        shape = num_layers, model.moe_router_topk, model.num_moe_experts
+        return {s.id: checked_table(s, *shape) for s in sequences} if from_engine and is_owner else {}
+
+    tables, failure = attempt(checked)
+    tokens = TokenIndex({s.id: s.length for s in sequences} if failure is None else {})
     valid = np.zeros(tokens.total, dtype=bool)
-    for sid, table in tables.items() if failure is None else ():
+    for sid, table in (tables or {}).items():
         valid[tokens.span(sid)] = table.valid
-    failure, valid = agree_on_rollout(replica.ranks, failure, tokens, valid, is_owner=is_owner)
-    by_sequence = count_missing(valid, tokens) if from_engine else {}
-    missing, total = sum(by_sequence.values()), sum(max(0, s.length - 1) for s in sequences)
-    all_missing, all_tokens, failures = sum_over_ranks([missing, total, failure is not None])
+    failure, valid = _agreed(replica.ranks, failure, tokens, valid, is_owner=is_owner)
+    by_sequence = _missing(valid, tokens) if from_engine else {}
+    missing, total = sum(by_sequence.values()), sum(max(0, length - 1) for length in tokens.lengths.values())
+    all_missing, all_tokens, failures = summed([missing, total, failure is not None], token_group, device)
     if failure is not None:
         raise RouteError(failure)
     if failures:
@@ -95,8 +90,57 @@ def take_in(
     if all_missing > config.max_missing_share * all_tokens:
         # Each rank of a stage counted the sequences of the whole replica.
         counts = all_missing // replica.tp_cp.size, all_tokens // replica.tp_cp.size
-        message = too_many_missing(*counts, config.max_missing_share, by_sequence, tokens)
+        message = _too_many_missing(*counts, config.max_missing_share, by_sequence, tokens)
         if config.strict:
             raise RouteError(message)
         logger.warning(message)
-    return Intake(tokens, tables, valid if from_engine else None, missing, total)
+    sampled = sampled_tokens(sequences, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
+    return Intake(tokens, tables or {}, valid, sampled, missing, total)
+
+
+def _agreed(
+    ranks: RankGroup, failure: str | None, tokens: TokenIndex, valid: Mask, *, is_owner: bool
+) -> tuple[str | None, Mask]:
+    """The first failure within a replica, and which tokens have a route, from the ranks that own the tables; collective over it.
+
+    Args:
+        valid: which tokens have a route, by flat token index; read on owners.
+    """
+    if ranks.handle is None:
+        return failure, valid
+    told = digest(repr(list(tokens.lengths.items())).encode())
+    packed = np.packbits(valid)
+    parts = gathered((failure, told, digest(packed.tobytes()) if is_owner else None), ranks.handle)
+    failures, everyones_sequences, marks = zip(*parts, strict=True)
+    failure = next((each for each in failures if each is not None), None)
+    if failure is not None:
+        return failure, valid
+    if len(set(everyones_sequences)) > 1:
+        failure = (
+            "the ranks of a replica (tensor x context x pipeline parallel) were told of different sequences; pass the same ones, "
+            "in the same order, to begin_rollout() on all of them"
+        )
+    elif len(set(marks) - {None}) > 1:
+        failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
+    elif None in marks:
+        # One bit per token, once per rollout batch, from the owner to the others.
+        bits = torch.from_numpy(packed).to(communication_device())
+        dist.broadcast(bits, group=ranks.handle, group_src=ranks.owner)
+        valid = np.unpackbits(bits.cpu().numpy(), count=tokens.total).astype(bool)
+    return failure, valid
+
+
+def _missing(valid: Mask, tokens: TokenIndex) -> dict[int, int]:
+    """Tokens without a valid route per sequence; the last one was never an engine's input and is not counted."""
+    return {sid: int((~valid[tokens.span(sid)][:-1]).sum()) for sid in tokens.lengths}
+
+
+def _too_many_missing(missing: int, total: int, share: float, by_sequence: dict[int, int], tokens: TokenIndex) -> str:
+    where = "all on other ranks"
+    if by_sequence and by_sequence[worst := max(by_sequence, key=by_sequence.__getitem__)]:
+        where = f"worst of this rank is sequence {worst} with {by_sequence[worst]} of {tokens.lengths[worst]}"
+    return (
+        f"{missing} of {total} tokens ({missing / total:.1%}) have no valid route, more than max_missing_share={share:.1%}; "
+        f"{where}. The engine returns duplicate, all-zero or out-of-range expert ids: run the handshake, check its version and MoE "
+        "backend"
+    )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.parallel.groups import communication_device, gathered
-from megatron_pr2.parallel.replica import RankGroup
 from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, thinned_positions
 from megatron_pr2.routes.table import RouteTable
 
@@ -130,61 +126,6 @@ def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_expe
             f"sequence {sequence.id}: its route table is (tokens, moe layers, top-k, experts) = {found}, expected {expected}"
         )
     return table
-
-
-def agree_on_rollout(
-    ranks: RankGroup, failure: str | None, tokens: TokenIndex, valid: npt.NDArray[np.bool_], *, is_owner: bool
-) -> tuple[str | None, npt.NDArray[np.bool_]]:
-    """The first failure within a replica, and which tokens have a route, from the ranks that own the tables; collective over it.
-
-    Args:
-        failure: what this rank refuses.
-        valid: which tokens have a route, by flat token index; read on owners.
-        is_owner: whether this rank was given the tables.
-
-    Returns:
-        The same on every rank of the replica.
-    """
-    if ranks.handle is None:
-        return failure, valid
-    told = list(tokens.lengths.items())
-    digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
-    packed = np.packbits(valid)
-    marks = hashlib.blake2b(packed.tobytes(), digest_size=16).hexdigest() if is_owner else None
-    # Short ones: gathering objects pads every rank's to the longest.
-    parts: list[Any] = gathered((failure, digest, marks), ranks.handle)
-    owners = parts[ranks.owner]
-    failure = next((part[0] for part in parts if part[0] is not None), None)
-    if failure is None and any(part[1] != owners[1] for part in parts):
-        failure = (
-            "the ranks of a replica (tensor x context x pipeline parallel) were told of different sequences; pass the same ones, "
-            "in the same order, to begin_rollout() on all of them"
-        )
-    if failure is None and any(part[2] not in (None, owners[2]) for part in parts):
-        failure = "the ranks of a replica have different routes for the same sequences; give them the same tables"
-    if failure is None and any(part[2] is None for part in parts):
-        # One bit per token, once per rollout batch, from the owner to the others.
-        told_bits = torch.from_numpy(packed).to(communication_device())
-        dist.broadcast(told_bits, group=ranks.handle, group_src=ranks.owner)
-        valid = np.unpackbits(told_bits.cpu().numpy(), count=tokens.total).astype(bool)
-    return failure, valid
-
-
-def count_missing(valid: npt.NDArray[np.bool_], tokens: TokenIndex) -> dict[int, int]:
-    """Tokens without a valid route per sequence; the last one was never an engine's input and is not counted."""
-    return {sid: int((~valid[tokens.span(sid)][:-1]).sum()) for sid in tokens.lengths}
-
-
-def too_many_missing(missing: int, total: int, share: float, by_sequence: Mapping[int, int], tokens: TokenIndex) -> str:
-    """The message of a batch with too few routes."""
-    where = "all on other ranks"
-    if by_sequence and (worst := max(by_sequence, key=lambda sid: by_sequence[sid])) is not None and by_sequence[worst]:
-        where = f"worst of this rank is sequence {worst} with {by_sequence[worst]} of {tokens.lengths[worst]}"
-    return (
-        f"{missing} of {total} tokens ({missing / total:.1%}) have no valid route, more than max_missing_share={share:.1%}; "
-        f"{where}. The engine returns duplicate, all-zero or out-of-range expert ids: run the handshake, check its version and MoE "
-        "backend"
-    )
 
 
 def sampled_tokens(

@@ -197,7 +197,7 @@ def megatron_job(path: Path, dtype: torch.dtype, sharded: bool) -> tuple[Tensor,
     optimizer = get_megatron_optimizer(settings, chunks)
     pr2.follow(optimizer)
     gates = [site.router.weight for site in pr2.sites]
-    assert not pr2.forecast.gate_updates().any()
+    assert not pr2.horizon.gate_updates().any()
     before = torch.empty(0)
     for step in range(2):
         before = torch.stack([gate.detach().float().clone() for gate in gates])
@@ -213,7 +213,7 @@ def megatron_job(path: Path, dtype: torch.dtype, sharded: bool) -> tuple[Tensor,
             for chunk in chunks:
                 chunk.start_param_sync(force_sync=True)
     made = torch.stack([gate.detach().float() for gate in gates]) - before
-    return pr2.forecast.gate_updates(), made, type(optimizer).__name__
+    return pr2.horizon.gate_updates(), made, type(optimizer).__name__
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
