@@ -10,8 +10,8 @@ The flags are made from the fields of PR2Config and their descriptions. A flag t
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
-import textwrap
 from dataclasses import fields
 from typing import Any
 
@@ -24,21 +24,6 @@ _CHOICES = {
     "predictor": PREDICTORS,
     "target": TARGETS,
     "feature_device": ("device", "cpu"),
-}
-
-# Where PR2Config's own description refers to its other fields, which a reader of --help does not see.
-_HELP = {
-    "routes": 'Which experts are replayed: "live" replays nothing, "actor" those of the old-log-prob pass, "engine" those that the '
-    "rollout engine returned.",
-    "target": 'What the predictor learns: "post", the distribution of the updated router, or "delta", the change of its logits.',
-    "alpha": "Learning rate of the predictor, relative to the policy's current one (--lr and its schedule).",
-    "betas": "Decay rates of the predictor's own Adam; the policy's is not touched.",
-    "eps": "Epsilon of the predictor's own Adam.",
-    "momentum": "With --pr2-predictor momentum: c of W_p = c * horizon * (the gate's last update).",
-    "held_out_share": "Share of the sampled tokens that nothing is learned from, on which --pr2-hold-back judges a prediction.",
-    "hold_back_decay": "Weight of a rollout batch in that judgement, relative to the next one's: --pr2-hold-back's memory.",
-    "hold_back_confidence": "Standard errors by which a gain must exceed zero before --pr2-hold-back enables a prediction.",
-    "strict": "Fail above --pr2-max-missing-share; otherwise warn and count.",
 }
 
 
@@ -153,15 +138,10 @@ def flag(name: str) -> str:
 
 
 def setting_descriptions() -> dict[str, str]:
-    """What each field of PR2Config means, for --help."""
-    section = textwrap.dedent((PR2Config.__doc__ or "").partition("Attributes:\n")[2])
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=\w)", section.strip()):
-        names, _, text = entry.partition(":")
-        sentence = " ".join(text.split())
-        for name in names.split(","):
-            found[name.strip()] = sentence[:1].upper() + sentence[1:]
-    return {field.name: _HELP.get(field.name, found.get(field.name, "")) for field in fields(PR2Config)}
+    """What each field of PR2Config means, from its docstring."""
+    section = inspect.cleandoc(PR2Config.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
+    return {name: text[:1].upper() + " ".join(text.split())[1:] for name, text in entries}
 
 
 def _config_from(args: argparse.Namespace) -> Any:

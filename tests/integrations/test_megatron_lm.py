@@ -101,7 +101,7 @@ def test_help_says_what_every_flag_means_and_its_default() -> None:
         assert re.match(r"[\"A-Z].*[.]$", meaning), meaning
         assert default, flag(field.name)
         assert meaning in text
-    assert "Learning rate of the predictor, relative to the policy's current one (--lr and its schedule). Default: 1.0." in text
+    assert "Decay rates of the predictor's own Adam. Default: 0.9 0.999." in text
     assert "until a gain is measured. `false` is the paper: beta = 1 always. Default: on." in text
     assert "Default: by --pr2-preset." in text
 
