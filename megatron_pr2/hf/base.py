@@ -36,7 +36,6 @@ class Bridge(Protocol):
         Args:
             ddp_config: fields of DistributedDataParallelConfig.
         """
-        ...
 
     def parameter_names(self, chunks: Chunks) -> set[str]:
         """Hugging Face names of the tensors that this rank's parameters are made of.
@@ -44,15 +43,12 @@ class Bridge(Protocol):
         Raises:
             ConfigError: a parameter that the library has no name for.
         """
-        ...
 
     def load_weights(self, chunks: Chunks, path: Path) -> None:
         """Fills the chunks from a Hugging Face directory whose names have been checked."""
-        ...
 
     def export_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of the whole model on every rank; a tied embedding may come twice."""
-        ...
 
     def export_owned_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of every parameter that this rank owns (:func:`owns_weights`).
@@ -64,7 +60,6 @@ class Bridge(Protocol):
         Raises:
             ConfigError: at the first step and on every rank, for a layout in which the library cannot put a tensor together.
         """
-        ...
 
 
 def owns_weights(*, experts: bool) -> bool:
