@@ -149,9 +149,9 @@ def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Pat
 
             return write_routes_report(files, output)
         if len(runs) > 1:
-            from megatron_pr2.report.comparison.comparison import write_comparison
+            from megatron_pr2.report.comparison.comparison import Comparison
 
-            return write_comparison(runs, output or Path("comparison.html"))
+            return Comparison(runs).write_page(output or Path("comparison.html"))
         from megatron_pr2.report.html import write_report
 
         return write_report(runs[0], output)

@@ -26,10 +26,7 @@ from rich.console import Console
 
 from megatron_pr2.errors import PR2Error
 from megatron_pr2.report import formats
-from megatron_pr2.report.comparison.comparison import write_comparison
-from megatron_pr2.report.comparison.csv import write_cells, write_summary
-from megatron_pr2.report.comparison.markdown import write_markdown
-from megatron_pr2.report.comparison.runs import load
+from megatron_pr2.report.comparison.comparison import Comparison
 from megatron_pr2.report.metrics_log import read_records
 from megatron_pr2.report.records import number
 
@@ -117,15 +114,14 @@ def _compare(cells: Sequence[Cell], out: Path, markdown: Path | None, overrides:
     if not finished:
         return result
     groups = {cell.directory: (cell.method, cell.group) for cell in finished}
-    facts = _facts(cells, finished, overrides)
     with console.status("drawing the comparison"):
-        settings = load(groups, groups)
-        write_cells(settings, out / "cells.csv")
-        write_summary(settings, out / "summary.csv")
-        page = write_comparison(list(groups), out / "comparison.html", groups=groups, title=TITLE, facts=facts)
+        comparison = Comparison(groups, groups=groups, title=TITLE, facts=_facts(cells, finished, overrides))
+        comparison.write_cells(out / "cells.csv")
+        comparison.write_summary(out / "summary.csv")
+        page = comparison.write_page(out / "comparison.html")
         result |= {"page": str(page), "cells_csv": str(out / "cells.csv"), "summary_csv": str(out / "summary.csv")}
         if markdown is not None:
-            result["markdown"] = str(write_markdown(list(groups), markdown, groups=groups, title=TITLE, facts=facts))
+            result["markdown"] = str(comparison.write_markdown(markdown))
     return result
 
 

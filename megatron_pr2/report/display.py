@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -22,29 +22,39 @@ NOTICE = (
     "agreement: share of the replayed experts that the current router would choose too; "
     "lift = agreement predicted - frozen, in percentage points: above 0 prediction helps; "
     "beta: mean share of the prediction that is used, 0 is R3; "
-    "gap: mean |engine - actor| of the log-probs; missing: tokens that the live router had to decide."
+    "gap: mean |engine - actor| of the log-probs; missing: tokens that fell back to the current router."
 )
 RECENT_ROWS = 6
 ETA_STEPS = 10
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-:=+*#"
 
-# Heading of the table, word in the plain line.
-COLUMNS = (
-    ("step", "step"),
-    ("reward", "reward"),
-    ("response\nlength", "length"),
-    ("policy\nloss", "loss"),
-    ("clip\nfrac.", "clip"),
-    ("route\nagreem.", "agreement"),
-    ("pred.\nlift", "lift"),
-    ("tokens\n/s", "tok/s"),
-    ("log-prob\ngap", "gap"),
-    ("missing\nroutes", "missing"),
-    ("mean\nbeta", "beta"),
+
+def whole(value: float) -> str:
+    """A rounded number without groups, so that the lines stay easy to split."""
+    return f"{value:.0f}" if math.isfinite(value) else formats.ABSENT
+
+
+def _beta(record: Record) -> float:
+    return float(mean(layer_values(record, "hold_back", "beta") or [math.nan]))
+
+
+# Heading of the table, word in the plain line, value.
+COLUMNS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
+    ("step", "step", lambda r: whole(number(r, "step"))),
+    ("reward", "reward", lambda r: formats.fixed(number(r, "reward"))),
+    ("response\nlength", "length", lambda r: formats.fixed(number(r, "response_length"), 1)),
+    ("policy\nloss", "loss", lambda r: formats.fixed(number(r, "policy_loss"), 4)),
+    ("clip\nfrac.", "clip", lambda r: formats.percent(number(r, "clip_fraction"), 1).replace(" ", "")),
+    ("route\nagreem.", "agreement", lambda r: formats.percent(number(r, "agreement")).replace(" ", "")),
+    ("pred.\nlift", "lift", lambda r: formats.points(number(r, "lift")).removesuffix(" pp")),
+    ("tokens\n/s", "tok/s", lambda r: whole(number(r, "tokens_per_second"))),
+    ("log-prob\ngap", "gap", lambda r: formats.scientific(number(r, "logprob_gap", "mean"))),
+    ("missing\nroutes", "missing", lambda r: whole(number(r, "routes", "missing"))),
+    ("mean\nbeta", "beta", lambda r: formats.fixed(_beta(r), 2)),
 )
-# Shown only where a run has it: runs that do not hold back need the room.
-OPTIONAL = ("beta",)
+# Shown only where a run has it: runs without hold-back need the room.
+OPTIONAL = "beta"
 
 
 class LiveDisplay:
@@ -54,8 +64,6 @@ class LiveDisplay:
     Logging that should appear above the table goes through `console` (for example rich.logging.RichHandler(console=...)).
 
     Args:
-        total_steps: rollout steps of the whole run.
-        title: shown above the bar.
         start_step: steps already done by the run that this one resumes.
         console: where to draw; standard output by default.
         live: redraw in place; by default if the console is a capable terminal. Otherwise every step is one plain line.
@@ -69,7 +77,7 @@ class LiveDisplay:
         self.title = title
         self._done = start_step
         # Tuples, replaced and never changed in place: the refresh thread reads them at any moment.
-        self._rows: tuple[tuple[Text, ...], ...] = ()
+        self._rows: tuple[dict[str, str], ...] = ()
         self._rewards: tuple[float, ...] = ()
         self._durations: tuple[float, ...] = ()
         self._phase = "starting"
@@ -121,14 +129,14 @@ class LiveDisplay:
         self._step_since = now
         self._done = min(self.total_steps, self._done + 1)
         self._rewards = (*self._rewards, number(record, "reward"))
-        values = cells(record)
-        self._rows = (*self._rows[1 - RECENT_ROWS :], styled(values, record))
+        row = {word: value(record) for _, word, value in COLUMNS}
+        self._rows = (*self._rows[1 - RECENT_ROWS :], row)
         if self._live is not None:
             self._live.refresh()
             return
-        pairs = [(word, value) for (_, word), value in zip(COLUMNS[1:], values[1:], strict=True)]
-        words = " | ".join(f"{word} {value}" for word, value in pairs if word not in OPTIONAL or value != formats.ABSENT)
-        self._line(f"step {values[0]} ({self._done}/{self.total_steps}) | {words} | {self._durations[-1]:.1f} s | {self._eta()}")
+        shown = [f"{word} {value}" for word, value in row.items() if word != OPTIONAL or value != formats.ABSENT]
+        shown[0] += f" ({self._done}/{self.total_steps})"
+        self._line(" | ".join([*shown, f"{self._durations[-1]:.1f} s", self._eta()]))
 
     def _line(self, text: str) -> None:
         """One line whatever its length: no wrapping, no colours, at once."""
@@ -162,15 +170,12 @@ class LiveDisplay:
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-        shown = [
-            i
-            for i, (_, word) in enumerate(COLUMNS)
-            if word not in OPTIONAL or any(row[i].plain != formats.ABSENT for row in self._rows)
-        ]
-        for i in shown:
-            table.add_column(COLUMNS[i][0], justify="right", vertical="bottom", no_wrap=True)
+        has_optional = any(row[OPTIONAL] != formats.ABSENT for row in self._rows)
+        shown = [(heading, word) for heading, word, _ in COLUMNS if word != OPTIONAL or has_optional]
+        for heading, _ in shown:
+            table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
         for row in self._rows:
-            table.add_row(*(row[i] for i in shown))
+            table.add_row(*(Text(row[word], style=_tone(word, row[word])) for _, word in shown))
         return table
 
     def _reward_line(self) -> Text:
@@ -181,37 +186,11 @@ class LiveDisplay:
         return Text.assemble(("reward ", "dim"), (line, "cyan"), (span, "dim"), no_wrap=True)
 
 
-def cells(record: Record) -> tuple[str, ...]:
-    """The values of COLUMNS, formatted."""
-    step, tokens_per_second = number(record, "step"), number(record, "tokens_per_second")
-    return (
-        whole(step),
-        formats.fixed(number(record, "reward")),
-        formats.fixed(number(record, "response_length"), 1),
-        formats.fixed(number(record, "policy_loss"), 4),
-        formats.percent(number(record, "clip_fraction"), 1).replace(" ", ""),
-        formats.percent(number(record, "agreement")).replace(" ", ""),
-        formats.points(number(record, "lift")).removesuffix(" pp"),
-        whole(tokens_per_second),
-        formats.scientific(number(record, "logprob_gap", "mean")),
-        whole(number(record, "routes", "missing")),
-        formats.fixed(float(mean(layer_values(record, "hold_back", "beta") or [math.nan])), 2),
-    )
-
-
-def whole(value: float) -> str:
-    """A rounded number without groups, so that the lines stay easy to split."""
-    return f"{value:.0f}" if math.isfinite(value) else formats.ABSENT
-
-
-def styled(values: Sequence[str], record: Record) -> tuple[Text, ...]:
-    """The cells with colour where the sign matters: lift, and routes that are missing."""
-    out = [Text(value) for value in values]
-    lift = values[6]
-    out[6].stylize("green" if lift.startswith("+") else "red" if lift.startswith("-") and lift != formats.ABSENT else "")
-    if number(record, "routes", "missing") > 0:
-        out[9].stylize("yellow")
-    return tuple(out)
+def _tone(word: str, value: str) -> str:
+    """A colour where the sign matters: lift, and routes that are missing."""
+    if word == "lift" and value != formats.ABSENT:
+        return {"+": "green", "-": "red"}.get(value[0], "")
+    return "yellow" if word == "missing" and value not in ("0", formats.ABSENT) else ""
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:

@@ -11,8 +11,8 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_pr2.errors import DataError
@@ -22,28 +22,17 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
-# TensorBoard tag -> where the record holds the value.
-TAGS: dict[str, tuple[str, ...]] = {
-    "reward": ("reward",),
-    "reward_std": ("reward_std",),
-    "response_length": ("response_length",),
-    "truncated": ("truncated",),
-    "turns": ("rollout", "turns"),
-    "policy/loss": ("policy_loss",),
-    "policy/clip_fraction": ("clip_fraction",),
-    "policy/grad_norm": ("grad_norm",),
-    "policy/lr": ("lr",),
-    "tokens_per_second": ("tokens_per_second",),
-    "routes/agreement": ("agreement",),
-    "routes/frozen_agreement": ("frozen_agreement",),
-    "routes/lift": ("lift",),
-    "routes/lift_all": ("lift_all",),
+# TensorBoard prefix -> numbers of the record itself that are mirrored under it.
+NUMBERS = {
+    "": ("reward", "reward_std", "response_length", "truncated", "tokens_per_second"),
+    "policy/": ("clip_fraction", "grad_norm", "lr"),
+    "routes/": ("agreement", "frozen_agreement", "lift", "lift_all"),
 }
-# Groups whose every number is mirrored under its own name; tag prefix -> key of the record.
-GROUPS = {name: name for name in ("routes", "logprob_gap", "predictor", "seconds", "bytes", "importance")}
+# Groups of a record whose every number is mirrored under the group's name.
+GROUPS = ("routes", "logprob_gap", "predictor", "seconds", "bytes", "importance")
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Appends records to `run_dir`/metrics.jsonl and mirrors their numbers to `run_dir`/tensorboard.
 
     Args:
@@ -56,9 +45,8 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
-        self.run_dir = Path(run_dir)
-        self.path = self.run_dir / FILE_NAME
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         existing = _read_lines(self.path)
         if resume_step is None and existing:
             raise DataError(
@@ -66,11 +54,11 @@ class MetricsLog:
                 "resume that run, or give the new run a directory of its own"
             )
         self._last_step = -1
-        self.truncate(0 if resume_step is None else resume_step)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
+        self.truncate(0 if resume_step is None else resume_step)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=resume_step, flush_secs=10)
+        self._writer = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=resume_step, flush_secs=10)
 
     def append(self, record: Record) -> None:
         """Writes one record; numbers that are not finite become null, arrays become lists.
@@ -104,27 +92,17 @@ class MetricsLog:
         kept = [(line, record) for line, record in lines if record["step"] < step]
         self._last_step = max((record["step"] for _, record in kept), default=-1)
         content = b"".join(line + b"\n" for line, _ in kept)
-        if self.path.exists() and self.path.read_bytes() == content:
+        if self.path.read_bytes() == content:
             return
         if len(kept) < len(lines):
             logger.info("%s: removed %d record(s) from step %d on", self.path, len(lines) - len(kept), step)
-        reopen = hasattr(self, "_file")
-        if reopen:
-            self._file.close()
+        self._file.close()
         replace_atomically(self.path, content)
-        if reopen:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
 
-    def close(self) -> None:
-        """Closes both outputs; may be called more than once."""
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._writer.close()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -154,11 +132,12 @@ def first_and_last_fifth(records: Sequence[Record]) -> dict[str, float]:
 
 def scalars(record: Record) -> dict[str, float]:
     """TensorBoard tags and values of a record; what is absent has no tag. Mini-steps are `mini_step/<name>/<mini-step>`."""
-    out = {tag: number(record, *keys) for tag, keys in TAGS.items()}
-    for prefix, key in GROUPS.items():
+    out = {f"{prefix}{name}": number(record, name) for prefix, names in NUMBERS.items() for name in names}
+    out |= {"policy/loss": number(record, "policy_loss"), "turns": number(record, "rollout", "turns")}
+    for key in GROUPS:
         group = record.get(key)
         if isinstance(group, Mapping):
-            out |= {f"{prefix}/{name}": number(group, name) for name in group}
+            out |= {f"{key}/{name}": number(group, name) for name in group}
     out |= _hold_back_scalars(record)
     for position, entry in enumerate(mini_steps_of(record), start=1):
         out |= {f"mini_step/{name}/{position}": number(entry, name) for name in entry if name != "mini_step"}
@@ -177,6 +156,8 @@ def _hold_back_scalars(record: Record) -> dict[str, float]:
 
 def replace_atomically(path: Path, content: bytes) -> None:
     """Writes `content` next to `path` and moves it there, so that readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

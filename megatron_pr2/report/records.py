@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,7 +158,7 @@ def running_mean(values: Array, window: int) -> Array:
     return np.divide(sums, counts, out=np.full(values.shape, np.nan), where=counts > 0)
 
 
-def exists(*arrays: Iterable[float] | Array) -> bool:
+def exists(*arrays: npt.ArrayLike) -> bool:
     """Whether any value is a finite number."""
     return any(np.isfinite(np.asarray(a, dtype=np.float64)).any() for a in arrays)
 

@@ -53,9 +53,8 @@ class RouteStatistics:
         return self.tokens - self.missing
 
     def share_LE(self) -> Array:
-        """[L, E] load relative to an even one: 1 is an expert's fair share; NaN without a route."""
-        even = self.routed * self.topk / self.load_LE.shape[1]
-        return self.load_LE / even if even else np.full(self.load_LE.shape, np.nan)
+        """[L, E] load relative to an even one: 1 is an expert's fair share; NaN without a route, as all that follows."""
+        return _ratio(self.load_LE, self.routed * self.topk / self.load_LE.shape[1])
 
     def imbalance_L(self) -> Array:
         """[L] load of the busiest expert relative to the mean: 1 is perfectly even."""
@@ -63,28 +62,20 @@ class RouteStatistics:
 
     def entropy_L(self) -> Array:
         """[L] entropy of the load, relative to that of an even one: 1 is even, 0 means that one expert does everything."""
-        if not self.routed:
-            return np.full(len(self.load_LE), np.nan)
-        p_LE = self.load_LE / self.load_LE.sum(axis=1, keepdims=True)
-        entropy: Array = -(p_LE * np.log(np.where(p_LE > 0, p_LE, 1.0))).sum(axis=1)
-        return entropy / np.log(max(2, p_LE.shape[1]))
+        p_LE = _ratio(self.load_LE, self.load_LE.sum(axis=1, keepdims=True))
+        return -(p_LE * np.log(np.where(p_LE == 0, 1.0, p_LE))).sum(axis=1) / np.log(max(2, p_LE.shape[1]))
 
     def unused_L(self) -> Array:
         """[L] share of the experts that no token took."""
-        return (self.load_LE == 0).mean(axis=1) if self.routed else np.full(len(self.load_LE), np.nan)
+        return np.where(self.routed, (self.load_LE == 0).mean(axis=1), np.nan)
 
     def stickiness_L(self) -> Array:
-        """[L] share of a token's experts that the token before it took too."""
-        possible = self.neighbours * self.topk
-        return self.repeated_L / possible if possible else np.full(len(self.load_LE), np.nan)
+        """[L] share of a token's experts that the token before it took too; NaN without neighbours."""
+        return _ratio(self.repeated_L, self.neighbours * self.topk)
 
     def chance_L(self) -> Array:
         """[L] what `stickiness_L` would be if the experts' load were the same and neighbours had nothing to do with each other."""
-        if not self.routed:
-            return np.full(len(self.load_LE), np.nan)
-        taken_LE = self.load_LE / self.routed
-        chance: Array = (taken_LE**2).sum(axis=1) / self.topk
-        return chance
+        return (_ratio(self.load_LE, self.routed) ** 2).sum(axis=1) / self.topk
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,6 @@ class RouteDifference:
         touched: tokens that differ in at least one layer.
         topk: K.
         changed_L4: [L, 4] (token, layer) pairs with 0, 1, 2, 3 or more changed experts.
-        kept_L: [L] experts that are in both sets.
         edges: [P + 1] positions that bound the bins of the next two; each has about as many tokens as any other.
         kept_LP, pairs_P: [L, P] experts in both sets, and [P] tokens.
     """
@@ -111,24 +101,36 @@ class RouteDifference:
     touched: int
     topk: int
     changed_L4: Counts
-    kept_L: Counts
     edges: Counts
     kept_LP: Counts
     pairs_P: Counts
 
+    @property
+    def kept_L(self) -> Counts:
+        """[L] experts that are in both sets."""
+        return self.kept_LP.sum(axis=1)
+
     def changed(self) -> Array:
         """[4] shares of (token, layer) pairs with 0, 1, 2, 3 or more changed experts."""
-        total = self.changed_L4.sum()
-        return self.changed_L4.sum(axis=0) / total if total else np.full(4, np.nan)
+        return _ratio(self.changed_L4.sum(axis=0), self.changed_L4.sum())
+
+    def changed_shares_L4(self) -> Array:
+        """[L, 4] the same by layer."""
+        return _ratio(self.changed_L4, self.changed_L4.sum(axis=1, keepdims=True))
 
     def agreement_L(self) -> Array:
         """[L] share of the first file's experts that are in the second's too."""
-        return self.kept_L / (self.tokens * self.topk) if self.tokens else np.full(len(self.kept_L), np.nan)
+        return _ratio(self.kept_L, self.tokens * self.topk)
 
     def agreement_LP(self) -> Array:
         """[L, P] the same by position; NaN where no token is."""
-        pairs = self.pairs_P * self.topk
-        return np.divide(self.kept_LP, pairs, out=np.full(self.kept_LP.shape, np.nan), where=pairs > 0)
+        return _ratio(self.kept_LP, self.pairs_P * self.topk)
+
+
+def _ratio(counts: Counts, of: npt.ArrayLike) -> Array:
+    """Shares; NaN where there is nothing to take a share of."""
+    whole = np.asarray(of, dtype=np.float64)
+    return counts / np.where(whole > 0, whole, np.nan)
 
 
 def shared_experts(a_NLK: Ids, b_NLK: Ids) -> npt.NDArray[np.uint16]:
@@ -226,7 +228,6 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
         touched=touched,
         topk=topk,
         changed_L4=changed_L4,
-        kept_L=kept_LP.sum(axis=1),
         edges=edges,
         kept_LP=kept_LP,
         pairs_P=pairs_P,

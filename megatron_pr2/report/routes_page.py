@@ -9,13 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report import formats, route_file_plots, theme
+from megatron_pr2.report import formats
+from megatron_pr2.report.figures import (
+    PAPER_CHANGED,
+    Form,
+    Line,
+    Panel,
+    Plot,
+    X,
+    changed_rows,
+    chart,
+    chosen,
+    finish,
+    heat_map,
+    layers,
+)
 from megatron_pr2.report.metrics_log import replace_atomically
-from megatron_pr2.report.page import Card, count, render_page
-from megatron_pr2.report.records import Array
-from megatron_pr2.report.route_plots import PAPER_CHANGED
+from megatron_pr2.report.page import Card, count, drawn, numbered, render_page
+from megatron_pr2.report.plots import Plots
+from megatron_pr2.report.records import Array, exists
 from megatron_pr2.report.route_statistics import RouteDifference, RouteStatistics, compare, describe
 from megatron_pr2.routes.files import RouteFile
 
@@ -28,10 +43,7 @@ def write_routes_report(files: Sequence[str | os.PathLike[str]], output: str | o
 
     Args:
         files: one, or two of the same sequences: the engine's and the actor's, or before and after an update.
-        output: where to write; by default beside the first file, with its name and `.html` added.
-
-    Returns:
-        The path written. The file is replaced atomically.
+        output: where to write; by default beside the first file, with its name and `.html` added. Replaced atomically.
 
     Raises:
         DataError: another number of files, a damaged one, or two that cannot be compared; the message says what is wrong where.
@@ -41,61 +53,114 @@ def write_routes_report(files: Sequence[str | os.PathLike[str]], output: str | o
         raise DataError(f"{len(paths)} files of routes; expected one, or two of the same sequences to compare")
     target = Path(output) if output is not None else paths[0].with_name(paths[0].name + ".html")
     with ExitStack() as stack:
-        opened = [stack.enter_context(RouteFile(path)) for path in paths]
-        text = render_routes(opened)
-    target.parent.mkdir(parents=True, exist_ok=True)
+        text = render_routes([stack.enter_context(RouteFile(path)) for path in paths])
     replace_atomically(target, text.encode())
     return target
 
 
 def render_routes(files: Sequence[RouteFile]) -> str:
-    """The page as text.
-
-    Args:
-        files: one or two, open.
-    """
-    # Before the long part: files that cannot be compared are told at once.
+    """The page of one or two open files as text."""
+    # Before the long part: files that cannot be compared are refused at once.
     difference = compare(*files) if len(files) == 2 else None
-    statistics = [describe(file) for file in files]
-    with theme.style():
-        sections = [_section(*each, alone=difference is None) for each in zip(range(1, 3), files, statistics, strict=False)]
-        compared = _comparison(difference) if difference is not None else None
+    sections = []
+    for number, file in enumerate(files, start=1):
+        statistics = describe(file)
+        columns: list[tuple[str, Array, Form]] = [
+            ("busiest ÷ mean", statistics.imbalance_L(), lambda v: formats.fixed(v, 2)),
+            ("entropy", statistics.entropy_L(), formats.fixed),
+            ("never used", statistics.unused_L(), _percent),
+            ("stickiness", statistics.stickiness_L(), _percent),
+            ("by chance", statistics.chance_L(), _percent),
+        ]
+        sections.append(
+            {
+                "anchor": f"file-{number}",
+                "title": "Routes" if difference is None else f"File {number}",
+                "name": file.path.name,
+                "cards": file_cards(file, statistics),
+                "plots": drawn(file_plots(statistics, number)),
+                "table": numbered("MoE layer", columns),
+            }
+        )
     return render_page(
         "routes.html.j2",
         name=" and ".join(file.path.name for file in files),
         files=[(number, file.path.name, file.note) for number, file in enumerate(files, start=1)],
         sections=sections,
-        compared=compared,
+        compared=None if difference is None else _comparison(difference),
     )
 
 
-def _section(number: int, file: RouteFile, statistics: RouteStatistics, alone: bool) -> dict[str, Any]:
-    draws = (route_file_plots.load, route_file_plots.balance, route_file_plots.stickiness)
-    return {
-        "anchor": f"file-{number}",
-        "title": "Routes" if alone else f"File {number}",
-        "name": file.path.name,
-        "cards": file_cards(file, statistics),
-        "plots": [plot for draw in draws if (plot := draw(statistics, number)) is not None],
-        "table": layer_table(statistics),
-    }
+def _percent(share: float) -> str:
+    return formats.percent(share, 1)
+
+
+def file_cards(file: RouteFile, statistics: RouteStatistics) -> list[Card]:
+    """The numbers of one file."""
+    inner = statistics.missing - statistics.missing_last
+    last = f"and {count(statistics.missing_last, 'last token')}, which were no input"
+    imbalance_L = statistics.imbalance_L()
+    out = [
+        Card("Tokens", formats.count(statistics.tokens), f"in {count(statistics.sequences, 'sequence')}"),
+        Card("Routers", f"{file.num_layers} × top-{file.topk}", f"MoE layers, of {count(file.num_experts, 'expert')} each"),
+        Card("Missing rows", formats.count(inner), last if statistics.missing_last else "tokens without a route"),
+    ]
+    if statistics.routed:
+        out += [
+            Card("Busiest expert", f"{imbalance_L.max():.2f} ×", f"the mean load, in layer {1 + int(imbalance_L.argmax())}"),
+            Card("Entropy of the load", formats.fixed(float(statistics.entropy_L().mean())), "mean of the layers; 1 is even"),
+            Card("Never used", _percent(float(statistics.unused_L().mean())), "of the experts, mean of the layers"),
+        ]
+    if statistics.neighbours:
+        sticky, chance = (_percent(float(v.mean())) for v in (statistics.stickiness_L(), statistics.chance_L()))
+        out.append(Card("Stickiness", sticky, f"experts shared by neighbours; chance {chance}"))
+    return out
+
+
+def file_plots(statistics: RouteStatistics, number: int) -> Plots:
+    """Load and stickiness of one file; `number` is the file's, for the plots' names."""
+    share_LE, imbalance_L = statistics.share_LE(), statistics.imbalance_L()
+    x = layers(imbalance_L.size)
+    if not exists(share_LE):
+        return
+    # The 99.5th percentile: one expert that does it all must not make all others look idle.
+    high = max(2.0, float(np.percentile(share_LE, 99.5)))
+    figure, axes = heat_map(share_LE, (-0.5, share_LE.shape[1] - 0.5), "viridis", 0.0, high, lambda v: f"{v:g}×")
+    axes.set_xlabel("expert")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    caption = "Tokens that took the expert, relative to an even load (1×): dark ones idle, bright ones are bottlenecks."
+    yield finish(figure, f"load-{number}", "Load of the experts", caption)
+
+    even = Line(1.0, "muted", style={"linestyle": "--"})
+    panels = [
+        Panel("busiest ÷ mean", [Line(imbalance_L, "orange"), even], zero=True),
+        Panel("entropy", [Line(statistics.entropy_L(), "blue"), even], zero=True),
+    ]
+    caption = "Above: load of a layer's busiest expert. Below: entropy of the load, 0 if one expert does all. 1 is even in both."
+    yield chart(x, panels, f"balance-{number}", "Balance per layer", caption, height=3.4)
+
+    lines = [
+        Line(statistics.chance_L(), "grey", "by chance, at this load"),
+        Line(statistics.stickiness_L(), "purple", "neighbouring tokens"),
+    ]
+    caption = "Share of a token's experts that the token before it took too: far above chance, load comes in bursts of neighbours."
+    panel = Panel("shared experts", lines, zero=True, percent=True)
+    yield chart(x, [panel], f"sticky-{number}", "Stickiness of routes", caption) if statistics.neighbours else None
 
 
 def _comparison(difference: RouteDifference) -> dict[str, Any]:
-    draws = (
-        route_file_plots.changed,
-        route_file_plots.agreement,
-        route_file_plots.positions,
-        route_file_plots.layers_by_position,
-    )
     kind, headline, detail = verdict(difference)
+    shares_L4 = difference.changed_shares_L4()
+    headings = ("0 changed", "1", "2", "3 or more")
+    columns: list[tuple[str, Array, Form]] = [("agreement", difference.agreement_L(), formats.percent)]
+    columns += [(name, shares_L4[:, c], formats.percent) for c, name in enumerate(headings)]
     return {
         "kind": kind,
         "headline": headline,
         "detail": detail,
         "cards": difference_cards(difference),
-        "plots": [plot for draw in draws if (plot := draw(difference)) is not None],
-        "table": difference_table(difference),
+        "plots": drawn(difference_plots(difference)),
+        "table": numbered("MoE layer", columns),
     }
 
 
@@ -104,91 +169,74 @@ def verdict(difference: RouteDifference) -> tuple[str, str, str]:
     if not difference.tokens:
         return "absent", "Nothing to compare", "No token has a route in both files."
     unchanged = float(difference.changed()[0])
-    pairs = f"{formats.count(difference.tokens)} tokens in {count(len(difference.kept_L), 'MoE layer')}"
+    pairs = f"{formats.count(difference.tokens)} tokens in {count(len(difference.kept_LP), 'MoE layer')}"
     if unchanged == 1:
         return "same", "The routes are the same", f"All {pairs} took the same experts in both files."
-    paper = ", ".join(f"{name.removeprefix('paper: ')} {formats.percent(shares[0], 1)}" for name, shares in PAPER_CHANGED.items())
+    paper = ", ".join(f"{name.removeprefix('paper: ')} {_percent(shares[0])}" for name, shares in PAPER_CHANGED)
     detail = f"Of {pairs}. The paper's figures, replayed against current routes in training: {paper}."
     return "told", f"{_share(unchanged)} of the routes are the same", detail
 
 
-def file_cards(file: RouteFile, statistics: RouteStatistics) -> list[Card]:
-    """The numbers of one file."""
-    inner = statistics.missing - statistics.missing_last
-    told = f"and {count(statistics.missing_last, 'last token')}, which were no input"
-    imbalance_L, unused_L, sticky_L = statistics.imbalance_L(), statistics.unused_L(), statistics.stickiness_L()
-    out = [
-        Card("Tokens", formats.count(statistics.tokens), f"in {count(statistics.sequences, 'sequence')}"),
-        Card("Routers", f"{file.num_layers} × top-{file.topk}", f"MoE layers, of {count(file.num_experts, 'expert')} each"),
-        Card("Missing rows", formats.count(inner), told if statistics.missing_last else "tokens without a route"),
-    ]
-    if statistics.routed:
-        out += [
-            Card("Busiest expert", f"{imbalance_L.max():.2f} ×", f"the mean load, in layer {1 + int(imbalance_L.argmax())}"),
-            Card("Entropy of the load", formats.fixed(float(statistics.entropy_L().mean())), "mean of the layers; 1 is even"),
-            Card("Never used", formats.percent(float(unused_L.mean()), 1), "of the experts, mean of the layers"),
-        ]
-    if statistics.neighbours:
-        chance = formats.percent(float(statistics.chance_L().mean()), 1)
-        out.append(Card("Stickiness", formats.percent(float(sticky_L.mean()), 1), f"experts shared by neighbours; chance {chance}"))
-    return out
-
-
 def difference_cards(difference: RouteDifference) -> list[Card]:
     """The numbers of two files."""
-    alone = difference.only_first + difference.only_second
-    only = f"; {formats.count(difference.only_first)} only in file 1, {formats.count(difference.only_second)} only in file 2"
-    out = [Card("Sequences compared", formats.count(difference.sequences), "in both files" + (only if alone else ""))]
-    out.append(
-        Card("Tokens compared", formats.count(difference.tokens), f"{formats.count(difference.skipped)} lack a route in one file")
-    )
+    alone = f"; {formats.count(difference.only_first)} only in file 1, {formats.count(difference.only_second)} only in file 2"
+    only = alone if difference.only_first + difference.only_second else ""
+    out = [
+        Card("Sequences compared", formats.count(difference.sequences), f"in both files{only}"),
+        Card("Tokens compared", formats.count(difference.tokens), f"{formats.count(difference.skipped)} lack a route in one file"),
+    ]
     if difference.tokens:
-        agreement_L, changed = difference.agreement_L(), difference.changed()
-        worst = 1 + int(np.argmin(agreement_L))
-        frozen = formats.percent(next(iter(PAPER_CHANGED.values()))[0], 1)
+        agreement_L, unchanged = difference.agreement_L(), float(difference.changed()[0])
+        touched = _share(difference.touched / difference.tokens)
+        frozen = _percent(PAPER_CHANGED[0][1][0])
+        r3 = f"differ in some layer; R3's paper: {formats.percent(R3_TOUCHED, 0)} between engine and actor"
         out += [
-            Card("Unchanged pairs", _share(float(changed[0])), f"of (token, layer); the paper's frozen routes {frozen}"),
+            Card("Unchanged pairs", _share(unchanged), f"of (token, layer); the paper's frozen routes {frozen}"),
             Card("Agreement", _share(float(agreement_L.mean())), "of the experts, whatever their order"),
-            Card("Least alike", _share(float(agreement_L.min())), f"agreement in layer {worst}"),
-            Card(
-                "Touched tokens",
-                _share(difference.touched / difference.tokens),
-                f"differ in some layer; R3's paper: {formats.percent(R3_TOUCHED, 0)} between engine and actor",
-            ),
+            Card("Least alike", _share(float(agreement_L.min())), f"agreement in layer {1 + int(np.argmin(agreement_L))}"),
+            Card("Touched tokens", touched, r3),
         ]
     return out
 
 
-def layer_table(statistics: RouteStatistics) -> dict[str, Any]:
-    """One row per layer."""
-    columns: list[tuple[str, Array, Any]] = [
-        ("busiest ÷ mean", statistics.imbalance_L(), lambda v: formats.fixed(v, 2)),
-        ("entropy", statistics.entropy_L(), formats.fixed),
-        ("never used", statistics.unused_L(), lambda v: formats.percent(v, 1)),
-        ("stickiness", statistics.stickiness_L(), lambda v: formats.percent(v, 1)),
-        ("by chance", statistics.chance_L(), lambda v: formats.percent(v, 1)),
-    ]
-    return _table(columns)
-
-
-def difference_table(difference: RouteDifference) -> dict[str, Any]:
-    """One row per layer."""
-    total_L = difference.changed_L4.sum(axis=1)
-    shares_L4 = np.divide(
-        difference.changed_L4,
-        total_L[:, None],
-        out=np.full(difference.changed_L4.shape, np.nan),
-        where=total_L[:, None] > 0,
+def difference_plots(difference: RouteDifference) -> Plots:
+    """Where two files differ."""
+    if not difference.tokens:
+        return
+    caption = (
+        "How many of a token's experts the second file lacks, per MoE layer. The paper's rows compare replayed with current routes "
+        "in training."
     )
-    columns: list[tuple[str, Array, Any]] = [("agreement", difference.agreement_L(), formats.percent)]
-    columns += [(name, shares_L4[:, c], formats.percent) for c, name in enumerate(("0 changed", "1", "2", "3 or more"))]
-    return _table(columns)
+    rows = [("these two files", difference.changed())]
+    yield changed_rows(rows, " unchanged", "files-changed", "Changed experts per token and layer", caption)
+
+    mismatch_L, mismatch_LP, edges = 1 - difference.agreement_L(), 1 - difference.agreement_LP(), difference.edges
+    caption = "Share of a token's experts that the second file does not have: a high point is a layer whose routes differ most."
+    panel = Panel("1 − agreement", [Line(mismatch_L, "blue")], zero=True, percent=True)
+    yield chart(layers(mismatch_L.size), [panel], "files-layers", "Difference per layer", caption)
+
+    mean_P = mismatch_LP.mean(axis=0)
+    line = Line(np.append(mean_P, mean_P[-1]), "blue", style={"drawstyle": "steps-post", "marker": ""})
+    caption = (
+        "Mean over layers; every step averages about as many tokens. A rise says that something builds up along the sequence, such "
+        "as an engine's numerics; a level line says that the position does not matter."
+    )
+    panel = Panel("1 − agreement", [line], zero=True, percent=True)
+    yield chart(X("position in the sequence", edges), [panel], "files-positions", "Difference by position", caption)
+    yield _layers_by_position(difference)
 
 
-def _table(columns: Sequence[tuple[str, Array, Any]]) -> dict[str, Any]:
-    layers = columns[0][1].size
-    rows = [[str(i + 1), *(form(float(values[i])) for _, values, form in columns)] for i in range(layers)]
-    return {"headings": ["MoE layer", *(heading for heading, _, _ in columns)], "rows": rows}
+def _layers_by_position(difference: RouteDifference) -> Plot | None:
+    values_LP, edges = 1 - difference.agreement_LP(), difference.edges
+    if min(values_LP.shape) < 2:
+        return None
+    high = max(1e-4, float(np.nanmax(values_LP)))
+    figure, axes = heat_map(values_LP, (0.5, values_LP.shape[1] + 0.5), "viridis", 0.0, high, _percent)
+    shown = chosen(len(edges))
+    axes.set_xticks([i + 0.5 for i in shown], [str(edges[i]) for i in shown])
+    axes.set_xlabel("position in the sequence")
+    caption = "1 − agreement by layer and position: a bright column is a place in the sequence, a bright row a layer."
+    return finish(figure, "files-layers-positions", "Difference per layer and position", caption)
 
 
 def _share(share: float) -> str:

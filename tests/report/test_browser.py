@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_pr2.report.comparison.comparison import write_comparison
+from megatron_pr2.report.comparison.comparison import Comparison
 from megatron_pr2.report.html import write_report
 from megatron_pr2.report.routes_page import write_routes_report
 from megatron_pr2.routes.files import save_routes
@@ -84,7 +84,7 @@ def comparison(directory: Path) -> Path:
             runs.append(directory / f"{preset}-{seed}")
             save_run(runs[-1], run(12, preset=preset, seed=seed))
             (runs[-1] / "config.yaml").write_text(f"preset: {preset}\nseed: {seed}\nalgorithm:\n  mini_steps: 4\n")
-    return write_comparison(runs, directory / "comparison.html")
+    return Comparison(runs).write_page(directory / "comparison.html")
 
 
 @pytest.mark.parametrize(("width", "dark"), LOOKS)

@@ -18,9 +18,7 @@ import scipy.stats
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import theme
 from megatron_pr2.report.comparison import measures
-from megatron_pr2.report.comparison.comparison import write_comparison
-from megatron_pr2.report.comparison.csv import write_cells, write_summary
-from megatron_pr2.report.comparison.markdown import BEGIN, END, write_markdown
+from megatron_pr2.report.comparison.comparison import BEGIN, END, Comparison
 from megatron_pr2.report.comparison.measures import against_baseline, of_method, over_settings
 from megatron_pr2.report.comparison.runs import load, short
 from megatron_pr2.report.comparison.stats import BETTER, SAME, UNKNOWN, WORSE, interval, paired, verdict
@@ -98,7 +96,7 @@ def test_paired_differences_are_those_of_scipy() -> None:
     level, effect = rng.normal(0, 10, 6), rng.normal(0.5, 0.2, 6)
     reference, values = dict(enumerate(level)), dict(enumerate(level + effect))
     expected = scipy.stats.ttest_rel(list(values.values()), list(reference.values())).confidence_interval(0.95)
-    found = paired({**values, 99: 1.0}, reference)
+    found = interval(paired({**values, 99: 1.0}, reference).values())
     assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert found.count == 6
     assert verdict(found) == BETTER
@@ -244,7 +242,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert row[1].text == "one seed: not known"
     assert not any("±" in cell.text for cell in row)
     assert conclude(settings).kind == "early"
-    page = Page(write_comparison([tmp_path / "r3", tmp_path / "pr2"], tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(Comparison([tmp_path / "r3", tmp_path / "pr2"]).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "One seed and therefore no interval: r3, pr2." in page.text
 
 
@@ -253,7 +251,7 @@ def test_lengths_are_cut_to_what_all_have(tmp_path: Path) -> None:
     (setting,) = load([short_run, make(tmp_path / "long", "pr2", steps=20)])
     assert (setting.rollouts, setting.lengths) == (5, (5, 20))
     assert of_method(setting, "pr2", measures.FINAL_REWARD).mean == pytest.approx(0.3 + 0.01 * 4)
-    page = Page(write_comparison([short_run, tmp_path / "long"], tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(Comparison([short_run, tmp_path / "long"]).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "5 to 20 rollouts: every number and plot is of the first 5" in page.text
 
 
@@ -271,7 +269,7 @@ def test_missing_values_are_left_out_not_zero(tmp_path: Path) -> None:
     (alone,) = load(paths[:1])
     assert of_method(alone, "pr2", measures.MEAN_REWARD).mean == pytest.approx(records[0]["reward"])
     assert of_method(alone, "pr2", measures.POLICY_KL).mean == pytest.approx(records[0]["mini_steps"][1]["approx_kl"])
-    source = write_comparison(paths, tmp_path / "page.html").read_text(encoding="utf-8")
+    source = Comparison(paths).write_page(tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", source, re.I)
 
 
@@ -302,7 +300,7 @@ def test_a_run_without_configuration_is_known_by_its_records(tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
     target = tmp_path_factory.mktemp("page") / "deep" / "comparison.html"
-    assert write_comparison(runs, target, title="Does <it> pay?", facts=[("Machine", "a & b")]) == target
+    assert Comparison(runs, title="Does <it> pay?", facts=[("Machine", "a & b")]).write_page(target) == target
     return Page(target.read_text(encoding="utf-8"))
 
 
@@ -344,7 +342,7 @@ def test_page_needs_no_network_and_follows_the_reader(page: Page) -> None:
 
 def test_runs_without_replay_have_no_agreement(tmp_path: Path) -> None:
     paths = [make(tmp_path / f"grpo-{seed}", "grpo", seed) for seed in range(2)]
-    found = Page(write_comparison(paths, tmp_path / "page.html").read_text(encoding="utf-8"))
+    found = Page(Comparison(paths).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "off-4-lr-1e-4-reward" in found.plots
     assert not [name for name in found.plots if "lift" in name or "agreement" in name or "changed" in name]
     assert "No other method to compare" in found.text
@@ -357,14 +355,14 @@ def test_hold_back_is_drawn_where_there_is_some(tmp_path: Path) -> None:
     path = write(tmp_path / "held", records, "pr2", 0, 2, 1e-4)
     (setting,) = load([path])
     assert of_method(setting, "pr2", measures.BETA).mean == pytest.approx(0.5)
-    assert "off-2-lr-1e-4-beta" in Page(write_comparison([path], tmp_path / "page.html").read_text(encoding="utf-8")).plots
+    assert "off-2-lr-1e-4-beta" in Page(Comparison([path]).write_page(tmp_path / "page.html").read_text(encoding="utf-8")).plots
 
 
 def test_markdown_keeps_what_people_wrote(runs: list[Path], tmp_path: Path) -> None:
     target = tmp_path / "docs" / "results.md"
     target.parent.mkdir()
     target.write_text(f"# Mine\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
-    assert write_markdown(runs, target, title="Results", facts=[("Machine", "m")]) == target
+    assert Comparison(runs, title="Results", facts=[("Machine", "m")]).write_markdown(target) == target
     text = target.read_text(encoding="utf-8")
     assert text.startswith("# Mine\n\nbefore\n")
     assert text.endswith("after\n")
@@ -388,17 +386,17 @@ def test_markdown_of_others_is_not_overwritten(runs: list[Path], tmp_path: Path)
     target = tmp_path / "results.md"
     target.write_text("precious\n")
     with pytest.raises(DataError, match="has no lines"):
-        write_markdown(runs, target, title="Results")
+        Comparison(runs, title="Results").write_markdown(target)
     assert target.read_text() == "precious\n"
 
 
 def test_csv_holds_the_numbers_of_the_page(runs: list[Path], tmp_path: Path) -> None:
-    settings = load(runs)
-    write_cells(settings, tmp_path / "cells.csv")
-    write_summary(settings, tmp_path / "summary.csv")
+    comparison = Comparison(runs)
+    comparison.write_cells(tmp_path / "cells.csv")
+    comparison.write_summary(tmp_path / "summary.csv")
     with open(tmp_path / "cells.csv", newline="") as file:
         cells = list(csv.DictReader(file))
-    off4 = settings[0]
+    off4 = comparison.settings[0]
     agreement = {
         int(row["mini_step"]): float(row["value"])
         for row in cells

@@ -154,15 +154,15 @@ def test_hold_back(tmp_path):
     assert page.plots >= HOLD_BACK_PLOTS | {"layer-interval", "lift"}
     last = run(20, hold_back=True)[-1]["hold_back"]["beta"]
     mean, held = sum(last) / len(last), last.count(0.0)
-    assert f"Beta, last rollout {mean:.2f} 0 is R3; {held} of 6 layers held back entirely" in page.text
-    assert "At the end 1 of 6 layers were held back entirely" in page.text
+    assert f"Beta, last rollout {mean:.2f} 0 is R3; prediction disabled in {held} of 6 layers" in page.text
+    assert "In the last rollout beta was 0 in 1 of 6 layers" in page.text
     assert not re.search(r"\bnan\b", page.source, re.I)
 
 
 def test_held_back_entirely(tmp_path):
     page = report(tmp_path / "held", run(20, hold_back=True, gain=0.0))
-    assert "Prediction was held back: these are R3's routes" in page.text
-    assert "Beta, last rollout 0.00 0 is R3; 6 of 6 layers held back entirely" in page.text
+    assert "Prediction stayed disabled (hold-back): these are R3's routes" in page.text
+    assert "Beta, last rollout 0.00 0 is R3; prediction disabled in 6 of 6 layers" in page.text
 
 
 def test_lift_cards_tell_all_mini_steps_from_the_stale_ones(tmp_path):

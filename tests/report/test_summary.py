@@ -85,7 +85,7 @@ def test_held_back_entirely_is_r3():
     records = records_with([0.0] * 9)
     verdict = judge(with_beta(records, *[[0.0, 0.0]] * 9))
     assert verdict.kind == "held"
-    assert verdict.headline == "Prediction was held back: these are R3's routes"
+    assert verdict.headline == "Prediction stayed disabled (hold-back): these are R3's routes"
     assert "Beta was 0 in all 2 MoE layers of every rollout" in verdict.detail
     assert "Its lift" not in verdict.detail
     # Whatever rounding makes of the lift: nothing was predicted.
@@ -99,14 +99,14 @@ def test_held_back_in_part_is_judged_and_told():
     records = records_with([0.004 + n for n in NOISE])
     verdict = judge(with_beta(records, *[[0.0, 0.0, 0.0]] * 19, [0.0, 0.5, 1.0]))
     assert verdict.kind == "helped"
-    assert "At the end 1 of 3 layers were held back entirely (mean beta 0.50)." in verdict.detail
+    assert "In the last rollout beta was 0 in 1 of 3 layers (mean beta 0.50)." in verdict.detail
     verdict = judge(with_beta(records, [1.0, 1.0], *[[0.0, 0.0]] * 19))
-    assert "At the end 2 of 2 layers were held back entirely" in verdict.detail
+    assert "In the last rollout beta was 0 in 2 of 2 layers" in verdict.detail
     assert held_back(records) is None
     assert held_back(with_beta(records[:1], [])) is None
     hurt = judge(with_beta(records_with([-0.004] * 9), *[[1.0]] * 9))
     assert "hold_back on" not in hurt.detail
-    assert "no layer was held back entirely" in hurt.detail
+    assert "beta was 0 in 0 of 1 layers" in hurt.detail
 
 
 def test_an_engines_rounding_is_not_blamed_on_prediction():

@@ -1,9 +1,12 @@
-"""What is compared: one number per run and measure, read from its records, and intervals over seeds per setting and method."""
+"""What is compared: MEASURES is the one table from which the CSV, the Markdown and the page take their columns and plots.
+
+A measure is one number per run, read from its records; over the seeds of a method it becomes an interval.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,29 +14,50 @@ import numpy as np
 from megatron_pr2.report import formats
 from megatron_pr2.report.comparison.runs import Setting
 from megatron_pr2.report.comparison.stats import Interval, interval, paired
+from megatron_pr2.report.figures import Form
 from megatron_pr2.report.metrics_log import first_and_last_fifth
+from megatron_pr2.report.page import Cell
 from megatron_pr2.report.records import Array, RunData, mean, mini_steps_of, number
 
 
 @dataclass(frozen=True)
+class Unit:
+    """How people read a value, and a difference of two; without the latter no interval is shown."""
+
+    form: Form
+    difference: Form | None
+
+
+@dataclass(frozen=True)
 class Measure:
-    """A number of a run.
+    """A column.
 
     Attributes:
-        form: how people read a value.
-        form_difference: how they read a difference of two.
-        read: the number, NaN where the run has none.
+        key: in CSV files and in the names of plots.
+        title: heading of its columns and plots.
+        read: the number of a run, NaN where it has none.
         better: +1 more is better, -1 less is better, 0 neither.
-        mini_step: the same per mini-step, [kappa], where that exists.
+        per_mini_step: the same per mini-step, [kappa], where that exists.
     """
 
     key: str
     title: str
-    form: Callable[[float], str]
-    form_difference: Callable[[float], str]
+    unit: Unit
     read: Callable[[RunData], float]
     better: int = 0
-    mini_step: Callable[[RunData], Array] | None = None
+    per_mini_step: Callable[[RunData], Array] | None = None
+
+    @property
+    def short_title(self) -> str:
+        """Without what it says of mini-steps."""
+        return self.title.split(",")[0]
+
+    def cell(self, value: Interval, difference: bool = False) -> Cell:
+        """ "0.512 ± 0.031", or the mean alone where there is one seed."""
+        form = self.unit.difference or self.unit.form
+        text = (form if difference else self.unit.form)(value.mean)
+        known = self.unit.difference is not None and value.known and math.isfinite(value.mean)
+        return Cell(f"{text} ± {form(value.half).lstrip('+')}" if known else text)
 
 
 def _column(*keys: str) -> Callable[[RunData], float]:
@@ -44,17 +68,27 @@ def _later(key: str) -> Callable[[RunData], float]:
     return lambda data: float(mean(data.later_mini_steps(key)))
 
 
-def _per_mini_step(key: str) -> Callable[[RunData], Array]:
+def _each(key: str) -> Callable[[RunData], Array]:
     return lambda data: data.mini_step_means(key)
 
 
-def _last_fifth(data: RunData) -> float:
-    return first_and_last_fifth(data.records)["last"]
+def _last(read: Callable[[RunData], Array]) -> Callable[[RunData], float]:
+    return lambda data: float(values[-1]) if (values := read(data)).size else math.nan
+
+
+def _changed(experts: int) -> Callable[[RunData], Array]:
+    return lambda data: data.changed_means()[:, experts]
 
 
 def _removed(data: RunData) -> float:
-    lift, mismatch = float(mean(data.lift_all())), 1 - float(mean(data.mini_step_means("frozen_agreement")))
-    return lift / mismatch if mismatch > 1e-12 else math.nan
+    mismatch = 1 - float(mean(data.mini_step_means("frozen_agreement")))
+    return float(mean(data.lift_all())) / mismatch if mismatch > 1e-12 else math.nan
+
+
+def _ratio_variance(data: RunData) -> Array:
+    values = [[number(e, "ratio_std") ** 2 for e in mini_steps_of(r)] for r in data.records]
+    padded = [row + [math.nan] * (data.kappa - len(row)) for row in values]
+    return np.asarray(mean(np.array(padded), axis=0)) if data.kappa else np.empty(0)
 
 
 def beta(data: RunData) -> Array:
@@ -62,117 +96,61 @@ def beta(data: RunData) -> Array:
     return np.asarray(mean(data.layer_columns("hold_back", "beta"), axis=0))
 
 
-def ratio_variance(data: RunData) -> Array:
-    """[kappa] variance of the importance ratio."""
-    values = [[number(e, "ratio_std") ** 2 for e in mini_steps_of(r)] for r in data.records]
-    padded = [row + [math.nan] * (data.kappa - len(row)) for row in values]
-    return np.asarray(mean(np.array(padded), axis=0)) if data.kappa else np.empty(0)
+def phase_seconds(data: RunData) -> dict[str, float]:
+    """Mean seconds of a step's phases."""
+    timed = [r for r in data.records if r.get("seconds")]
+    return {name: float(np.nan_to_num([number(r, "seconds", name) for r in timed]).mean()) for name in data.keys_of("seconds")}
 
 
-def _last(values: Array) -> float:
-    return float(values[-1]) if values.size else math.nan
+def _finite(form: str, small: str | None = None, unit: str = "") -> Form:
+    """A format; `small` where `form` would show nothing but zeros."""
+
+    def text(value: float) -> str:
+        if not math.isfinite(value):
+            return formats.ABSENT
+        return f"{value:{small if small and 0 < abs(value) < 5e-4 else form}}{unit}"
+
+    return text
 
 
-def _number_of(value: float) -> str:
-    return formats.fixed(value, 3)
+NUMBER = Unit(formats.fixed, _finite("+.3f", "+.1e"))
+POINTS = Unit(lambda v: formats.points(v, 3), lambda v: formats.points(v, 3))
+PERCENT = Unit(formats.percent, formats.points)
+PERCENT_1 = Unit(lambda v: formats.percent(v, 1), lambda v: formats.points(v, 1))
+SCIENTIFIC = Unit(formats.scientific, _finite("+.1e"))
+SHARE = Unit(formats.percent, None)
+TOKENS = Unit(formats.count, NUMBER.difference)
+SECONDS = Unit(_finite(".2f", unit=" s"), _finite("+.2f", unit=" s"))
 
-
-def _signed(value: float) -> str:
-    return formats.ABSENT if not math.isfinite(value) else f"{value:+.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.1e}"
-
-
-def _signed_scientific(value: float) -> str:
-    return formats.ABSENT if not math.isfinite(value) else f"{value:+.1e}"
-
-
-def _points3(value: float) -> str:
-    return formats.points(value, 3)
-
-
-def _share(value: float) -> str:
-    return formats.percent(value, 1)
-
-
-def _share_difference(value: float) -> str:
-    return formats.points(value, 1)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if math.isfinite(value) else formats.ABSENT
-
-
-def _seconds_difference(value: float) -> str:
-    return f"{value:+.2f} s" if math.isfinite(value) else formats.ABSENT
-
-
-FINAL_REWARD = Measure("reward_final", "final reward", _number_of, _signed, _last_fifth, 1)
-MEAN_REWARD = Measure("reward_mean", "mean reward", _number_of, _signed, _column("reward"), 1)
+FINAL_REWARD = Measure("reward_final", "final reward", NUMBER, lambda data: first_and_last_fifth(data.records)["last"], 1)
+MEAN_REWARD = Measure("reward_mean", "mean reward", NUMBER, _column("reward"), 1)
 # The first mini-step, in which a prediction can only be wrong, is part of what a run pays: the verdict is about all of them.
-LATER_LIFT = Measure("lift", "lift, mini-steps from the second on", _points3, _points3, _column("lift"), 1)
-LIFT = Measure("lift_all", "lift", _points3, _points3, lambda data: float(mean(data.lift_all())), 1, _per_mini_step("lift"))
-AGREEMENT = Measure("agreement", "agreement", formats.percent, formats.points, _column("agreement"), 1, _per_mini_step("agreement"))
-FROZEN = Measure(
-    "frozen_agreement",
-    "frozen agreement",
-    formats.percent,
-    formats.points,
-    _column("frozen_agreement"),
-    0,
-    _per_mini_step("frozen_agreement"),
-)
-REMOVED = Measure("mismatches_removed", "mismatches removed", _share, _share_difference, _removed, 1)
-KL_PREDICTED = Measure(
-    "kl_predicted",
-    "KL(ρ‖q̂)",
-    formats.scientific,
-    _signed_scientific,
-    _later("kl_predicted"),
-    -1,
-    _per_mini_step("kl_predicted"),
-)
-KL_FROZEN = Measure(
-    "kl_frozen", "KL(ρ‖ρ_old)", formats.scientific, _signed_scientific, _later("kl_frozen"), 0, _per_mini_step("kl_frozen")
-)
-COVERAGE = Measure(
-    "coverage_gap",
-    "coverage gap",
-    formats.scientific,
-    _signed_scientific,
-    _later("coverage_gap"),
-    -1,
-    _per_mini_step("coverage_gap"),
-)
+LIFT = Measure("lift_all", "lift", POINTS, lambda data: float(mean(data.lift_all())), 1, _each("lift"))
+LATER_LIFT = Measure("lift", "lift, mini-steps from the second on", POINTS, _column("lift"), 1)
+REMOVED = Measure("mismatches_removed", "mismatches removed", PERCENT_1, _removed, 1)
+AGREEMENT = Measure("agreement", "agreement", PERCENT, _column("agreement"), 1, _each("agreement"))
+FROZEN = Measure("frozen_agreement", "frozen agreement", PERCENT, _column("frozen_agreement"), 0, _each("frozen_agreement"))
+KL_PREDICTED = Measure("kl_predicted", "KL(ρ‖q̂)", SCIENTIFIC, _later("kl_predicted"), -1, _each("kl_predicted"))
+KL_FROZEN = Measure("kl_frozen", "KL(ρ‖ρ_old)", SCIENTIFIC, _later("kl_frozen"), 0, _each("kl_frozen"))
+COVERAGE = Measure("coverage_gap", "coverage gap", SCIENTIFIC, _later("coverage_gap"), -1, _each("coverage_gap"))
 RATIO_VARIANCE = Measure(
-    "ratio_variance",
-    "ratio variance, last mini-step",
-    formats.scientific,
-    _signed_scientific,
-    lambda data: _last(ratio_variance(data)),
-    -1,
-    ratio_variance,
+    "ratio_variance", "ratio variance, last mini-step", SCIENTIFIC, _last(_ratio_variance), -1, _ratio_variance
 )
-CLIP = Measure(
-    "clip_fraction", "clip fraction", formats.percent, formats.points, _column("clip_fraction"), 0, _per_mini_step("clip_fraction")
+CLIP = Measure("clip_fraction", "clip fraction", PERCENT, _column("clip_fraction"), 0, _each("clip_fraction"))
+POLICY_KL = Measure("approx_kl", "policy KL, last mini-step", SCIENTIFIC, _last(_each("approx_kl")), 0, _each("approx_kl"))
+GAP = Measure("logprob_gap", "log-prob gap, engine to actor", SCIENTIFIC, _column("logprob_gap", "mean"), -1)
+BETA = Measure("hold_back_beta", "hold-back β", NUMBER, lambda data: float(mean(beta(data))))
+STEP_TIME = Measure("step_seconds", "time per step", SECONDS, _column("wall_seconds"), -1)
+THROUGHPUT = Measure("tokens_per_second", "tokens per second", TOKENS, _column("tokens_per_second"), 1)
+# Shares of (token, layer) pairs with so many changed experts, 3 or more in the last.
+CHANGED = tuple(
+    Measure(f"changed_{c}", title, SHARE, lambda _: math.nan, per_mini_step=_changed(c))
+    for c, title in enumerate(("0 changed", "1", "2", "3 or more"))
 )
-POLICY_KL = Measure(
-    "approx_kl",
-    "policy KL, last mini-step",
-    formats.scientific,
-    _signed_scientific,
-    lambda data: _last(data.mini_step_means("approx_kl")),
-    0,
-    _per_mini_step("approx_kl"),
-)
-GAP = Measure(
-    "logprob_gap", "log-prob gap, engine to actor", formats.scientific, _signed_scientific, _column("logprob_gap", "mean"), -1
-)
-BETA = Measure("hold_back_beta", "hold-back β", _number_of, _signed, lambda data: float(mean(beta(data))))
-STEP_TIME = Measure("step_seconds", "time per step", _seconds, _seconds_difference, _column("wall_seconds"), -1)
-THROUGHPUT = Measure("tokens_per_second", "tokens per second", formats.count, _signed, _column("tokens_per_second"), 1)
 
 MEASURES = (
-    FINAL_REWARD, MEAN_REWARD, LIFT, LATER_LIFT, REMOVED, AGREEMENT, FROZEN, KL_PREDICTED, KL_FROZEN, COVERAGE, RATIO_VARIANCE,
-    CLIP, POLICY_KL, GAP, BETA, STEP_TIME, THROUGHPUT,
+    *CHANGED, FINAL_REWARD, MEAN_REWARD, LIFT, LATER_LIFT, REMOVED, AGREEMENT, FROZEN, KL_PREDICTED, KL_FROZEN, COVERAGE,
+    RATIO_VARIANCE, CLIP, POLICY_KL, GAP, BETA, STEP_TIME, THROUGHPUT,
 )  # fmt: skip
 
 
@@ -184,44 +162,32 @@ def per_seed(setting: Setting, method: str, measure: Measure) -> dict[int, float
     return {seed: setting.read[method, seed, measure.key] for seed in setting.methods[method]}
 
 
-def of_method(setting: Setting, method: str, measure: Measure) -> Interval:
-    """Mean over seeds."""
-    return interval(list(per_seed(setting, method, measure).values()))
-
-
-def against_baseline(setting: Setting, method: str, measure: Measure) -> Interval:
-    """Mean paired difference to the setting's baseline over the seeds that both have."""
+def differences(setting: Setting, method: str, measure: Measure) -> dict[int, float]:
+    """Of a method to the baseline, by seed."""
     return paired(per_seed(setting, method, measure), per_seed(setting, setting.baseline, measure))
 
 
+def of_method(setting: Setting, method: str, measure: Measure) -> Interval:
+    """Mean over seeds."""
+    return interval(per_seed(setting, method, measure).values())
+
+
+def against_baseline(setting: Setting, method: str, measure: Measure) -> Interval:
+    """Mean of the paired differences to the setting's baseline."""
+    return interval(differences(setting, method, measure).values())
+
+
 def over_settings(settings: Sequence[Setting], method: str, measure: Measure, *, difference: bool) -> Interval:
-    """One interval for all settings that have the method.
+    """One interval for all settings that have the method, of its values or of its differences to each other baseline.
 
     Runs of one seed start from the same weights whatever the setting, so they are no independent observations: each seed's mean
     over the settings is one. Seeds that some of these settings lack are left out.
-
-    Args:
-        difference: of differences to each setting's baseline (settings whose baseline is the method itself are left out).
     """
-    rows: list[dict[int, float]] = []
+    read = differences if difference else per_seed
+    rows = []
     for setting in settings:
-        if method not in setting.methods or (difference and method == setting.baseline):
-            continue
-        own = per_seed(setting, method, measure)
-        reference = per_seed(setting, setting.baseline, measure) if difference else dict.fromkeys(own, 0.0)
-        row = {seed: own[seed] - reference[seed] for seed in own if seed in reference}
-        rows.append({seed: value for seed, value in row.items() if math.isfinite(value)})
+        if method in setting.methods and not (difference and method == setting.baseline):
+            rows.append({seed: value for seed, value in read(setting, method, measure).items() if math.isfinite(value)})
     rows = [row for row in rows if row]
-    common = set.intersection(*(set(row) for row in rows)) if rows else set()
+    common = set.intersection(*map(set, rows)) if rows else set()
     return interval([float(np.mean([row[seed] for row in rows])) for seed in sorted(common)])
-
-
-def values_of(data: RunData) -> Iterator[tuple[Measure, int | None, float]]:
-    """(measure, mini-step or None for the whole run, value) of everything that a run has a number for."""
-    for measure in MEASURES:
-        if math.isfinite(value := measure.read(data)):
-            yield measure, None, value
-        if measure.mini_step is not None:
-            for position, value in enumerate(measure.mini_step(data).tolist(), start=1):
-                if math.isfinite(value):
-                    yield measure, position, value

@@ -1,152 +1,265 @@
-"""Plots of a comparison over rollouts and mini-steps: a line per method of one setting; None where nothing has a number."""
+"""Plots of one setting: a line or a row per method; None where nothing has a number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_pr2.report import formats
 from megatron_pr2.report.comparison import measures
-from megatron_pr2.report.comparison.looks import Look, figure_for, legend, short_name
-from megatron_pr2.report.comparison.measures import Measure
+from megatron_pr2.report.comparison.measures import Measure, differences, of_method, per_seed
 from megatron_pr2.report.comparison.runs import Setting
 from megatron_pr2.report.comparison.stats import interval
-from megatron_pr2.report.figures import Plot, finish, label_y, smoothing_window
+from megatron_pr2.report.figures import (
+    PAPER_COVERAGE_GAP,
+    Line,
+    Panel,
+    Plot,
+    X,
+    changed_rows,
+    chart,
+    finish,
+    named_rows,
+    smoothing_window,
+    stacked_rows,
+    steps,
+)
+from megatron_pr2.report.plots import POINTS, ZERO, Plots
 from megatron_pr2.report.records import Array, RunData, exists, mean, running_mean
-from megatron_pr2.report.theme import LIGHT
+from megatron_pr2.report.theme import LIGHT, STACK
 
 # More intervals than this on top of each other cannot be told apart; the rows below the curves show them.
 MOST_BANDS = 4
-# arXiv 2606.00395 (draft), off-8: agreement falls from the first to the second of these over the mini-steps.
-PAPER_AGREEMENT_OFF_8 = (0.9975, 0.9825)
-PAPER = "paper, off-8"
+# arXiv 2606.00395 (draft), off-8: agreement falls from the second to the first of these over the mini-steps.
+PAPER_AGREEMENT_OFF_8 = (0.9825, 0.9975)
+PALETTE = ("grey", "red", "blue", "purple", "orange", "green")
+FEW = ("blue", "orange", "green", "purple")
+DASHES = ("-", ":", "-.")
+HOLD = "+hold"
+_NAME_WIDTH = 26
 
 
-def reward(setting: Setting, look: Mapping[str, Look]) -> Plot | None:
-    """Mean reward over rollouts."""
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, the same in every plot."""
+
+    colour: str
+    line: str = "-"
+
+
+def looks(settings: Sequence[Setting]) -> dict[str, Look]:
+    """A look per method; one that only adds hold-back to another is drawn in its colour, dashed."""
+    names = list(dict.fromkeys(name for setting in settings for name in setting.methods))
+    baselines = {setting.baseline for setting in settings}
+    bases = [name for name in dict.fromkeys(name.removesuffix(HOLD) for name in names) if name not in baselines]
+    palette = FEW if len(bases) <= len(FEW) else PALETTE
+    colours = {base: Look(palette[i % len(palette)], DASHES[i // len(palette) % len(DASHES)]) for i, base in enumerate(bases)}
+    own = {name: colours.get(name.removesuffix(HOLD), Look("ink")) for name in names}
+    return {name: Look(look.colour, "--") if name.endswith(HOLD) else look for name, look in own.items()}
+
+
+def short_name(name: str) -> str:
+    """A name that fits beside a plot."""
+    return name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 9]}…{name[-8:]}"
+
+
+def first(setting: Setting, look: Mapping[str, Look]) -> Plots:
+    """What is shown of a setting at once."""
     window = smoothing_window(setting.rollouts)
-    caption = "Mean over seeds" + (f" of the running mean over {window} rollouts" if window > 1 else "")
     bands = len(setting.methods) <= MOST_BANDS
-    return _curves(
+    caption = "Mean over seeds" + (f" of the running mean over {window} rollouts" if window > 1 else "")
+    yield _curves(
         setting,
         look,
         lambda data: running_mean(data.column("reward"), max(1, window // data.bin_size)),
-        "reward",
-        "Reward",
+        ("reward", "Reward", f"{caption}{', with 95 % intervals' if bands else ''}. Higher is better."),
         "mean reward",
-        f"{caption}{', with 95 % intervals' if bands else ''}. Higher is better.",
         bands=bands,
     )
+    yield _difference(setting, look, measures.FINAL_REWARD)
+    caption = (
+        "Agreement of the replayed routes minus that of frozen ones in the same run, all mini-steps: small dots are seeds, "
+        "the line is the 95 % interval of their mean. Above zero prediction helps."
+    )
+    yield _values(setting, look, measures.LIFT, caption, rule=0.0)
 
-
-def lift_curve(setting: Setting, look: Mapping[str, Look]) -> Plot | None:
-    """Lift over rollouts."""
     window = max(1, setting.rollouts // 6)
-    return _curves(
+    caption = f"Running mean over {window} rollouts, mean over seeds: above zero prediction helps, below zero it hurts."
+    yield _curves(
         setting,
         look,
         lambda data: 100 * running_mean(data.lift_all(), max(1, window // data.bin_size)),
-        "lift-curve",
-        "Lift over the run",
-        "lift (percentage points)",
-        f"Running mean over {window} rollouts, mean over seeds: above zero prediction helps, below zero it hurts.",
-        zero=True,
+        ("lift-curve", "Lift over the run", caption),
+        POINTS,
+        rules=(ZERO,),
     )
 
-
-def beta_curve(setting: Setting, look: Mapping[str, Look]) -> Plot | None:
-    """How much of the prediction hold-back lets through."""
-    return _curves(
-        setting,
-        look,
-        measures.beta,
-        "beta",
-        "Hold-back",
-        "β, mean of the layers",
-        "What share of the prediction is used: 0 is replay without prediction, 1 the whole prediction.",
+    rows = []
+    for method, seeds in setting.methods.items():
+        later = np.concatenate([setting.data[method, seed].changed_means()[1:] for seed in seeds])
+        rows += [(short_name(method), mean(later, axis=0))] if exists(later) else []
+    caption = (
+        "Share of (token, layer) pairs with 1, 2 or more experts that the updated router would not choose, mini-steps from the "
+        "second on; the number is the share without any. Shorter bars are better."
     )
+    yield changed_rows(rows, "", f"{setting.slug}-changed", "Changed experts per token and layer", caption) if rows else None
+
+    caption = (
+        "Share of the replayed experts that the updated router would choose too, higher is better; whiskers are 95 % intervals "
+        "over seeds. The paper reports 96 to 99 %, and 99.75 % falling to 98.25 % over the mini-steps of off-8."
+    )
+    band = PAPER_AGREEMENT_OFF_8 if setting.mini_steps == 8 else None
+    yield _per_mini_step(setting, look, measures.AGREEMENT, caption, band=band)
+
+
+def more(setting: Setting, look: Mapping[str, Look]) -> Plots:
+    """What is shown of a setting on demand."""
+    caption = "Share of the prediction that is used: 0 is replay without prediction, 1 the whole prediction."
+    yield _curves(setting, look, measures.beta, ("beta", "Hold-back", caption), "β, mean of the layers")
+    yield _difference(setting, look, measures.MEAN_REWARD)
+    caption = "Lift without the first mini-step, in which nothing has drifted yet and prediction can only cost."
+    yield _values(setting, look, measures.LATER_LIFT, caption, rule=0.0)
+    caption = "Lift by mini-step: predicted routes are the same in all of them, so the first ones lose and the later ones gain."
+    yield _per_mini_step(setting, look, measures.LIFT, caption)
+    caption = "KL(ρ‖q̂), mini-steps from the second on, lower is better; the grey dot is KL(ρ‖ρ_old) of frozen routes there."
+    marks = {method: of_method(setting, method, measures.KL_FROZEN).mean for method in setting.methods}
+    yield _values(setting, look, measures.KL_PREDICTED, caption, marks=marks)
+    caption = (
+        "Router probability of its own top-k minus that of the replayed experts, lower is better. "
+        f"The dashed line is the largest per-layer value that the paper reports, {PAPER_COVERAGE_GAP}."
+    )
+    yield _values(setting, look, measures.COVERAGE, caption, rule=PAPER_COVERAGE_GAP)
+    caption = "How differently the updated policy scores the sampled tokens: growth over the mini-steps means instability."
+    yield _per_mini_step(setting, look, measures.RATIO_VARIANCE, caption)
+    caption = "Share of tokens whose ratio was clipped: the policy learns nothing from them."
+    yield _per_mini_step(setting, look, measures.CLIP, caption)
+    caption = "Estimated KL of the updated policy from the one that sampled."
+    yield _per_mini_step(setting, look, measures.POLICY_KL, caption)
+    caption = "Mean |log-prob of the engine - log-prob of the actor| of the same tokens before any update, lower is better."
+    yield _values(setting, look, measures.GAP, caption)
+    yield _time(setting)
 
 
 def _curves(
     setting: Setting,
     look: Mapping[str, Look],
     read: Callable[[RunData], Array],
-    name: str,
-    title: str,
+    words: tuple[str, str, str],
     y: str,
-    caption: str,
     *,
-    zero: bool = False,
+    rules: Iterable[Line] = (),
     bands: bool = False,
 ) -> Plot | None:
-    lines = {
-        method: np.stack([_padded(read(setting.curves[method, seed]), setting) for seed in replicates])
-        for method, replicates in setting.methods.items()
-    }
-    lines = {method: values for method, values in lines.items() if exists(values)}
-    if not lines:
-        return None
-    figure = figure_for(list(lines), 2.6)
-    axes = figure.add_subplot()
-    if zero:
-        axes.axhline(0, color=LIGHT["muted"], linewidth=1)
-    steps = next(iter(setting.curves.values())).steps
-    for method, values in lines.items():
-        colour, dashes = LIGHT[look[method].colour], look[method].line
-        marker = "o" if steps.size <= 2 else None
-        axes.plot(
-            steps, mean(values, axis=0), color=colour, linestyle=dashes, label=short_name(method), linewidth=1.8, marker=marker
-        )
-        if bands:
-            at = [interval(column) for column in values.T.tolist()]
-            axes.fill_between(steps, [i.low for i in at], [i.high for i in at], color=colour, alpha=0.13, linewidth=0)
-    axes.set_xlabel("rollout step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    label_y(axes, y)
-    legend(axes, list(lines))
-    return finish(figure, f"{setting.slug}-{name}", title, caption)
+    """[P] something over rollouts; `words` are name, title and caption."""
+    curves = setting.curves()
+    lines = list(rules)
+    for method, seeds in setting.methods.items():
+        table = np.stack([read(curves[method, seed]) for seed in seeds])
+        half = np.array([interval(column).half for column in table.T.tolist()]) if bands else None
+        style = {"linestyle": look[method].line}
+        lines.append(Line(mean(table, axis=0), look[method].colour, short_name(method), half, style=style))
+    name, title, caption = words
+    return chart(steps(next(iter(curves.values()))), [Panel(y, lines)], f"{setting.slug}-{name}", title, caption, height=2.6)
 
 
-def _padded(values: Array, setting: Setting) -> Array:
-    size = next(iter(setting.curves.values())).steps.size
-    return values if values.size == size else np.full(size, np.nan)
-
-
-def per_mini_step(
+def _per_mini_step(
     setting: Setting, look: Mapping[str, Look], measure: Measure, caption: str, *, band: tuple[float, float] | None = None
 ) -> Plot | None:
-    """A measure over the mini-steps; whiskers are intervals over seeds, `band` a range to compare with."""
-    read = measure.mini_step
+    """A measure over the mini-steps; whiskers are intervals over seeds, `band` a range of the paper to compare with."""
+    read = measure.per_mini_step
     assert read is not None
-    series = {m: np.stack([read(setting.data[m, seed]) for seed in seeds]) for m, seeds in setting.methods.items()}
-    series = {method: table for method, table in series.items() if exists(table)}
-    if not series:
+    lines = []
+    for index, (method, seeds) in enumerate(setting.methods.items()):
+        table = [read(setting.data[method, seed]) for seed in seeds]
+        padded = np.stack([np.pad(row, (0, setting.kappa - row.size), constant_values=np.nan) for row in table])
+        half = np.nan_to_num([interval(column).half for column in padded.T.tolist()])
+        shift = 0.3 * (index / max(1, len(setting.methods) - 1) - 0.5) * (len(setting.methods) > 1)
+        style: dict[str, Any] = {"linestyle": look[method].line, "linewidth": 1.4, "elinewidth": 0.9, "markersize": 3}
+        line = Line(mean(padded, axis=0), look[method].colour, short_name(method), error=half, shift=shift, style=style)
+        lines += [line] if exists(line.values) else []
+
+    def paint(axes: Axes) -> None:
+        if band is not None:
+            axes.axhspan(*band, color=LIGHT["grid"], alpha=0.7, linewidth=0, label="paper, off-8")
+
+    panel = Panel("", lines, paint=paint if lines else None, ticks=measure.unit.form)
+    title = f"{measure.short_title[0].upper()}{measure.short_title[1:]} per mini-step"
+    name = f"{setting.slug}-{measure.key}-mini-steps"
+    return chart(X("mini-step", np.arange(setting.kappa) + 1.0, whole=True), [panel], name, title, caption, height=2.6)
+
+
+def _difference(setting: Setting, look: Mapping[str, Look], measure: Measure) -> Plot | None:
+    """Paired differences to the baseline."""
+    seeds = {method: differences(setting, method, measure) for method in setting.methods if method != setting.baseline}
+    title = f"{measure.title}, difference to {short_name(setting.baseline)}".capitalize()
+    caption = (
+        f"Seed by seed against {setting.baseline}: small dots are seeds, the line is the 95 % interval of their mean. An interval "
+        "that crosses zero shows no difference."
+    )
+    return _forest(setting, look, measure, seeds, "-difference", title, caption, rule=0.0)
+
+
+def _values(setting: Setting, look: Mapping[str, Look], measure: Measure, caption: str, **options: Any) -> Plot | None:
+    """A measure of every method."""
+    seeds = {method: per_seed(setting, method, measure) for method in setting.methods}
+    return _forest(setting, look, measure, seeds, "", measure.title[0].upper() + measure.title[1:], caption, **options)
+
+
+def _forest(
+    setting: Setting,
+    look: Mapping[str, Look],
+    measure: Measure,
+    seeds: Mapping[str, Mapping[int, float]],
+    suffix: str,
+    title: str,
+    caption: str,
+    *,
+    rule: float | None = None,
+    marks: Mapping[str, float] | None = None,
+) -> Plot | None:
+    """One row per method: its seeds, their mean and its interval; `rule` is a line to compare with, `marks` a dot per method."""
+    rows = {method: list(values.values()) for method, values in seeds.items() if exists(list(values.values()))}
+    if not rows:
         return None
-    names = [*([PAPER] if band is not None else []), *series]
-    figure = figure_for(names, 2.6)
-    axes = figure.add_subplot()
-    if band is not None:
-        axes.axhspan(min(band), max(band), color=LIGHT["grid"], alpha=0.7, linewidth=0, label=PAPER)
-    for index, (method, table) in enumerate(series.items()):
-        estimates = [interval(column) for column in table.T.tolist()]
-        x = np.arange(table.shape[1]) + 1 + 0.3 * (index / max(1, len(series) - 1) - 0.5) * (len(series) > 1)
-        half = [e.half if e.known else 0.0 for e in estimates]
-        axes.errorbar(
-            x,
-            [e.mean for e in estimates],
-            yerr=half,
-            color=LIGHT[look[method].colour],
-            linestyle=look[method].line,
-            label=short_name(method),
-            linewidth=1.4,
-            elinewidth=0.9,
-            marker="o",
-            markersize=3,
-        )
-    axes.set_xlabel("mini-step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: measure.form(value)))
-    legend(axes, names)
-    title = f"{measure.title.split(',')[0]} per mini-step"
-    return finish(figure, f"{setting.slug}-{measure.key}-mini-steps", title[0].upper() + title[1:], caption)
+    figure, axes, position = named_rows([short_name(method) for method in rows])
+    if rule is not None:
+        axes.axvline(rule, color=LIGHT["muted"], linewidth=1, linestyle="--" if rule else "-")
+    for y, (method, values) in zip(position, rows.items(), strict=True):
+        colour, dashes, found = LIGHT[look[method].colour], look[method].line, interval(values)
+        axes.plot(values, [y] * len(values), linestyle="none", marker="o", markersize=3, color=colour, alpha=0.5)
+        if found.known:
+            axes.plot([found.low, found.high], [y, y], color=colour, linewidth=2.2, linestyle=dashes)
+        if marks is not None:
+            axes.plot([marks[method]], [y], marker="o", markersize=6, color=LIGHT["grey"])
+        axes.plot([found.mean], [y], marker="D", markersize=5.5, color=colour, markerfacecolor=colour if dashes == "-" else "none")
+    form = measure.unit.difference if rule == 0 and measure.unit.difference else measure.unit.form
+    if form is formats.scientific:  # two digits tell values apart, but not ticks
+        form = "{:.3g}".format
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axes.margins(x=0.08)
+    return finish(figure, f"{setting.slug}-{measure.key}{suffix}", title, caption)
+
+
+def _time(setting: Setting) -> Plot | None:
+    """Time of a step by phase."""
+    phases = {key: measures.phase_seconds(data) for key, data in setting.data.items()}
+    names = list(dict.fromkeys(name for found in phases.values() for name in found))
+    if not names:
+        return None
+    rows, ends = [], []
+    for method, seeds in setting.methods.items():
+        row = [float(np.mean([phases[method, seed].get(name, 0.0) for seed in seeds])) for name in names]
+        rows.append((short_name(method), row))
+        pace = of_method(setting, method, measures.THROUGHPUT).mean
+        ends.append(f"{formats.count(pace)} tok/s" if math.isfinite(pace) else "")
+    figure, axes = stacked_rows(rows, [(STACK[i % len(STACK)], name.replace("_", " ")) for i, name in enumerate(names)], ends)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
+    caption = "Mean time of one rollout step by phase; it includes whatever else the machine was doing at that time."
+    return finish(figure, f"{setting.slug}-time", "Time per step", caption)

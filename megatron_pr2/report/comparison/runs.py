@@ -66,7 +66,6 @@ class Setting:
         rollouts: what every run here has; numbers are of these first rollouts only.
         lengths: (shortest, longest) run.
         data: (method, seed) -> every one of those rollouts.
-        curves: the same, thinned for plots.
         read: (method, seed, measure) -> numbers that were asked for before.
     """
 
@@ -79,16 +78,16 @@ class Setting:
     rollouts: int = 0
     lengths: tuple[int, int] = (0, 0)
     data: dict[tuple[str, int], RunData] = field(default_factory=dict)
-    curves: dict[tuple[str, int], RunData] = field(default_factory=dict)
     read: dict[tuple[str, int, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = [len(run.records) for _, _, run in self.runs()]
         self.rollouts, self.lengths = min(lengths), (min(lengths), max(lengths))
-        for name, seed, run in self.runs():
-            records = run.records[: self.rollouts]
-            self.data[name, seed] = RunData(records, limit=len(records))
-            self.curves[name, seed] = RunData(records, limit=_CURVE_POINTS)
+        self.data = self.curves(points=self.rollouts)
+
+    def curves(self, points: int = _CURVE_POINTS) -> dict[tuple[str, int], RunData]:
+        """(method, seed) -> the rollouts, thinned for plots."""
+        return {(name, seed): RunData(run.records[: self.rollouts], limit=points) for name, seed, run in self.runs()}
 
     def runs(self) -> Iterator[tuple[str, int, Run]]:
         """(method, seed, run) of all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,7 @@ BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "no different", "not known"
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its confidence interval.
-
-    Attributes:
-        mean: NaN where there is no value.
-        half: NaN below two values.
-        count: how many values there were.
-    """
+    """A mean and half the width of its confidence interval: NaN where there is no value, or fewer than two."""
 
     mean: float
     half: float
@@ -38,29 +32,26 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval at all."""
         return math.isfinite(self.half)
 
 
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def interval(values: Iterable[float]) -> Interval:
     """Mean of the values that exist with Student's t interval: mean +- t(n - 1) * standard deviation / sqrt(n)."""
     known = np.array([v for v in values if math.isfinite(v)], dtype=np.float64)
-    if known.size == 0:
-        return Interval(math.nan, math.nan, 0)
-    if known.size == 1:
-        return Interval(float(known[0]), math.nan, 1)
+    if known.size < 2:
+        return Interval(float(known[0]) if known.size else math.nan, math.nan, known.size)
     # Equal values have no spread, whatever the rounding of their mean says.
     spread = 0.0 if (known == known[0]).all() else float(known.std(ddof=1))
-    quantile = float(stdtrit(known.size - 1, 0.5 + confidence / 2))
-    return Interval(float(known.mean()), quantile * spread / math.sqrt(known.size), int(known.size))
+    quantile = float(stdtrit(known.size - 1, 0.5 + CONFIDENCE / 2))
+    return Interval(float(known.mean()), quantile * spread / math.sqrt(known.size), known.size)
 
 
-def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Interval:
-    """Interval of the mean difference `values - reference` over the seeds that both have.
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> dict[int, float]:
+    """Differences `values - reference` over the seeds that both have.
 
     A seed decides the first weights and the prompts, which differ more between seeds than methods do within one.
     """
-    return interval([values[seed] - reference[seed] for seed in values if seed in reference])
+    return {seed: values[seed] - reference[seed] for seed in values if seed in reference}
 
 
 def verdict(difference: Interval, more_is_better: bool = True) -> str:

@@ -1,41 +1,30 @@
-"""Tables and verdicts of a comparison, as texts that the page and the Markdown share."""
+"""Tables and verdicts of a comparison, which the page and the Markdown share."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_pr2.report import formats
-from megatron_pr2.report.comparison import measures
-from megatron_pr2.report.comparison.measures import MEASURES, Measure, against_baseline, of_method, over_settings
+from megatron_pr2.report.comparison.measures import (
+    FINAL_REWARD,
+    LATER_LIFT,
+    LIFT,
+    MEASURES,
+    Measure,
+    against_baseline,
+    of_method,
+    over_settings,
+)
 from megatron_pr2.report.comparison.runs import Setting
-from megatron_pr2.report.comparison.stats import BETTER, CONFIDENCE, SAME, UNKNOWN, WORSE, Interval, interval, verdict
-from megatron_pr2.report.page import count
-from megatron_pr2.report.records import Array, mean
+from megatron_pr2.report.comparison.stats import BETTER, CONFIDENCE, SAME, UNKNOWN, WORSE, interval, verdict
+from megatron_pr2.report.page import Cell, Table, count, table_of
 
 _KINDS = {BETTER: "helped", WORSE: "hurt", SAME: "same", UNKNOWN: "absent"}
 _ABOUT_ZERO = {BETTER: "above zero", WORSE: "below zero", SAME: "not different from zero", UNKNOWN: UNKNOWN}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A text and the tone in which the page shows it."""
-
-    text: str
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Table:
-    headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True)
@@ -44,16 +33,7 @@ class Conclusion:
 
     kind: str
     headline: str
-    details: Sequence[str] = field(default_factory=tuple)
-
-
-def estimate(value: Interval, form: Callable[[float], str], form_half: Callable[[float], str] | None = None) -> str:
-    """ "0.512 ± 0.031", or the mean alone where there is one seed."""
-    if not math.isfinite(value.mean):
-        return formats.ABSENT
-    if not value.known:
-        return form(value.mean)
-    return f"{form(value.mean)} ± {(form_half or form)(value.half).lstrip('+')}"
+    details: Sequence[str]
 
 
 def predicts(setting: Setting, method: str) -> bool:
@@ -63,59 +43,77 @@ def predicts(setting: Setting, method: str) -> bool:
 
 def reward_verdict(setting: Setting, method: str) -> str:
     """The word for a method's final reward against the baseline's."""
-    return verdict(against_baseline(setting, method, measures.FINAL_REWARD))
+    return verdict(against_baseline(setting, method, FINAL_REWARD))
 
 
-def lift_verdict(setting: Setting, method: str, measure: Measure = measures.LIFT) -> str:
+def lift_verdict(setting: Setting, method: str) -> str:
     """The word for a method's lift against zero."""
-    return verdict(of_method(setting, method, measure))
+    return verdict(of_method(setting, method, LIFT))
 
 
 def verdicts(setting: Setting) -> Table:
     """Final reward, difference to the baseline and lift of every method of a setting; words first, where a phone shows them."""
-    rows = []
-    for method in setting.methods:
-        reward, lift = (of_method(setting, method, m) for m in (measures.FINAL_REWARD, measures.LIFT))
-        against, lift_is = Cell("baseline", "absent"), Cell(formats.ABSENT)
-        difference = Cell(formats.ABSENT)
-        if method != setting.baseline:
-            word = reward_verdict(setting, method)
-            against = Cell(_word(word, setting, method), _KINDS[word])
-            difference = _cell(against_baseline(setting, method, measures.FINAL_REWARD), measures.FINAL_REWARD, True)
-        if predicts(setting, method) and lift.count:
-            word = lift_verdict(setting, method)
-            lift_is = Cell(_ABOUT_ZERO[word], _KINDS[word])
-        numbers_of = (_cell(reward, measures.FINAL_REWARD), difference, _cell(lift, measures.LIFT))
-        rows.append([Cell(method), against, lift_is, *numbers_of, Cell(str(len(setting.methods[method])))])
     base = setting.baseline
-    return Table(["method", f"against {base}", "lift is", "final reward", f"minus {base}", "lift", "seeds"], rows)
+
+    def against(method: str) -> Cell:
+        if method == base:
+            return Cell("baseline", "absent")
+        word = reward_verdict(setting, method)
+        common = set(setting.methods[method]) & set(setting.methods[base])
+        why = "one seed: not known" if len(common) == 1 else "no common seed" if not common else "no reward"
+        return Cell(why if word == UNKNOWN else word, _KINDS[word])
+
+    def lift_is(method: str) -> Cell:
+        if not predicts(setting, method) or not of_method(setting, method, LIFT).count:
+            return Cell(formats.ABSENT)
+        word = lift_verdict(setting, method)
+        return Cell(_ABOUT_ZERO[word], _KINDS[word])
+
+    def minus(method: str) -> Cell | str:
+        return formats.ABSENT if method == base else FINAL_REWARD.cell(against_baseline(setting, method, FINAL_REWARD), True)
+
+    columns: list[tuple[str, Callable[[str], Cell | str]]] = [
+        ("method", str),
+        (f"against {base}", against),
+        ("lift is", lift_is),
+        _means(setting, FINAL_REWARD),
+        (f"minus {base}", minus),
+        _means(setting, LIFT),
+        ("seeds", lambda method: str(len(setting.methods[method]))),
+    ]
+    return table_of(setting.methods, columns)
 
 
-def _word(word: str, setting: Setting, method: str) -> str:
-    if word != UNKNOWN:
-        return word
-    common = set(setting.methods[method]) & set(setting.methods[setting.baseline])
-    return "one seed: not known" if len(common) == 1 else "no common seed" if not common else "no reward"
+def _means(setting: Setting, measure: Measure) -> tuple[str, Callable[[str], Cell]]:
+    """The column of a measure: its mean over seeds by method."""
+    return measure.title, lambda method: measure.cell(of_method(setting, method, measure))
 
 
 def overall(settings: Sequence[Setting]) -> Table:
     """Every method over all settings that have it."""
-    rows = []
-    for method in dict.fromkeys(name for setting in settings for name in setting.methods):
-        where = [setting for setting in settings if method in setting.methods]
-        compared = [setting for setting in where if method != setting.baseline]
-        predicting = [setting for setting in where if predicts(setting, method)]
-        reward = over_settings(compared, method, measures.FINAL_REWARD, difference=True)
-        lifts = [Cell(formats.ABSENT)] * 2
-        if predicting:
-            lifts = [_cell(over_settings(where, method, m, difference=False), m) for m in (measures.LIFT, measures.LATER_LIFT)]
-        words = (
-            Cell(_tally([reward_verdict(s, method) for s in compared])),
-            Cell(_tally([lift_verdict(s, method) for s in predicting])),
-        )
-        rows.append([Cell(method), *words, _cell(reward, measures.FINAL_REWARD, True), *lifts, Cell(str(len(where)))])
-    headings = ["method", "better / no different / worse", "lift above / about / below zero", "final reward minus baseline", "lift"]
-    return Table([*headings, "lift, mini-steps 2 to κ", "settings"], rows)
+
+    def compared(method: str) -> list[Setting]:
+        return [setting for setting in settings if method in setting.methods and method != setting.baseline]
+
+    def predicting(method: str) -> list[Setting]:
+        return [setting for setting in settings if method in setting.methods and predicts(setting, method)]
+
+    def lift(method: str, measure: Measure) -> Cell | str:
+        return measure.cell(over_settings(settings, method, measure, difference=False)) if predicting(method) else formats.ABSENT
+
+    def reward(method: str) -> Cell:
+        return FINAL_REWARD.cell(over_settings(settings, method, FINAL_REWARD, difference=True), True)
+
+    columns: list[tuple[str, Callable[[str], Cell | str]]] = [
+        ("method", str),
+        ("better / no different / worse", lambda m: _tally([reward_verdict(s, m) for s in compared(m)])),
+        ("lift above / about / below zero", lambda m: _tally([lift_verdict(s, m) for s in predicting(m)])),
+        ("final reward minus baseline", reward),
+        ("lift", lambda m: lift(m, LIFT)),
+        ("lift, mini-steps 2 to κ", lambda m: lift(m, LATER_LIFT)),
+        ("settings", lambda m: str(sum(m in setting.methods for setting in settings))),
+    ]
+    return table_of(dict.fromkeys(name for setting in settings for name in setting.methods), columns)
 
 
 def _tally(words: Sequence[str]) -> str:
@@ -132,7 +130,6 @@ def conclude(settings: Sequence[Setting]) -> Conclusion:
     rewards = Counter(reward_verdict(s, m) for s, m in pairs if m != s.baseline)
     lifts = Counter(lift_verdict(s, m) for s, m in pairs if predicts(s, m))
     known, known_lifts = rewards.total() - rewards[UNKNOWN], lifts.total() - lifts[UNKNOWN]
-    bases = " or ".join(dict.fromkeys(setting.baseline for setting in settings))
     details = []
     if known_lifts:
         details.append(
@@ -149,6 +146,7 @@ def conclude(settings: Sequence[Setting]) -> Conclusion:
     )
     if rewards[UNKNOWN]:
         details.append(f"{count(rewards[UNKNOWN], 'comparison')} had fewer than two common seeds.")
+    bases = " or ".join(dict.fromkeys(setting.baseline for setting in settings))
     headline = f"Final reward against {bases}: {rewards[BETTER]} better, {rewards[SAME]} no different, {rewards[WORSE]} worse"
     kind = "same"
     if rewards[BETTER] > chance and not rewards[WORSE]:
@@ -161,53 +159,46 @@ def conclude(settings: Sequence[Setting]) -> Conclusion:
 def numbers(setting: Setting) -> Table:
     """Every measure of every method; measures without any number are left out."""
     shown = [m for m in MEASURES if any(of_method(setting, name, m).count for name in setting.methods)]
-    rows = [[Cell(name), *(_cell(of_method(setting, name, m), m) for m in shown)] for name in setting.methods]
-    return Table(["method", *(measure.title for measure in shown)], rows)
+    return table_of(setting.methods, [("method", str), *(_means(setting, measure) for measure in shown)])
 
 
 def mini_steps(setting: Setting) -> Table:
-    """Shares of changed experts and the measures that exist per mini-step, means over seeds."""
-    shown = [m for m in MEASURES if m.mini_step is not None]
-    headings = ["method", "mini-step", "0 changed", "1", "2", "3 or more", *(m.title.split(",")[0] for m in shown)]
-    rows = []
-    for method, replicates in setting.methods.items():
-        data = [setting.data[method, seed] for seed in replicates]
-        shares = [_rows(d.changed_means(), setting.kappa) for d in data]
-        columns = {m.key: [_rows(m.mini_step(d), setting.kappa) for d in data] for m in shown if m.mini_step is not None}
-        for position in range(setting.kappa):
-            row = [Cell(method), Cell(str(position + 1))]
-            row += [Cell(formats.percent(float(mean([s[position, c] for s in shares])), 2)) for c in range(4)]
-            for measure in shown:
-                row.append(_cell(interval([float(column[position]) for column in columns[measure.key]]), measure))
-            rows.append(row)
-    return Table(headings, rows)
+    """The measures that exist per mini-step, means over seeds."""
+    shown = [(m, m.per_mini_step) for m in MEASURES if m.per_mini_step is not None]
+    values = {
+        (method, measure.key): [read(setting.data[method, seed]) for seed in seeds]
+        for method, seeds in setting.methods.items()
+        for measure, read in shown
+    }
 
+    def cell(row: tuple[str, int], measure: Measure) -> Cell:
+        method, position = row
+        return measure.cell(interval(float(v[position]) for v in values[method, measure.key] if position < v.size))
 
-def _rows(values: Array, count_of: int) -> Array:
-    """The first axis padded with NaN to `count_of`."""
-    missing = count_of - len(values)
-    return np.concatenate([values, np.full((missing, *values.shape[1:]), np.nan)]) if missing else values
+    rows = [(method, position) for method in setting.methods for position in range(setting.kappa)]
+    columns: list[tuple[str, Callable[[tuple[str, int]], Cell | str]]] = [
+        ("method", lambda row: row[0]),
+        ("mini-step", lambda row: str(row[1] + 1)),
+        *((measure.short_title, lambda row, m=measure: cell(row, m)) for measure, _ in shown),
+    ]
+    return table_of(rows, columns)
 
 
 def wall_seconds(setting: Setting) -> float:
     """Time that the compared rollouts took, summed over runs."""
-    return sum(float(np.nansum(setting.data[name, seed].column("wall_seconds"))) for name, seed, _ in setting.runs())
+    return sum(float(np.nansum(data.column("wall_seconds"))) for data in setting.data.values())
 
 
-def _cell(value: Interval, measure: Measure, difference: bool = False) -> Cell:
-    return Cell(estimate(value, measure.form_difference if difference else measure.form, measure.form_difference))
-
-
-PAPER = Table(
-    ["arXiv 2606.00395 (draft)", "reported"],
-    [
-        [Cell("changed experts 0 / 1 / 2 / 3 or more, frozen routes, off-2"), Cell("76.9 / 19.6 / 2.6 / 0.9 %")],
-        [Cell("the same with PR2"), Cell("92.2 / 7.7 / 0.1 / 0.0 %")],
-        [Cell("top-k agreement"), Cell("96 to 99 %, higher with PR2")],
-        [Cell("agreement over the mini-steps of off-8"), Cell("99.75 % falling to 98.25 %")],
-        [Cell("coverage gap per layer"), Cell("at most 0.0015, lower with PR2")],
-        [Cell("average accuracy off-2, GRPO / R2 / R3 / PR2"), Cell("44.6 / 47.2 / 56.5 / 55.6")],
-        [Cell("average accuracy off-4, GRPO / R2 / R3 / PR2"), Cell("41.4 / 43.8 / 56.6 / 54.3")],
-        [Cell("average accuracy off-8, GRPO / R2 / R3 / PR2"), Cell("41.3 / 44.0 / - / 50.9")],
-    ],
+PAPER = table_of(
+    (
+        ("changed experts 0 / 1 / 2 / 3 or more, frozen routes, off-2", "76.9 / 19.6 / 2.6 / 0.9 %"),
+        ("the same with PR2", "92.2 / 7.7 / 0.1 / 0.0 %"),
+        ("top-k agreement", "96 to 99 %, higher with PR2"),
+        ("agreement over the mini-steps of off-8", "99.75 % falling to 98.25 %"),
+        ("coverage gap per layer", "at most 0.0015, lower with PR2"),
+        ("average accuracy off-2, GRPO / R2 / R3 / PR2", "44.6 / 47.2 / 56.5 / 55.6"),
+        ("average accuracy off-4, GRPO / R2 / R3 / PR2", "41.4 / 43.8 / 56.6 / 54.3"),
+        ("average accuracy off-8, GRPO / R2 / R3 / PR2", "41.3 / 44.0 / - / 50.9"),
+    ),
+    [("arXiv 2606.00395 (draft)", lambda row: row[0]), ("reported", lambda row: row[1])],
 )
