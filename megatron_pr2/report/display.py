@@ -36,7 +36,7 @@ def whole(value: float) -> str:
 
 
 def _beta(record: Record) -> float:
-    return float(mean(layer_values(record, "hold_back", "beta") or [math.nan]))
+    return float(mean(layer_values(record, "hold_back", "beta")))
 
 
 # Heading of the table, word in the plain line, value.

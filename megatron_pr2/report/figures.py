@@ -40,11 +40,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class X:
-    """An x axis: where its points are. `whole` axes end half a step beyond their first and last point."""
+    """An x axis: where its points are. `whole` axes end half a step beyond their first and last point; `ticks` replace numbers."""
 
     label: str
     at: npt.NDArray[Any]
     whole: bool = False
+    ticks: Mapping[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def x_axis(axes: Axes, x: X) -> None:
         axes.set_xlim(x.at[0] - 0.5, x.at[-1] + 0.5)
     if x.at.size == 1:
         axes.set_xticks(x.at)
+    if x.ticks is not None:
+        axes.set_xticks(list(x.ticks), list(x.ticks.values()))
 
 
 def finish(figure: Figure, name: str, title: str, caption: str) -> Plot:
@@ -233,15 +236,15 @@ def log_scale(axes: Axes, form: Form, base: int = 10) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def heat_map(values: Array, span: tuple[float, float], colours: str, low: float, high: float, form: Form) -> tuple[Figure, Axes]:
-    """[L, X] values as colours from `low` to `high`, a row per MoE layer, with a colour bar.
-
-    Args:
-        span: what the left and the right end of the x axis are; its label is left to the caller.
-        form: of the colour bar's numbers.
-    """
+def heat_map(
+    x: X, values: Array, colours: str, low: float, high: float, form: Form, name: str, title: str, caption: str
+) -> Plot | None:
+    """[L, X] values as colours from `low` to `high`, a row per MoE layer; `form` is that of the colour bar's numbers."""
+    if not exists(values):
+        return None
     figure = new_figure(min(5.0, 2.0 + 0.05 * values.shape[0]))
     axes = figure.add_subplot()
+    half = (x.at[-1] - x.at[0]) / max(1, x.at.size - 1) / 2 or 0.5
     image = axes.imshow(
         values,
         aspect="auto",
@@ -250,18 +253,19 @@ def heat_map(values: Array, span: tuple[float, float], colours: str, low: float,
         cmap=colours,
         vmin=low,
         vmax=high,
-        extent=(*span, 0.5, values.shape[0] + 0.5),
+        extent=(x.at[0] - half, x.at[-1] + half, 0.5, values.shape[0] + 0.5),
     )
     axes.grid(visible=False)
     label_y(axes, "MoE layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    x_axis(axes, x)
     figure.subplots_adjust(right=1 - 1.0 / WIDTH)
     box = axes.get_position()
     bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.1 / WIDTH, box.y0, 0.12 / WIDTH, box.height)))
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    return figure, axes
+    return finish(figure, name, title, caption)
 
 
 def named_rows(names: Sequence[str]) -> tuple[Figure, Axes, Array]:

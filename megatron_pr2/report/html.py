@@ -19,21 +19,12 @@ NO_NUMBERS = "This run has no numbers for this section."
 NO_REPLAY = "Nothing was replayed in this run (preset grpo), so there are no routes to compare."
 NO_MINI_STEPS = "No mini-step of this run reports routes."
 
+LATER = "means over the mini-steps from the second on"
 # anchor, title, introduction, plots
 SECTIONS: tuple[tuple[str, str, str, Callable[[RunData], plots.Plots]], ...] = (
     ("learning", "Learning", "", plots.learning),
-    (
-        "routes",
-        "Routes",
-        "KL and coverage gap are means over the mini-steps from the second on, where the policy is newer than its routes.",
-        plots.routes,
-    ),
-    (
-        "layers",
-        "Layers",
-        "Layer 1 is the first MoE layer of the model; means over the mini-steps from the second on where nothing else is said.",
-        plots.per_layer,
-    ),
+    ("routes", "Routes", f"KL and coverage gap are {LATER}, where the policy is newer than its routes.", plots.routes),
+    ("layers", "Layers", f"Layer 1 is the first MoE layer of the model; {LATER} unless a plot says otherwise.", plots.per_layer),
     ("policy", "Policy update", "", plots.policy),
     ("engine", "Engine and actor", "", plots.engine),
     ("cost", "Cost", "", plots.cost),

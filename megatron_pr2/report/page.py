@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import rc_context
 
 from megatron_pr2.report import formats, theme
 from megatron_pr2.report.figures import Form, Plot
@@ -53,16 +54,12 @@ def numbered(name: str, columns: Sequence[tuple[str, Array, Form]]) -> Table:
 
 def drawn(plots: Iterable[Plot | None]) -> list[Plot]:
     """The plots that there are; drawn in the report's style."""
-    with theme.style():
+    with rc_context(theme.STYLE):
         return [plot for plot in plots if plot is not None]
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page as text; the colours of both schemes are among the values.
-
-    Args:
-        template: name of a template beside this file, which extends base.html.j2.
-    """
+    """A page as text, from a template beside this file that extends base.html.j2."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,8 +67,7 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    light, dark = theme.css_variables(dark=False), theme.css_variables(dark=True)
-    return environment.get_template(template).render(light=light, dark=dark, **values)
+    return environment.get_template(template).render(colours=theme.css(), **values)
 
 
 def count(number_of: float, noun: str) -> str:

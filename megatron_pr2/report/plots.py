@@ -7,26 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_pr2.report import formats
-from megatron_pr2.report.figures import (
-    PAPER_COVERAGE_GAP,
-    Form,
-    Line,
-    Panel,
-    Plot,
-    X,
-    changed_rows,
-    chart,
-    chosen,
-    finish,
-    heat_map,
-    layers,
-    mini_step_lines,
-    smoothing_window,
-    steps,
-    x_axis,
-)
-from megatron_pr2.report.records import Array, RunData, exists, mean, running_mean
+from megatron_pr2.report import figures, formats
+from megatron_pr2.report.figures import Line, Panel, Plot, X, chart
+from megatron_pr2.report.records import RunData, exists, mean, running_mean
 from megatron_pr2.report.summary import layer_lift, predicted
 from megatron_pr2.report.theme import LIGHT, STACK
 
@@ -38,8 +21,8 @@ ZERO = Line(0.0, "muted")
 
 def learning(data: RunData) -> Plots:
     """What the policy achieves."""
-    x, reward = steps(data), data.column("reward")
-    window = smoothing_window(reward.size)
+    x, reward = figures.steps(data), data.column("reward")
+    window = figures.smoothing_window(reward.size)
     label = f"running mean ({window * data.bin_size} rollouts)"
     smooth = Line(running_mean(reward, window), "blue", label, style={"linewidth": 2.4})
     lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), smooth] if window > 1 else [Line(reward, "blue")]
@@ -59,19 +42,19 @@ def learning(data: RunData) -> Plots:
 
 def routes(data: RunData) -> Plots:
     """How well what was replayed matches what the updated routers would choose."""
-    x = steps(data)
+    x = figures.steps(data)
     yield _lift(data)
     yield _expected_lift(data)
     yield _mismatch(data)
 
     caption = "Share of the replayed experts that the current router would choose too: later mini-steps are staler and lie lower."
-    panel = Panel("agreement", mini_step_lines(data, "agreement"), percent=True)
+    panel = Panel("agreement", figures.mini_step_lines(data, "agreement"), percent=True)
     yield chart(x, [panel], "agreement", "Agreement per mini-step", caption)
 
     means = data.changed_means()
     caption = "How many of a token's replayed experts the current router would not choose: shorter bars are better."
-    rows = [(f"mini-step {i + 1}", means[i]) for i in chosen(data.kappa) if exists(means[i])]
-    yield changed_rows(rows, " unchanged", "changed", "Changed experts per token and layer", caption) if rows else None
+    rows = [(f"mini-step {i + 1}", means[i]) for i in figures.chosen(data.kappa) if exists(means[i])]
+    yield figures.changed_rows(rows, " unchanged", "changed", "Changed experts per token and layer", caption) if rows else None
 
     frozen = Line(data.later_mini_steps("kl_frozen"), "grey", "to the frozen router")
     prediction = Line(data.later_mini_steps("kl_predicted"), "blue", "to the prediction")
@@ -86,7 +69,7 @@ def routes(data: RunData) -> Plots:
     lines = [
         Line(worst, "orange", "worst layer", style=THIN),
         Line(average, "blue", "mean of layers"),
-        Line(PAPER_COVERAGE_GAP, "muted", "paper's max", style={"linestyle": "--"}),
+        Line(figures.PAPER_COVERAGE_GAP, "muted", "paper's max", style={"linestyle": "--"}),
     ]
     caption = "Router probability of its own top-k minus that of the replayed experts: what replay leaves out, lower is better."
     yield chart(x, [Panel("coverage gap", lines, zero=True)], "coverage", "Coverage gap", caption)
@@ -104,7 +87,7 @@ def _lift(data: RunData) -> Plot | None:
     values, later = 100 * data.lift_all(), 100 * data.column("lift")
     if not exists(later):
         return None
-    window = smoothing_window(values.size)
+    window = figures.smoothing_window(values.size)
     smooth = running_mean(values, window)
 
     def paint(axes: Axes) -> None:
@@ -119,7 +102,7 @@ def _lift(data: RunData) -> Plot | None:
         "below zero worse. In the first mini-step, part of the dark line only, a prediction can only be wrong."
         f"{_smoothed(window, data)}"
     )
-    return chart(steps(data), [Panel(POINTS, lines, paint=paint)], "lift", "Lift: better or worse off than R3", caption)
+    return chart(figures.steps(data), [Panel(POINTS, lines, paint=paint)], "lift", "Lift: better or worse off than R3", caption)
 
 
 def _expected_lift(data: RunData) -> Plot | None:
@@ -131,7 +114,7 @@ def _expected_lift(data: RunData) -> Plot | None:
     known = np.isfinite(lift_LP) & np.isfinite(error_LP)
     error = np.sqrt((np.where(known, error_LP, 0.0) ** 2).sum(axis=0)) / np.maximum(1, known.sum(axis=0))
     spread = np.where(known.any(axis=0), 2 * error, np.nan)
-    window = smoothing_window(data.steps.size)
+    window = figures.smoothing_window(data.steps.size)
     lines = [
         ZERO,
         Line(mean(lift_LP, axis=0), "orange", "expected, 95 % interval", band=spread),
@@ -142,7 +125,7 @@ def _expected_lift(data: RunData) -> Plot | None:
         "lift. The expectation is that of the best of several beta values, so it is a little too high. Neither should fall below "
         f"zero.{_smoothed(window, data)}"
     )
-    return chart(steps(data), [Panel(POINTS, lines)], "expected-lift", "Expected and measured lift", caption)
+    return chart(figures.steps(data), [Panel(POINTS, lines)], "expected-lift", "Expected and measured lift", caption)
 
 
 def _smoothed(window: int, data: RunData) -> str:
@@ -172,9 +155,9 @@ def _mismatch(data: RunData) -> Plot | None:
 def per_layer(data: RunData) -> Plots:
     """The same by MoE layer."""
     yield _layer_interval(data)
-    beta = data.layer_columns("hold_back", "beta")
+    x, beta = figures.steps(data), data.layer_columns("hold_back", "beta")
     caption = "Share of the prediction that is used: 0 (dark) is R3, 1 (bright) all of it. It rises where held-out tokens gain."
-    yield _map(data, beta, "viridis", 0.0, 1.0, lambda v: f"{v:.2f}", "beta", "Beta per layer", caption)
+    yield figures.heat_map(x, beta, "viridis", 0.0, 1.0, lambda v: f"{v:.2f}", "beta", "Beta per layer", caption)
 
     agreement, lift = data.layers("agreement"), data.layers("lift")
     mismatch = 1 - mean(agreement, axis=1)
@@ -182,30 +165,17 @@ def per_layer(data: RunData) -> Plots:
     lines = [Line(frozen, "grey", "frozen"), Line(mismatch, "blue", "replayed")]
     caption = "Mean mismatch of every MoE layer, lower is better: the distance from grey down to blue is the layer's lift."
     panel = Panel("1 − agreement", lines, zero=True, percent=True)
-    yield chart(layers(mismatch.size), [panel], "layer-profile", "Mismatch per layer", caption) if mismatch.size else None
+    yield chart(figures.layers(mismatch.size), [panel], "layer-profile", "Mismatch per layer", caption) if mismatch.size else None
 
     caption = "Every row is an MoE layer: a dark row is a layer whose routing moves fast."
     low, high = (float(np.nanmin(agreement)), float(np.nanmax(agreement))) if exists(agreement) else (0.0, 0.0)
     high = max(high, low + 1e-6)
-    yield _map(data, agreement, "viridis", low, high, formats.percent, "layer-agreement", "Agreement per layer", caption)
+    yield figures.heat_map(x, agreement, "viridis", low, high, formats.percent, "layer-agreement", "Agreement per layer", caption)
 
     # The 99th percentile: one noisy rollout must not wash out all others.
     limit = max(1e-4, float(np.nanpercentile(np.abs(lift), 99))) if exists(lift) else 0.0
     caption = "Blue layers gain from prediction, red layers lose, white ones show no difference."
-    yield _map(data, lift, "RdBu", -limit, limit, formats.points, "layer-lift", "Lift per layer", caption)
-
-
-def _map(
-    data: RunData, values: Array, colours: str, low: float, high: float, form: Form, name: str, title: str, caption: str
-) -> Plot | None:
-    """Layers over rollout steps, [L, P] values as colours."""
-    if not exists(values):
-        return None
-    first, last = float(data.steps[0]), float(data.steps[-1])
-    half = (last - first) / max(1, data.steps.size - 1) / 2 if last > first else 0.5
-    figure, axes = heat_map(values, (first - half, last + half), colours, low, high, form)
-    x_axis(axes, steps(data))
-    return finish(figure, name, title, caption)
+    yield figures.heat_map(x, lift, "RdBu", -limit, limit, formats.points, "layer-lift", "Lift per layer", caption)
 
 
 def _layer_interval(data: RunData) -> Plot | None:
@@ -225,12 +195,14 @@ def _layer_interval(data: RunData) -> Plot | None:
         "Lift over the whole run, all mini-steps, with its 95 % interval over rollouts: above zero a layer's routes are better "
         "than R3's. Of many layers one in twenty lies off zero by chance, and a bf16 engine's rounding lowers all, with R3 too."
     )
-    return chart(layers(lift_L.size), [Panel(POINTS, [ZERO, *lines])], "layer-interval", "Lift per layer, with interval", caption)
+    return chart(
+        figures.layers(lift_L.size), [Panel(POINTS, [ZERO, *lines])], "layer-interval", "Lift per layer, with interval", caption
+    )
 
 
 def policy(data: RunData) -> Plots:
     """How far an update moves the policy."""
-    x, low, high = steps(data), data.last_mini_step("ratio_min", np.nanmin), data.last_mini_step("ratio_max", np.nanmax)
+    x, low, high = figures.steps(data), data.last_mini_step("ratio_min", np.nanmin), data.last_mini_step("ratio_max", np.nanmax)
     lines = [
         Line(data.last_mini_step("ratio_mean"), "blue", "mean ± std", band=data.last_mini_step("ratio_std")),
         Line(high, "orange", "max", style=THIN),
@@ -240,7 +212,7 @@ def policy(data: RunData) -> Plots:
     yield chart(x, [Panel("ratio", lines, log="wide")], "ratio", "Importance ratio", caption)
 
     caption = "Tokens whose importance ratio left the clip range: later mini-steps clip more, because the policy has moved further."
-    panel = Panel("clipped tokens", mini_step_lines(data, "clip_fraction"), zero=True, percent=True)
+    panel = Panel("clipped tokens", figures.mini_step_lines(data, "clip_fraction"), zero=True, percent=True)
     yield chart(x, [panel], "clip", "Clip fraction", caption)
 
     caption = "Calm is good: an isolated spike is one bad batch, steady growth is a warning."
@@ -250,7 +222,7 @@ def policy(data: RunData) -> Plots:
 
 def engine(data: RunData) -> Plots:
     """How engine and actor differ."""
-    x = steps(data)
+    x = figures.steps(data)
     series = (("mean", "blue", "mean |gap|"), ("max", "orange", "max |gap|"), ("kl", "grey", "KL"))
     lines = [Line(data.column("logprob_gap", key), colour, label) for key, colour, label in series]
     caption = "How differently engine and actor score the same tokens before any update: lower is better, growth is a warning."
@@ -265,7 +237,7 @@ def engine(data: RunData) -> Plots:
 
 def cost(data: RunData) -> Plots:
     """Time and bytes."""
-    x = steps(data)
+    x = figures.steps(data)
     seconds = {name: np.nan_to_num(data.column("seconds", name)) for name in data.keys_of("seconds")}
     colours = [LIGHT[STACK[i % len(STACK)]] for i in range(len(seconds))]
 

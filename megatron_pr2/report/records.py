@@ -17,14 +17,24 @@ Array = npt.NDArray[np.float64]
 Record = Mapping[str, Any]
 
 
-def number(record: Record, *keys: str) -> float:
-    """The number at `record[keys[0]][keys[1]]...`, NaN if any part is absent, null or not a number."""
+def _at(record: Record, keys: Sequence[str | int]) -> Any:
+    """What is at `record[keys[0]][keys[1]]...`, None if any part is absent."""
     value: Any = record
     for key in keys:
-        if not isinstance(value, Mapping):
-            return math.nan
-        value = value.get(key)
-    return _as_float(value)
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        else:
+            value = value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
+    return value
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def number(record: Record, *keys: str | int) -> float:
+    """The number at `record[keys[0]][keys[1]]...`, NaN if any part is absent, null or not a number."""
+    return _as_float(_at(record, keys))
 
 
 def mini_steps_of(record: Record) -> list[Record]:
@@ -35,16 +45,14 @@ def mini_steps_of(record: Record) -> list[Record]:
 
 def lift_all(record: Record) -> float:
     """Mean lift over all mini-steps, the first included; from the mini-steps, or the lift of the later ones, in older records."""
-    over_all = mean([number(entry, "lift") for entry in mini_steps_of(record)] or [math.nan])
+    over_all = mean([number(entry, "lift") for entry in mini_steps_of(record)])
     candidates = (number(record, "lift_all"), float(over_all), number(record, "lift"))
     return next((value for value in candidates if math.isfinite(value)), math.nan)
 
 
 def layer_values(record: Record, *keys: str) -> list[float]:
     """The list at `record[keys[0]][keys[1]]...`, a number per MoE layer; empty if there is none."""
-    value: Any = record
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
+    value = _at(record, keys)
     return [_as_float(v) for v in value] if isinstance(value, list) else []
 
 
@@ -70,43 +78,41 @@ class RunData:
         self.kappa = max((len(mini_steps_of(r)) for r in records), default=0)
         self.steps = self._bin(np.array([number(r, "step") for r in records], dtype=np.float64), np.nanmean)
 
+    def series(self, read: Callable[[Record], float], reduce: Callable[..., Any] = np.nanmean) -> Array:
+        """[P] what `read` says of every record; `reduce` joins the rollouts of one bin."""
+        return self._bin(np.array([read(r) for r in self.records], dtype=np.float64), reduce)
+
     def column(self, *keys: str, reduce: Callable[..., Any] = np.nanmean) -> Array:
-        """[P] values at `keys`; `reduce` joins the rollouts of one bin."""
-        return self._bin(np.array([number(r, *keys) for r in self.records], dtype=np.float64), reduce)
+        """[P] values at `keys`."""
+        return self.series(lambda r: number(r, *keys), reduce)
 
     def total(self, *keys: str) -> float:
         """Sum over all rollouts of the values that exist."""
         return float(np.nansum([number(r, *keys) for r in self.records]))
 
-    def mini_steps(self, key: str) -> Array:
+    def mini_steps(self, *keys: str | int) -> Array:
         """[kappa, P] a scalar of every mini-step."""
-        return self._bin(self._per_mini_step(lambda entry: number(entry, key)), np.nanmean)
+        return self._bin(self._per_mini_step(*keys), np.nanmean)
 
-    def mini_step_means(self, key: str) -> Array:
+    def mini_step_means(self, *keys: str | int) -> Array:
         """[kappa] the scalar's mean over all rollouts."""
-        return mean(self._per_mini_step(lambda entry: number(entry, key)), axis=1)
+        return mean(self._per_mini_step(*keys), axis=1)
 
     def last_mini_step(self, key: str, reduce: Callable[..., Any] = np.nanmean) -> Array:
         """[P] the scalar in the last, stalest mini-step of each rollout."""
-        values = [number(entries[-1], key) if (entries := mini_steps_of(r)) else math.nan for r in self.records]
-        return self._bin(np.array(values, dtype=np.float64), reduce)
+        return self.series(lambda r: number((mini_steps_of(r) or [{}])[-1], key), reduce)
 
     def later_mini_steps(self, key: str) -> Array:
         """[P] the scalar's mean over the mini-steps from the second on, in which the policy is newer than the routes."""
-        values = [mean([number(entry, key) for entry in mini_steps_of(r)[1:]] or [math.nan]) for r in self.records]
-        return self._bin(np.array(values, dtype=np.float64), np.nanmean)
+        return self.series(lambda r: mean([number(entry, key) for entry in mini_steps_of(r)[1:]]))
 
     def changed_means(self) -> Array:
         """[kappa, 4] mean shares of (token, layer) pairs with 0, 1, 2, 3 or more changed experts."""
-        shares = [
-            mean(self._per_mini_step(lambda entry, c=c: _item(entry.get("changed"), c)), axis=1)  # type: ignore[misc]
-            for c in range(4)
-        ]
-        return np.stack(shares, axis=1)
+        return np.stack([self.mini_step_means("changed", c) for c in range(4)], axis=1)
 
     def lift_all(self) -> Array:
         """[P] lift over all mini-steps, the first included."""
-        return self._bin(np.array([lift_all(r) for r in self.records], dtype=np.float64), np.nanmean)
+        return self.series(lift_all)
 
     def layers(self, key: str) -> Array:
         """[layers, P] a per-layer value, mean over the mini-steps from the second on; [0, P] if there is none."""
@@ -132,12 +138,8 @@ class RunData:
                 names |= {str(k): None for k in entries if abs(number(entries, k)) > 0}
         return list(names)
 
-    def _per_mini_step(self, read: Callable[[Record], float]) -> Array:
-        out = np.full((self.kappa, self.rollouts), np.nan)
-        for column, record in enumerate(self.records):
-            for row, entry in enumerate(mini_steps_of(record)):
-                out[row, column] = read(entry)
-        return out
+    def _per_mini_step(self, *keys: str | int) -> Array:
+        return _padded([[number(entry, *keys) for entry in mini_steps_of(r)] for r in self.records], self.kappa).T
 
     def _bin(self, values: Array, reduce: Callable[..., Any]) -> Array:
         """Joins `bin_size` neighbours along the last axis; the last bin may be shorter."""
@@ -161,14 +163,6 @@ def running_mean(values: Array, window: int) -> Array:
 def exists(*arrays: npt.ArrayLike) -> bool:
     """Whether any value is a finite number."""
     return any(np.isfinite(np.asarray(a, dtype=np.float64)).any() for a in arrays)
-
-
-def _as_float(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _item(values: Any, index: int) -> float:
-    return _as_float(values[index]) if isinstance(values, list) and index < len(values) else math.nan
 
 
 def _padded(lists: Sequence[list[float]], length: int) -> Array:

@@ -31,7 +31,6 @@ class RouteStatistics:
     """What one file says.
 
     Attributes:
-        sequences, tokens: in the file.
         missing: tokens without a route; `missing_last` of them are the last token of their sequence, which never was an input.
         topk: K.
         load_LE: [L, E] how many tokens took the expert.
@@ -83,8 +82,7 @@ class RouteDifference:
     """How the second file's routes differ from the first's, for the same tokens.
 
     Attributes:
-        sequences: that both files hold.
-        only_first, only_second: sequences that one file holds alone.
+        sequences: that both files hold; `only_first` and `only_second` are in one file alone.
         tokens: of those sequences with a route in both files; `skipped` have none in at least one.
         touched: tokens that differ in at least one layer.
         topk: K.
@@ -145,11 +143,7 @@ def shared_experts(a_NLK: Ids, b_NLK: Ids) -> npt.NDArray[np.uint16]:
 
 
 def describe(tables: Mapping[int, RouteTable]) -> RouteStatistics:
-    """The numbers of one file.
-
-    Args:
-        tables: of one model, at least one.
-    """
+    """The numbers of one file: at least one table, all of one model."""
     tokens = missing = missing_last = neighbours = 0
     load_LE: Counts | None = None
     for table in tables.values():
@@ -180,13 +174,9 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
     Raises:
         DataError: the files are of two models, share no sequence, or a sequence has another number of tokens in each.
     """
-    models = [(f.num_layers, f.topk, f.num_experts) for f in (first, second)]
+    models = [f"{f.num_layers} MoE layers, top-{f.topk} of {f.num_experts} experts" for f in (first, second)]
     if models[0] != models[1]:
-        told = [
-            f"{f.path} has {layers} MoE layers, top-{k} of {e} experts"
-            for f, (layers, k, e) in zip((first, second), models, strict=True)
-        ]
-        raise DataError(f"{'; '.join(told)}: routes of two models cannot be compared")
+        raise DataError(f"{first.path} has {models[0]}; {second.path} has {models[1]}: routes of two models cannot be compared")
     lengths, others = first.lengths(), second.lengths()
     both = [sid for sid in lengths if sid in others]
     if not both:
@@ -198,11 +188,10 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
             f"sequence {odd[0]} has {lengths[odd[0]]} tokens in {first.path} and {others[odd[0]]} in {second.path} "
             f"({len(odd)} of {len(both)} differ); expected routes of the same sequences under the same numbers"
         )
-    layers, topk, _ = models[0]
     edges = position_edges([lengths[sid] for sid in both])
     bins = len(edges) - 1
-    changed_L4: Counts = np.zeros((layers, 4), dtype=np.int64)
-    kept_LP: Counts = np.zeros((layers, bins), dtype=np.int64)
+    changed_L4: Counts = np.zeros((first.num_layers, 4), dtype=np.int64)
+    kept_LP: Counts = np.zeros((first.num_layers, bins), dtype=np.int64)
     pairs_P: Counts = np.zeros(bins, dtype=np.int64)
     touched = 0
     for sid in both:
@@ -210,10 +199,10 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
         for piece in _pieces(a.experts):
             (rows,) = np.nonzero(a.valid[piece] & b.valid[piece])
             kept_NL = shared_experts(a.experts[piece][rows], b.experts[piece][rows])
-            changed_NL = topk - kept_NL
+            changed_NL = np.minimum(first.topk - kept_NL, 3)
             touched += int(np.count_nonzero(changed_NL.any(axis=1)))
             for c in range(4):
-                changed_L4[:, c] += (changed_NL == c if c < 3 else changed_NL >= 3).sum(axis=0)
+                changed_L4[:, c] += (changed_NL == c).sum(axis=0)
             bin_N = np.searchsorted(edges, rows + piece.start, side="right") - 1
             pairs_P += np.bincount(bin_N, minlength=bins)
             for at in np.unique(bin_N):
@@ -226,7 +215,7 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
         tokens=tokens,
         skipped=sum(lengths[sid] for sid in both) - tokens,
         touched=touched,
-        topk=topk,
+        topk=first.topk,
         changed_L4=changed_L4,
         edges=edges,
         kept_LP=kept_LP,
@@ -251,12 +240,11 @@ def _load(ids_NLK: Ids, num_experts: int) -> Counts:
     """[L, E] how often each expert occurs."""
     layers = ids_NLK.shape[1]
     flat = ids_NLK + (np.arange(layers, dtype=np.int64) * num_experts)[:, None]
-    counts: Counts = np.bincount(flat.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)
-    return counts
+    return np.bincount(flat.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)
 
 
 def _pieces(experts_TLK: Ids) -> Iterator[slice]:
-    tokens, layers, topk = experts_TLK.shape
-    step = max(1, _PIECE_IDS // max(1, layers * topk))
+    tokens = len(experts_TLK)
+    step = max(1, _PIECE_IDS * tokens // max(1, experts_TLK.size))
     for start in range(0, tokens, step):
         yield slice(start, min(tokens, start + step))

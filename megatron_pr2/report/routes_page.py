@@ -9,24 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report import formats
-from megatron_pr2.report.figures import (
-    PAPER_CHANGED,
-    Form,
-    Line,
-    Panel,
-    Plot,
-    X,
-    changed_rows,
-    chart,
-    chosen,
-    finish,
-    heat_map,
-    layers,
-)
+from megatron_pr2.report import figures, formats
+from megatron_pr2.report.figures import Form, Line, Panel, X, chart
 from megatron_pr2.report.metrics_log import replace_atomically
 from megatron_pr2.report.page import Card, count, drawn, numbered, render_page
 from megatron_pr2.report.plots import Plots
@@ -120,16 +106,15 @@ def file_cards(file: RouteFile, statistics: RouteStatistics) -> list[Card]:
 def file_plots(statistics: RouteStatistics, number: int) -> Plots:
     """Load and stickiness of one file; `number` is the file's, for the plots' names."""
     share_LE, imbalance_L = statistics.share_LE(), statistics.imbalance_L()
-    x = layers(imbalance_L.size)
+    x = figures.layers(imbalance_L.size)
     if not exists(share_LE):
         return
     # The 99.5th percentile: one expert that does it all must not make all others look idle.
     high = max(2.0, float(np.percentile(share_LE, 99.5)))
-    figure, axes = heat_map(share_LE, (-0.5, share_LE.shape[1] - 0.5), "viridis", 0.0, high, lambda v: f"{v:g}×")
-    axes.set_xlabel("expert")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     caption = "Tokens that took the expert, relative to an even load (1×): dark ones idle, bright ones are bottlenecks."
-    yield finish(figure, f"load-{number}", "Load of the experts", caption)
+    experts = X("expert", np.arange(share_LE.shape[1]))
+    words = f"load-{number}", "Load of the experts", caption
+    yield figures.heat_map(experts, share_LE, "viridis", 0.0, high, lambda v: f"{v:g}×", *words)
 
     even = Line(1.0, "muted", style={"linestyle": "--"})
     panels = [
@@ -172,7 +157,7 @@ def verdict(difference: RouteDifference) -> tuple[str, str, str]:
     pairs = f"{formats.count(difference.tokens)} tokens in {count(len(difference.kept_LP), 'MoE layer')}"
     if unchanged == 1:
         return "same", "The routes are the same", f"All {pairs} took the same experts in both files."
-    paper = ", ".join(f"{name.removeprefix('paper: ')} {_percent(shares[0])}" for name, shares in PAPER_CHANGED)
+    paper = ", ".join(f"{name.removeprefix('paper: ')} {_percent(shares[0])}" for name, shares in figures.PAPER_CHANGED)
     detail = f"Of {pairs}. The paper's figures, replayed against current routes in training: {paper}."
     return "told", f"{_share(unchanged)} of the routes are the same", detail
 
@@ -188,7 +173,7 @@ def difference_cards(difference: RouteDifference) -> list[Card]:
     if difference.tokens:
         agreement_L, unchanged = difference.agreement_L(), float(difference.changed()[0])
         touched = _share(difference.touched / difference.tokens)
-        frozen = _percent(PAPER_CHANGED[0][1][0])
+        frozen = _percent(figures.PAPER_CHANGED[0][1][0])
         r3 = f"differ in some layer; R3's paper: {formats.percent(R3_TOUCHED, 0)} between engine and actor"
         out += [
             Card("Unchanged pairs", _share(unchanged), f"of (token, layer); the paper's frozen routes {frozen}"),
@@ -208,12 +193,12 @@ def difference_plots(difference: RouteDifference) -> Plots:
         "in training."
     )
     rows = [("these two files", difference.changed())]
-    yield changed_rows(rows, " unchanged", "files-changed", "Changed experts per token and layer", caption)
+    yield figures.changed_rows(rows, " unchanged", "files-changed", "Changed experts per token and layer", caption)
 
     mismatch_L, mismatch_LP, edges = 1 - difference.agreement_L(), 1 - difference.agreement_LP(), difference.edges
     caption = "Share of a token's experts that the second file does not have: a high point is a layer whose routes differ most."
     panel = Panel("1 − agreement", [Line(mismatch_L, "blue")], zero=True, percent=True)
-    yield chart(layers(mismatch_L.size), [panel], "files-layers", "Difference per layer", caption)
+    yield chart(figures.layers(mismatch_L.size), [panel], "files-layers", "Difference per layer", caption)
 
     mean_P = mismatch_LP.mean(axis=0)
     line = Line(np.append(mean_P, mean_P[-1]), "blue", style={"drawstyle": "steps-post", "marker": ""})
@@ -223,20 +208,13 @@ def difference_plots(difference: RouteDifference) -> Plots:
     )
     panel = Panel("1 − agreement", [line], zero=True, percent=True)
     yield chart(X("position in the sequence", edges), [panel], "files-positions", "Difference by position", caption)
-    yield _layers_by_position(difference)
 
-
-def _layers_by_position(difference: RouteDifference) -> Plot | None:
-    values_LP, edges = 1 - difference.agreement_LP(), difference.edges
-    if min(values_LP.shape) < 2:
-        return None
-    high = max(1e-4, float(np.nanmax(values_LP)))
-    figure, axes = heat_map(values_LP, (0.5, values_LP.shape[1] + 0.5), "viridis", 0.0, high, _percent)
-    shown = chosen(len(edges))
-    axes.set_xticks([i + 0.5 for i in shown], [str(edges[i]) for i in shown])
-    axes.set_xlabel("position in the sequence")
     caption = "1 − agreement by layer and position: a bright column is a place in the sequence, a bright row a layer."
-    return finish(figure, "files-layers-positions", "Difference per layer and position", caption)
+    ticks = {i + 0.5: str(edges[i]) for i in figures.chosen(len(edges))}
+    x = X("position in the sequence", np.arange(mean_P.size) + 1.0, ticks=ticks)
+    words = "files-layers-positions", "Difference per layer and position", caption
+    high = max(1e-4, float(np.nanmax(mismatch_LP)))
+    yield figures.heat_map(x, mismatch_LP, "viridis", 0.0, high, _percent, *words) if min(mismatch_LP.shape) > 1 else None
 
 
 def _share(share: float) -> str:

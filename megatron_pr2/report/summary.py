@@ -180,7 +180,7 @@ def what_ran(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def _frozen_all(record: Record) -> float:
     """Frozen agreement over all mini-steps; the record's own, which leaves out the first, where there are no mini-steps."""
-    value = float(mean([number(entry, "frozen_agreement") for entry in mini_steps_of(record)] or [math.nan]))
+    value = float(mean([number(entry, "frozen_agreement") for entry in mini_steps_of(record)]))
     return value if math.isfinite(value) else number(record, "frozen_agreement")
 
 

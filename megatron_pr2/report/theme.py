@@ -9,7 +9,6 @@ import io
 import re
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 # name -> (light, dark). Every light colour occurs once: it is the key by which a variable is found in the SVG.
@@ -79,19 +78,15 @@ def new_figure(height: float = 3.0) -> Figure:
     return figure
 
 
-def style() -> Any:
-    """Context in which figures are made and drawn."""
-    return rc_context(STYLE)
-
-
 def ramp(position: int, count: int) -> str:
     """Colour of the `position`-th of `count` ordered things."""
     return LIGHT[f"ramp{RAMP - 1 if count <= 1 else round(position * (RAMP - 1) / (count - 1))}"]
 
 
-def css_variables(dark: bool) -> str:
-    """Declarations of every colour for one of the two schemes."""
-    return " ".join(f"--{name}: {pair[int(dark)]};" for name, pair in {**PAGE, **COLOURS}.items())
+def css() -> str:
+    """Declarations of every colour, for the light and the dark scheme."""
+    light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in {**PAGE, **COLOURS}.items()) for i in (0, 1))
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
 
 
 def to_svg(figure: Figure, name: str) -> str:
@@ -99,8 +94,7 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    head, body = svg.split(">", 1)
+    head, body = svg[svg.index("<svg") :].split(">", 1)
     view_box = re.search(r'viewBox="[^"]+"', head)
     head = f'<svg {view_box.group(0) if view_box else ""} aria-hidden="true" focusable="false"'
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)

@@ -213,11 +213,7 @@ def standalone(plot: Plot) -> str:
     head = head.replace(' aria-hidden="true" focusable="false"', f' role="img" aria-label="{plot.title}"')
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     head = head.replace("<svg", f'<svg {namespaces} width="{box.group(1)}pt" height="{box.group(2)}pt"', 1)
-    style = (
-        f":root {{ {theme.css_variables(dark=False)} }} "
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {theme.css_variables(dark=True)} }} }} "
-        f"text {{ font-family: {_FONT} !important; }}"
-    )
+    style = f"{theme.css()} text {{ font-family: {_FONT} !important; }}"
     return f'{head}><style>{style}</style><rect width="100%" height="100%" style="fill: var(--paper)"/>{body}\n'
 
 

@@ -11,25 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_pr2.report import formats
+from megatron_pr2.report import figures, formats
 from megatron_pr2.report.comparison import measures
 from megatron_pr2.report.comparison.measures import Measure, differences, of_method, per_seed
 from megatron_pr2.report.comparison.runs import Setting
 from megatron_pr2.report.comparison.stats import interval
-from megatron_pr2.report.figures import (
-    PAPER_COVERAGE_GAP,
-    Line,
-    Panel,
-    Plot,
-    X,
-    changed_rows,
-    chart,
-    finish,
-    named_rows,
-    smoothing_window,
-    stacked_rows,
-    steps,
-)
+from megatron_pr2.report.figures import Line, Panel, Plot, X, chart
 from megatron_pr2.report.plots import POINTS, ZERO, Plots
 from megatron_pr2.report.records import Array, RunData, exists, mean, running_mean
 from megatron_pr2.report.theme import LIGHT, STACK
@@ -71,7 +58,7 @@ def short_name(name: str) -> str:
 
 def first(setting: Setting, look: Mapping[str, Look]) -> Plots:
     """What is shown of a setting at once."""
-    window = smoothing_window(setting.rollouts)
+    window = figures.smoothing_window(setting.rollouts)
     bands = len(setting.methods) <= MOST_BANDS
     caption = "Mean over seeds" + (f" of the running mean over {window} rollouts" if window > 1 else "")
     yield _curves(
@@ -108,7 +95,9 @@ def first(setting: Setting, look: Mapping[str, Look]) -> Plots:
         "Share of (token, layer) pairs with 1, 2 or more experts that the updated router would not choose, mini-steps from the "
         "second on; the number is the share without any. Shorter bars are better."
     )
-    yield changed_rows(rows, "", f"{setting.slug}-changed", "Changed experts per token and layer", caption) if rows else None
+    yield (
+        figures.changed_rows(rows, "", f"{setting.slug}-changed", "Changed experts per token and layer", caption) if rows else None
+    )
 
     caption = (
         "Share of the replayed experts that the updated router would choose too, higher is better; whiskers are 95 % intervals "
@@ -132,9 +121,9 @@ def more(setting: Setting, look: Mapping[str, Look]) -> Plots:
     yield _values(setting, look, measures.KL_PREDICTED, caption, marks=marks)
     caption = (
         "Router probability of its own top-k minus that of the replayed experts, lower is better. "
-        f"The dashed line is the largest per-layer value that the paper reports, {PAPER_COVERAGE_GAP}."
+        f"The dashed line is the largest per-layer value that the paper reports, {figures.PAPER_COVERAGE_GAP}."
     )
-    yield _values(setting, look, measures.COVERAGE, caption, rule=PAPER_COVERAGE_GAP)
+    yield _values(setting, look, measures.COVERAGE, caption, rule=figures.PAPER_COVERAGE_GAP)
     caption = "How differently the updated policy scores the sampled tokens: growth over the mini-steps means instability."
     yield _per_mini_step(setting, look, measures.RATIO_VARIANCE, caption)
     caption = "Share of tokens whose ratio was clipped: the policy learns nothing from them."
@@ -165,7 +154,9 @@ def _curves(
         style = {"linestyle": look[method].line}
         lines.append(Line(mean(table, axis=0), look[method].colour, short_name(method), half, style=style))
     name, title, caption = words
-    return chart(steps(next(iter(curves.values()))), [Panel(y, lines)], f"{setting.slug}-{name}", title, caption, height=2.6)
+    return chart(
+        figures.steps(next(iter(curves.values()))), [Panel(y, lines)], f"{setting.slug}-{name}", title, caption, height=2.6
+    )
 
 
 def _per_mini_step(
@@ -227,7 +218,7 @@ def _forest(
     rows = {method: list(values.values()) for method, values in seeds.items() if exists(list(values.values()))}
     if not rows:
         return None
-    figure, axes, position = named_rows([short_name(method) for method in rows])
+    figure, axes, position = figures.named_rows([short_name(method) for method in rows])
     if rule is not None:
         axes.axvline(rule, color=LIGHT["muted"], linewidth=1, linestyle="--" if rule else "-")
     for y, (method, values) in zip(position, rows.items(), strict=True):
@@ -244,7 +235,7 @@ def _forest(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axes.margins(x=0.08)
-    return finish(figure, f"{setting.slug}-{measure.key}{suffix}", title, caption)
+    return figures.finish(figure, f"{setting.slug}-{measure.key}{suffix}", title, caption)
 
 
 def _time(setting: Setting) -> Plot | None:
@@ -259,7 +250,9 @@ def _time(setting: Setting) -> Plot | None:
         rows.append((short_name(method), row))
         pace = of_method(setting, method, measures.THROUGHPUT).mean
         ends.append(f"{formats.count(pace)} tok/s" if math.isfinite(pace) else "")
-    figure, axes = stacked_rows(rows, [(STACK[i % len(STACK)], name.replace("_", " ")) for i, name in enumerate(names)], ends)
+    figure, axes = figures.stacked_rows(
+        rows, [(STACK[i % len(STACK)], name.replace("_", " ")) for i, name in enumerate(names)], ends
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
     caption = "Mean time of one rollout step by phase; it includes whatever else the machine was doing at that time."
-    return finish(figure, f"{setting.slug}-time", "Time per step", caption)
+    return figures.finish(figure, f"{setting.slug}-time", "Time per step", caption)

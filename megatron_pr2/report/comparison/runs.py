@@ -22,8 +22,10 @@ from megatron_pr2.report.records import Record, RunData, mini_steps_of, number
 BASELINE = "r3"
 
 # Where a run is kept, how far it goes and on how many processes: not what it computes.
-_INCIDENTAL = ("run", "seed", "steps", "checkpoint_every", "model.cache", "parallel.", "preset", "pr2.")
-_INCIDENTAL_ENGINE = tuple(f"rollout.{name}" for name in ("restarts", "handshake", "urls", "engines", "router"))
+_INCIDENTAL = (
+    "run", "seed", "steps", "checkpoint_every", "model.cache", "parallel.", "preset", "pr2.", "rollout.restarts",
+    "rollout.handshake", "rollout.urls", "rollout.engines", "rollout.router",
+)  # fmt: skip
 # What has no effect where the predictor's name lacks the word, or without hold-back.
 _OF_PREDICTOR = {"learned": ("target", "alpha", "betas", "eps"), "momentum": ("momentum", "horizon")}
 _OF_HOLD_BACK = ("held_out_share", "hold_back_decay", "hold_back_confidence")
@@ -62,10 +64,9 @@ class Setting:
         label: "off-4, lr 1e-4" and what else differs from other settings.
         slug: the label for file names and anchors.
         methods: name -> seed -> run, in the order in which methods were given.
-        baseline: the method that the others are compared with.
-        rollouts: what every run here has; numbers are of these first rollouts only.
+        baseline: the method that the others are compared with: replay without prediction, or else the first.
         lengths: (shortest, longest) run.
-        data: (method, seed) -> every one of those rollouts.
+        data: (method, seed) -> the rollouts that every run here has; all numbers are of these.
         read: (method, seed, measure) -> numbers that were asked for before.
     """
 
@@ -74,16 +75,18 @@ class Setting:
     mini_steps: int
     lr: float
     methods: dict[str, dict[int, Run]]
-    baseline: str
-    rollouts: int = 0
-    lengths: tuple[int, int] = (0, 0)
-    data: dict[tuple[str, int], RunData] = field(default_factory=dict)
     read: dict[tuple[str, int, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = [len(run.records) for _, _, run in self.runs()]
-        self.rollouts, self.lengths = min(lengths), (min(lengths), max(lengths))
+        self.lengths = min(lengths), max(lengths)
         self.data = self.curves(points=self.rollouts)
+        r3 = (name for name, seeds in self.methods.items() if all(run.method["preset"] == BASELINE for run in seeds.values()))
+        self.baseline = next(r3, next(iter(self.methods)))
+
+    @property
+    def rollouts(self) -> int:
+        return self.lengths[0]
 
     def curves(self, points: int = _CURVE_POINTS) -> dict[tuple[str, int], RunData]:
         """(method, seed) -> the rollouts, thinned for plots."""
@@ -118,7 +121,8 @@ def load(paths: Iterable[str | Path], groups: Mapping[Path, tuple[str, str]] | N
     methods = _method_names(runs)
     settings: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for index, run in enumerate(runs):
-        settings.setdefault(_setting_key(run.config), []).append(index)
+        key = tuple((key, short(value)) for key, value in sorted(run.config.items()) if not key.startswith(_INCIDENTAL))
+        settings.setdefault(key, []).append(index)
     differing = {key for key, count in Counter(pair for pairs in settings for pair in pairs).items() if count < len(settings)}
     order = list(dict.fromkeys(methods))
     out = []
@@ -134,7 +138,7 @@ def load(paths: Iterable[str | Path], groups: Mapping[Path, tuple[str, str]] | N
         ]
         label = ", ".join([f"off-{mini_steps}", f"lr {short(lr)}", *others])
         slug = re.sub(r"[^\w.]+", "-", label)
-        out.append(Setting(label, slug, mini_steps, lr, chosen, _baseline(chosen)))
+        out.append(Setting(label, slug, mini_steps, lr, chosen))
     out.sort(key=lambda s: (s.mini_steps, s.lr, s.label))
     for number_of, setting in enumerate(out, start=1):  # slugs are anchors and file names: never twice the same
         setting.slug += f"-{number_of}" if sum(other.slug == setting.slug for other in out) > 1 else ""
@@ -191,21 +195,13 @@ def _method(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's routes, defaults included, without what has no effect."""
     preset = str(config["preset"])
     overrides = {key.removeprefix("pr2."): value for key, value in config.items() if key.startswith("pr2.")}
-    settings = {**asdict(PR2Config()), **PRESETS.get(preset, {}), **overrides}
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if key != "seed"}
-    for part, keys in _OF_PREDICTOR.items():
-        if part not in settings["predictor"]:
-            settings = {key: value for key, value in settings.items() if key not in keys}
+    settings = {**asdict(PR2Config()), **PRESETS.get(preset, {}), **overrides, "preset": preset}
+    idle = {"seed", *(key for part, keys in _OF_PREDICTOR.items() if part not in settings["predictor"] for key in keys)}
     if settings["predictor"] == "none":
-        settings.pop("hold_back", None)
-    if not settings.get("hold_back"):
-        settings = {key: value for key, value in settings.items() if key not in _OF_HOLD_BACK}
-    return {"preset": preset, **settings}
-
-
-def _setting_key(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    incidental = _INCIDENTAL + _INCIDENTAL_ENGINE
-    return tuple((key, short(value)) for key, value in sorted(config.items()) if not key.startswith(incidental))
+        idle.add("hold_back")
+    if "hold_back" in idle or not settings["hold_back"]:
+        idle |= set(_OF_HOLD_BACK)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if key not in idle}
 
 
 def _method_names(runs: Sequence[Run]) -> list[str]:
@@ -215,13 +211,10 @@ def _method_names(runs: Sequence[Run]) -> list[str]:
         preset = run.method["preset"]
         kin = [other.method for other in runs if other.given is None and other.method["preset"] == preset]
         keys = [key for key in run.method if len({short(method[key]) for method in kin if key in method}) > 1]
-        out.append(run.given or " ".join([str(preset), *(_words(key, run.method[key]) for key in keys)]))
+        # What names a way of predicting needs no key.
+        words = [str(run.method[k]) if k in ("predictor", "target") else f"{k}={short(run.method[k])}" for k in keys]
+        out.append(run.given or " ".join([preset, *words]))
     return out
-
-
-def _words(key: str, value: Any) -> str:
-    """A setting in a name; what names a way of predicting needs no key."""
-    return str(value) if key in ("predictor", "target") else f"{key}={short(value)}"
 
 
 def _replicates(runs: Sequence[tuple[str, Run]]) -> dict[str, dict[int, Run]]:
@@ -234,11 +227,3 @@ def _replicates(runs: Sequence[tuple[str, Run]]) -> dict[str, dict[int, Run]]:
             unique = f"{name} [{run.path}]"
         out.setdefault(unique, {})[run.seed] = run
     return out
-
-
-def _baseline(methods: Mapping[str, Mapping[int, Run]]) -> str:
-    """Replay without prediction, or else whatever comes first."""
-    for name, replicates in methods.items():
-        if all(run.method["preset"] == BASELINE for run in replicates.values()):
-            return name
-    return next(iter(methods))
