@@ -1,4 +1,4 @@
-"""Does prediction pay? Trains every method of a grid on the same task and budget, and compares them.
+"""Does prediction help? Trains every method of a grid on the same task and budget, and compares them.
 
 A cell is one `megatron-pr2 train` run: method x mini-steps x learning rate x seed. Cells run side by side, a process each, in
 OUT/cells; what is finished is kept, so that the same command goes on after Ctrl-C, a crash or a change of the grid. When all is
@@ -31,7 +31,7 @@ from megatron_pr2.report.metrics_log import read_records
 from megatron_pr2.report.records import number
 
 GRID = Path(__file__).resolve().parents[1] / "examples" / "compare.yaml"
-TITLE = "Does prediction pay?"
+TITLE = "Does prediction help?"
 # Two cores, one cell on each, quickstart settings; replaced by what finished cells took.
 SECONDS_PER_STEP, SECONDS_PER_CELL, SECONDS_PER_WARM_START = 2.0, 20.0, 60.0
 

@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -60,18 +59,16 @@ OPTIONAL = "beta"
 class LiveDisplay:
     """Progress bar with the time left, the current phase, the last steps' numbers and a sparkline of the reward.
 
-    A context manager: on leaving, also by an exception or Ctrl-C, the last state stays on the screen and the cursor is back.
-    Logging that should appear above the table goes through `console` (for example rich.logging.RichHandler(console=...)).
+    Where the console is no capable terminal every step is one plain line instead. A context manager: on leaving, also by an
+    exception or Ctrl-C, the last state stays on the screen and the cursor is back. Logging that should appear above the table goes
+    through `console` (for example rich.logging.RichHandler(console=...)).
 
     Args:
         start_step: steps already done by the run that this one resumes.
         console: where to draw; standard output by default.
-        live: redraw in place; by default if the console is a capable terminal. Otherwise every step is one plain line.
     """
 
-    def __init__(
-        self, total_steps: int, title: str, *, start_step: int = 0, console: Console | None = None, live: bool | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, title: str, *, start_step: int = 0, console: Console | None = None) -> None:
         self.console = console or Console()
         self.total_steps = total_steps
         self.title = title
@@ -85,11 +82,8 @@ class LiveDisplay:
         self._phase_since = self._step_since = time.monotonic()
         self._spinner: Spinner | None = Spinner("dots")
         capable = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._live = (
-            Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
-            if live or (live is None and capable)
-            else None
-        )
+        live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+        self._live = live if capable else None
 
     def __enter__(self) -> LiveDisplay:
         self._phase_since = self._step_since = time.monotonic()
@@ -101,7 +95,7 @@ class LiveDisplay:
             self._line(NOTICE)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._phase = f"stopped during {self._phase}: {kind.__name__}"
         elif self._done >= self.total_steps:
@@ -112,11 +106,10 @@ class LiveDisplay:
         else:
             self._line(f"{self._phase} after {self._done} of {self.total_steps} steps")
 
-    def phase(self, name: str, index: int | None = None, total: int | None = None) -> None:
-        """Names what is going on now: phase("rollout"), phase("mini-step", 2, 8)."""
-        self._phase = name if index is None else f"{name} {index} of {total}" if total is not None else f"{name} {index}"
+    def phase(self, name: str) -> None:
+        """Names what is going on now."""
+        self._phase, self._detail = name, ""
         self._phase_since = time.monotonic()
-        self._detail = ""
 
     def detail(self, text: str) -> None:
         """How far the current phase is; safe from other threads."""

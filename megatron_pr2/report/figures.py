@@ -79,7 +79,6 @@ class Panel:
             left out under "always" and "bytes".
         ticks: format of the y axis' ticks; `percent` is that of shares.
         paint: draws what is no line.
-        share: height relative to the other panels.
     """
 
     y: str
@@ -89,7 +88,6 @@ class Panel:
     percent: bool = False
     ticks: Form | None = None
     paint: Callable[[Axes], object] | None = None
-    share: int = 1
 
 
 def steps(data: RunData) -> X:
@@ -108,7 +106,7 @@ def chart(x: X, panels: Sequence[Panel], name: str, title: str, caption: str, he
     if not drawn or drawn[0] is not panels[0]:
         return None
     figure = new_figure(height)
-    stack = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=[p.share for p in drawn])[:, 0]
+    stack = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(stack, drawn, strict=True):
         _draw(axes, x, panel)
     x_axis(stack[-1], x)
@@ -206,9 +204,9 @@ def label_y(axes: Axes, text: str) -> None:
     axes.yaxis.set_label_coords(0.2 / WIDTH, 0.5, transform=blended_transform_factory(figure.transFigure, axes.transAxes))
 
 
-def chosen(count: int, most: int = MOST_LINES) -> list[int]:
-    """At most `most` of 0..count-1, evenly spread, first and last included."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
+def chosen(count: int) -> list[int]:
+    """At most six of 0..count-1, evenly spread, first and last included."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, MOST_LINES))}) if count else []
 
 
 def mini_step_lines(data: RunData, key: str) -> list[Line]:

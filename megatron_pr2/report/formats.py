@@ -17,7 +17,7 @@ def fixed(value: float, digits: int = 3) -> str:
 
 
 def scientific(value: float) -> str:
-    """Two significant digits, for quantities that live on a log scale; an exact zero stays "0"."""
+    """Two significant digits, for quantities of many magnitudes; an exact zero stays "0"."""
     if not math.isfinite(value):
         return ABSENT
     return "0" if value == 0 else f"{value:.1e}"

@@ -125,8 +125,7 @@ def first_and_last_fifth(records: Sequence[Record]) -> dict[str, float]:
         difference; "rollouts": how many rollouts a fifth is. NaN where no rollout has a reward.
     """
     fifth = max(1, len(records) // 5)
-    first = float(mean([number(r, "reward") for r in records[:fifth]]))
-    last = float(mean([number(r, "reward") for r in records[-fifth:]]))
+    first, last = (float(mean([number(r, "reward") for r in part])) for part in (records[:fifth], records[-fifth:]))
     return {"first": first, "last": last, "change": last - first, "rollouts": float(min(fifth, len(records)))}
 
 
@@ -138,20 +137,15 @@ def scalars(record: Record) -> dict[str, float]:
         group = record.get(key)
         if isinstance(group, Mapping):
             out |= {f"{key}/{name}": number(group, name) for name in group}
-    out |= _hold_back_scalars(record)
+    # Hold-back: means over layers, the share of layers whose beta is 0, and beta by layer, from 1.
+    lists = {name: layer_values(record, "hold_back", name) for name in ("beta", "lift", "lift_error")}
+    out |= {f"hold_back/{name}": float(mean(values)) for name, values in lists.items()}
+    known = [beta for beta in lists["beta"] if math.isfinite(beta)]
+    out["hold_back/held_layers"] = float(mean([beta == 0 for beta in known]))
+    out |= {f"hold_back/beta_by_layer/{layer}": beta for layer, beta in enumerate(lists["beta"], start=1)}
     for position, entry in enumerate(mini_steps_of(record), start=1):
         out |= {f"mini_step/{name}/{position}": number(entry, name) for name in entry if name != "mini_step"}
     return {tag: value for tag, value in out.items() if math.isfinite(value)}
-
-
-def _hold_back_scalars(record: Record) -> dict[str, float]:
-    """Means over layers, the share of layers that are held back entirely, and beta by layer, from 1."""
-    lists = {name: layer_values(record, "hold_back", name) for name in ("beta", "lift", "lift_error")}
-    out = {f"hold_back/{name}": float(mean(values)) for name, values in lists.items() if values}
-    known = [beta for beta in lists["beta"] if math.isfinite(beta)]
-    if known:
-        out["hold_back/held_layers"] = sum(beta == 0 for beta in known) / len(known)
-    return out | {f"hold_back/beta_by_layer/{layer}": beta for layer, beta in enumerate(lists["beta"], start=1)}
 
 
 def replace_atomically(path: Path, content: bytes) -> None:
@@ -176,20 +170,18 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     content = path.read_bytes()
     lines = content.split(b"\n")
     tail = lines.pop()  # empty after a whole last line
-    out = [(line, _parse(line, path, i)) for i, line in enumerate(lines, start=1)]
+    out = []
+    for number_of, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number_of} is not JSON ({error}); restore or remove that line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < 0:
+            raise DataError(f"{path}:{number_of} is not a metrics record: expected an object with an integer step >= 0")
+        out.append((line, record))
     if tail:
         logger.warning("%s: line %d is torn (%d bytes without a line end) and is dropped", path, len(lines) + 1, len(tail))
     return out
-
-
-def _parse(line: bytes, path: Path, number_of_line: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number_of_line} is not JSON ({error}); restore or remove that line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < 0:
-        raise DataError(f"{path}:{number_of_line} is not a metrics record: expected an object with an integer step >= 0")
-    return record
 
 
 def _clean(value: Any, where: str) -> Any:

@@ -26,10 +26,10 @@ def learning(data: RunData) -> Plots:
     label = f"running mean ({window * data.bin_size} rollouts)"
     smooth = Line(running_mean(reward, window), "blue", label, style={"linewidth": 2.4})
     lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), smooth] if window > 1 else [Line(reward, "blue")]
-    caption = "Higher is better: the strong line averages out the luck of single rollouts."
+    caption = "Higher is better: the strong line averages over neighbouring rollouts."
     yield chart(x, [Panel("mean reward", lines)], "reward", "Reward", caption)
 
-    length = Panel("tokens", [Line(data.column("response_length"), "blue")], share=2)
+    length = Panel("tokens", [Line(data.column("response_length"), "blue")])
     cut = Panel("cut off", [Line(data.column("truncated"), "orange")], zero=True, percent=True)
     caption = "A length that runs away, or a rising share of responses cut off at the limit, says that the policy degenerates."
     yield chart(x, [length, cut], "length", "Response length", caption)

@@ -159,7 +159,7 @@ def verdict(difference: RouteDifference) -> tuple[str, str, str]:
         return "same", "The routes are the same", f"All {pairs} took the same experts in both files."
     paper = ", ".join(f"{name.removeprefix('paper: ')} {_percent(shares[0])}" for name, shares in figures.PAPER_CHANGED)
     detail = f"Of {pairs}. The paper's figures, replayed against current routes in training: {paper}."
-    return "told", f"{_share(unchanged)} of the routes are the same", detail
+    return "info", f"{_share(unchanged)} of the routes are the same", detail
 
 
 def difference_cards(difference: RouteDifference) -> list[Card]:

@@ -2,7 +2,7 @@
 
 Agreement is the share of the replayed experts that are in the current router's top-k; frozen agreement is the same for
 TopK(p_old), which replay without prediction (R3) would give; lift is their difference (drift.metrics). The verdict is about
-the lift over all mini-steps: the first, in which a prediction can only be wrong, is part of what a run pays.
+the lift over all mini-steps: the first, in which a prediction can only be wrong, counts as well.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_one_plain_line_per_step_without_a_terminal():
     with LiveDisplay(3, "pr2 [tiny]", console=console) as display:
         for entry in run(3):
             display.phase("rollout")
-            display.phase("mini-step", 1, 4)
+            display.phase("mini-step 1 of 4")
             display.update(entry)
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "pr2 [tiny]: 3 steps"
@@ -93,7 +93,7 @@ def test_terminal_shows_table_phase_and_definitions():
     with LiveDisplay(5, "pr2 on tiny", console=console) as display:
         for entry in run(4):
             display.update(entry)
-        display.phase("mini-step", 2, 4)
+        display.phase("mini-step 2 of 4")
     text = console.file.getvalue()
     final = text[text.rindex("pr2 on tiny") :]
     for word in ("4/5", "mini-step 2 of 4", "tokens", "log-prob", "missing", "agreem.", "98.", "reward "):

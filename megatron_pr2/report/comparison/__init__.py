@@ -1,1 +1,1 @@
-"""Runs side by side: what tools/compare_methods.py measured, as pages, tables and plots."""
+"""Runs side by side: sorted by setting, method and seed; one table of measures makes the page, the Markdown and the CSV files."""

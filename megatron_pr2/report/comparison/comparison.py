@@ -164,7 +164,7 @@ def what(settings: Sequence[Setting]) -> str:
     """How much is compared."""
     runs = sum(len(setting.data) for setting in settings)
     methods = len({name for setting in settings for name in setting.methods})
-    seconds = sum(tables.wall_seconds(setting) for setting in settings)
+    seconds = sum(data.total("wall_seconds") for setting in settings for data in setting.data.values())
     return (
         f"{count(runs, 'run')}: {count(methods, 'method')}, {count(len(settings), 'setting')}; {formats.duration(seconds)} of "
         "training in all."

@@ -124,7 +124,7 @@ SECONDS = Unit(_finite(".2f", unit=" s"), _finite("+.2f", unit=" s"))
 
 FINAL_REWARD = Measure("reward_final", "final reward", NUMBER, lambda data: first_and_last_fifth(data.records)["last"], 1)
 MEAN_REWARD = Measure("reward_mean", "mean reward", NUMBER, _column("reward"), 1)
-# The first mini-step, in which a prediction can only be wrong, is part of what a run pays: the verdict is about all of them.
+# The first mini-step, in which a prediction can only be wrong, counts as well: the verdict is about all of them.
 LIFT = Measure("lift_all", "lift", POINTS, lambda data: float(mean(data.lift_all())), 1, _each("lift"))
 LATER_LIFT = Measure("lift", "lift, mini-steps from the second on", POINTS, _column("lift"), 1)
 REMOVED = Measure("mismatches_removed", "mismatches removed", PERCENT_1, _removed, 1)

@@ -21,7 +21,7 @@ from megatron_pr2.report.plots import POINTS, ZERO, Plots
 from megatron_pr2.report.records import Array, RunData, exists, mean, running_mean
 from megatron_pr2.report.theme import LIGHT, STACK
 
-# More intervals than this on top of each other cannot be told apart; the rows below the curves show them.
+# More intervals than this on top of each other cannot be distinguished; the rows below the curves show them.
 MOST_BANDS = 4
 # arXiv 2606.00395 (draft), off-8: agreement falls from the second to the first of these over the mini-steps.
 PAPER_AGREEMENT_OFF_8 = (0.9825, 0.9975)

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from megatron_pr2.report import formats
 from megatron_pr2.report.comparison.measures import (
     FINAL_REWARD,
@@ -182,11 +180,6 @@ def mini_steps(setting: Setting) -> Table:
         *((measure.short_title, lambda row, m=measure: cell(row, m)) for measure, _ in shown),
     ]
     return table_of(rows, columns)
-
-
-def wall_seconds(setting: Setting) -> float:
-    """Time that the compared rollouts took, summed over runs."""
-    return sum(float(np.nansum(data.column("wall_seconds"))) for data in setting.data.values())
 
 
 PAPER = table_of(
