@@ -81,12 +81,8 @@ class HostAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        unsupported = {
-            "qk_clip": config.qk_clip,
-            "log_max_attention_logit": config.log_max_attention_logit,
-        }
-        for name, is_set in unsupported.items():
-            if is_set:
+        for name in ("qk_clip", "log_max_attention_logit"):
+            if getattr(config, name):
                 raise ConfigError(f"{name}={getattr(config, name)!r}: the host's attention does not have it; unset it")
         groups = ProcessGroupCollection.use_mpu_process_groups() if pg_collection is None else pg_collection
         self.config = config
@@ -224,28 +220,17 @@ class HostAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None, causal: bool
     ) -> torch.Tensor:
         """[B, heads, length, channels] each; ``allowed`` None means plain causal (or full) attention."""
-        if self.softmax_offset is not None:
-            return self._attend_with_sinks(self.softmax_offset, query, key, value, allowed, causal)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=allowed,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and allowed is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    def _attend_with_sinks(
-        self,
-        sinks_N: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        allowed: torch.Tensor | None,
-        causal: bool,
-    ) -> torch.Tensor:
+        if self.softmax_offset is None:
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=allowed,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal and allowed is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         scale = 1.0 / math.sqrt(query.shape[-1]) if self.softmax_scale is None else self.softmax_scale
@@ -254,7 +239,7 @@ class HostAttention(torch.nn.Module):
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
-        sinks = sinks_N.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sinks = self.softmax_offset.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         # A sink takes its share of the weight, and adds nothing.
         weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         return F.dropout(weights, self.dropout, self.training) @ value

@@ -16,26 +16,28 @@ from megatron_pr2.host.patches import PatchSet
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint")
 
 
-class HostStream:
-    """A stream that is always idle. All streams are equal, so that nobody thinks he is on a side stream."""
+class _Idle:
+    """What a stream and an event have in common when nothing is ever under way."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def wait_stream(self, stream: Any) -> None:
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> HostEvent:
-        return HostEvent()
-
-    def synchronize(self) -> None:
-        pass
+    synchronize = _nothing
 
     def query(self) -> bool:
         return True
+
+
+class HostStream(_Idle):
+    """A stream that is always idle. All streams are equal, so no code takes this one for a side stream."""
+
+    wait_stream = wait_event = _Idle._nothing
+
+    def record_event(self, event: Any = None) -> HostEvent:
+        return HostEvent()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HostStream)
@@ -44,32 +46,17 @@ class HostStream:
         return hash(HostStream)
 
 
-class HostEvent:
-    """An event that has always happened."""
+class HostEvent(_Idle):
+    """An event that has already happened."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+    record = wait = _Idle._nothing
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
 
 
 def _is_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

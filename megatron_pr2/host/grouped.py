@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.host.linear import InitMethod
+from megatron_pr2.host.linear import EmptyExtraState, InitMethod
 
 
-class HostGroupedLinear(torch.nn.Module):
+class HostGroupedLinear(EmptyExtraState, torch.nn.Module):
     """``num_gemms`` independent linear layers over consecutive runs of rows. Use it within Megatron's ``TEGroupedMLP``.
 
     Communication between expert-parallel and expert-tensor-parallel ranks belongs to the token dispatcher, so this layer
@@ -26,11 +26,14 @@ class HostGroupedLinear(torch.nn.Module):
     Args:
         num_gemms: local experts.
         input_size, output_size: sizes of the whole layer, before sharding over expert tensor parallelism.
-        partition_dim: 0 shards the output (fc1), 1 the input (fc2).
+
+    Attributes:
+        partition_dim: what expert tensor parallelism shards: 0 the output, 1 the input.
     """
 
-    # Bridges that do not know a class by its name ask for this and for `partition_dim`.
+    # Bridges that do not know a class by its name ask for these two.
     tensor_model_parallel = True
+    partition_dim: int
 
     def __init__(
         self,
@@ -38,18 +41,19 @@ class HostGroupedLinear(torch.nn.Module):
         input_size: int,
         output_size: int,
         *,
-        partition_dim: int,
         config: TransformerConfig,
         init_method: InitMethod,
         bias: bool,
-        skip_bias_add: bool = False,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         groups = ProcessGroupCollection.use_mpu_process_groups() if pg_collection is None else pg_collection
         self.config = config
         self.num_gemms = num_gemms
-        self.partition_dim = partition_dim
         self.use_bias, self.skip_bias_add = bias, skip_bias_add
         self._pg_collection = groups
         if bias and groups.expt_tp.size() > 1:
@@ -58,11 +62,11 @@ class HostGroupedLinear(torch.nn.Module):
                 "bias; set expert_tensor_parallel_size=1"
             )
         shape = [output_size, input_size]
-        shape[partition_dim] = divide(shape[partition_dim], groups.expt_tp.size())
+        shape[self.partition_dim] = divide(shape[self.partition_dim], groups.expt_tp.size())
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             # Every rank owns different numbers: they count in the gradient norm on each rank.
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=1)
             # Expert gradients are reduced over the expert data-parallel group, not over all data-parallel ranks.
             weight.allreduce = config.expert_model_parallel_size <= 1
             self.register_parameter(f"weight{index}", weight)
@@ -103,13 +107,6 @@ class HostGroupedLinear(torch.nn.Module):
         outputs = [F.linear(part, self.get_parameter(f"weight{index}"), added[index]) for index, part in enumerate(parts)]
         return torch.cat(outputs), biases if self.skip_bias_add else None
 
-    def get_extra_state(self) -> None:
-        """Transformer Engine's modules have one; an empty one keeps the checkpoint keys equal."""
-        return None
-
-    def set_extra_state(self, state: Any) -> None:
-        """Ignored."""
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """Same keys as TEGroupedLinear: one global tensor with the experts as a leading axis, one extra state per expert."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
@@ -142,62 +139,12 @@ class HostGroupedLinear(torch.nn.Module):
 
 
 class HostColumnParallelGroupedLinear(HostGroupedLinear):
-    """Stands in for ``TEColumnParallelGroupedLinear`` (fc1): the output is sharded over expert tensor parallelism."""
+    """Stands in for ``TEColumnParallelGroupedLinear`` (fc1)."""
 
-    def __init__(
-        self,
-        num_gemms: int,
-        input_size: int,
-        output_size: int,
-        *,
-        config: TransformerConfig,
-        init_method: InitMethod,
-        bias: bool,
-        skip_bias_add: bool,
-        is_expert: bool,
-        tp_comm_buffer_name: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(
-            num_gemms,
-            input_size,
-            output_size,
-            partition_dim=0,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            skip_bias_add=skip_bias_add,
-            pg_collection=pg_collection,
-        )
+    partition_dim = 0
 
 
 class HostRowParallelGroupedLinear(HostGroupedLinear):
-    """Stands in for ``TERowParallelGroupedLinear`` (fc2): the input is sharded over expert tensor parallelism."""
+    """Stands in for ``TERowParallelGroupedLinear`` (fc2)."""
 
-    def __init__(
-        self,
-        num_gemms: int,
-        input_size: int,
-        output_size: int,
-        *,
-        config: TransformerConfig,
-        init_method: InitMethod,
-        bias: bool,
-        skip_bias_add: bool,
-        is_expert: bool,
-        tp_comm_buffer_name: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(
-            num_gemms,
-            input_size,
-            output_size,
-            partition_dim=1,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            skip_bias_add=skip_bias_add,
-            pg_collection=pg_collection,
-        )
+    partition_dim = 1

@@ -30,7 +30,7 @@ _HOST_MODULES = {
 
 
 def patch_hybrid(patches: PatchSet) -> None:
-    """Replaces the spec of training, under both of its names, and the final norm. Call it when the layer specs are patched."""
+    """Replaces the spec of training, under both of its names, and the final norm. The layer specs must be patched before."""
     try:
         block = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
         specs = importlib.import_module("megatron.core.models.hybrid.hybrid_layer_specs")

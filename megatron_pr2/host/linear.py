@@ -17,6 +17,16 @@ from megatron_pr2.host.norm import norm_parameters, normalize
 InitMethod = Callable[[torch.Tensor], Any]
 
 
+class EmptyExtraState:
+    """Transformer Engine's modules have an extra state; an empty one keeps the checkpoint keys equal."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
 class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
     """Stands in for ``TELayerNormColumnParallelLinear``: parameters ``layer_norm_weight`` and ``weight``.
 
@@ -34,7 +44,7 @@ class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(normalize(input_, self.layer_norm_weight, self.layer_norm_bias, eps, self.config), *args, **kwargs)
 
 
-class HostLinear(torch.nn.Module):
+class HostLinear(EmptyExtraState, torch.nn.Module):
     """Stands in for ``TELinear`` with ``parallel_mode="duplicated"``: the same weight on every tensor-parallel rank."""
 
     # Bridges that do not know a class by its name ask for this.
@@ -70,20 +80,7 @@ class HostLinear(torch.nn.Module):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.nn.functional.linear(input_, self.weight), None
 
-    def get_extra_state(self) -> None:
-        """Transformer Engine's modules have one; an empty one keeps the checkpoint keys equal."""
-        return None
-
-    def set_extra_state(self, state: Any) -> None:
-        """Ignored."""
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            None,
-            sharded_offsets,
-            tp_group=self._tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
+        groups = {"tp_group": self._tp_group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, None, sharded_offsets, **groups)

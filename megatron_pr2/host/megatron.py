@@ -37,22 +37,14 @@ def _share_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
 def _communicate_shapes(self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
     """P2PCommunicator._communicate_shapes in the order of its unbatched sends and receives."""
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
-    sent = {
-        "tensor_send_prev": tensor_send_prev,
-        "tensor_send_next": tensor_send_next,
-    }
+    sent = {"tensor_send_prev": tensor_send_prev, "tensor_send_next": tensor_send_next}
     shapes = {name: None if tensor is None else torch.tensor(tensor.shape) for name, tensor in sent.items()}
     received = {
         "tensor_recv_prev": torch.zeros(3, dtype=torch.int64) if recv_prev else None,
         "tensor_recv_next": torch.zeros(3, dtype=torch.int64) if recv_next else None,
     }
-    requests = p2p._p2p_ops(
-        **shapes,
-        **received,
-        group=self.pp_group,
-        prev_pipeline_rank=self.prev_rank,
-        next_pipeline_rank=self.next_rank,
-    )
+    ranks = {"prev_pipeline_rank": self.prev_rank, "next_pipeline_rank": self.next_rank}
+    requests = p2p._p2p_ops(**shapes, **received, **ranks, group=self.pp_group)
     for request in requests.values():
         request.wait()
     return tuple([0, 0, 0] if tensor is None else tensor.tolist() for tensor in received.values())

@@ -28,7 +28,6 @@ _NOISE = (
 )
 
 _active: PatchSet | None = None
-_filters: list[Any] | None = None
 _training = False
 
 
@@ -45,7 +44,7 @@ def enable() -> None:
     Raises:
         ConfigError: CUDA is available. Megatron-Core runs there as it is.
     """
-    global _active, _filters
+    global _active
     if _active is not None:
         return
     if torch.cuda.is_available():
@@ -53,9 +52,9 @@ def enable() -> None:
             "host.enable(): CUDA is available; Megatron-Core runs on it as it is. "
             "Set CUDA_VISIBLE_DEVICES= (empty) to use the CPU on purpose"
         )
-    saved_filters = list(warnings.filters)
     patches = PatchSet()
     try:
+        patches.set(warnings, "filters", list(warnings.filters))
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
         _import_quietly("torch.utils.cpp_extension")
@@ -72,9 +71,8 @@ def enable() -> None:
         patch_mamba(patches)
     except BaseException:
         patches.undo()
-        warnings.filters[:] = saved_filters  # type: ignore[index]
         raise
-    _active, _filters = patches, saved_filters
+    _active = patches
     logger.info("Megatron-Core runs on the CPU of this process (gloo, plain torch modules)")
 
 
@@ -111,14 +109,10 @@ def _import_quietly(module: str) -> None:
 
 def disable() -> None:
     """Undoes :func:`enable` exactly. Models that were built in between must not be used any more."""
-    global _active, _filters, _training
-    if _active is None:
-        return
-    _active.undo()
-    if _filters is not None:
-        warnings.filters[:] = _filters  # type: ignore[index]
-    _active = _filters = None
-    _training = False
+    global _active, _training
+    if _active is not None:
+        _active.undo()
+    _active, _training = None, False
 
 
 def config_overrides() -> dict[str, Any]:
