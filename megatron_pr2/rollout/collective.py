@@ -20,7 +20,8 @@ from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngi
 
 if TYPE_CHECKING:
     from megatron_pr2.rollout.sglang.push.disk import DiskTarget
-    from megatron_pr2.rollout.sglang.push.session import PushTarget, WeightSender
+    from megatron_pr2.rollout.sglang.push.target import PushTarget
+    from megatron_pr2.rollout.sglang.push.update import WeightSender
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class CollectiveEngine:
         if self._engine is not None:
             return cast(PushEngine, self._engine).push_part(weights)
         from megatron_pr2.rollout.sglang.push.disk import DiskSender, DiskTarget
-        from megatron_pr2.rollout.sglang.push.session import WeightSender
+        from megatron_pr2.rollout.sglang.push.update import WeightSender
 
         if isinstance(targets, DiskTarget):
             return DiskSender(targets, dist.get_rank()).push(weights)

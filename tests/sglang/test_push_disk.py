@@ -78,16 +78,6 @@ def test_parts_become_one_model(model: tuple[Path, dict[str, torch.Tensor]], tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_successful_push_may_stay(model: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
-    path, weights = model
-    push = DiskPush(path, tmp_path, keep=True)
-    target = push.begin()
-    send(target, weights)
-    push.finish([], "7", flush_cache=True)
-    push.abandon()
-    assert Path(target.directory).is_dir()
-
-
 def test_what_is_not_the_model_reaches_no_server(model: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     path, weights = model
     first = next(iter(weights))

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.http import HttpClient
-from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, WeightSender
+from megatron_pr2.rollout.sglang.push.session import PushSession
+from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.update import WeightSender
 from tests.helpers.distributed import pool
 from tests.sglang.conftest import TinyModel
 from tests.sglang.plain_server import PlainServer, other_model
@@ -64,12 +66,14 @@ def test_one_sender_pushes_a_model_and_keeps_its_channel(
         assert server.version() == label
         server.assert_serves(model, label)
         if label == "a":
-            (link,) = sender._links.values()
-            first = link.open()
-        assert link.open() is first
+            (first,) = sender._channels.values()
+            group = first._group
+            assert group is not None
+        assert first._group is group
     sender.retarget([server.target()])  # another connection: another channel
-    assert [link._channel for link in sender._links.values()] == [None]
-    assert first.broken
+    assert [channel._group for channel in sender._channels.values()] == [None]
+    assert first not in sender._channels.values()
+    assert first._group is None
 
 
 def test_a_sender_outlives_the_client_that_it_was_lent(server: PlainServer, tiny: TinyModel) -> None:
@@ -81,7 +85,7 @@ def test_a_sender_outlives_the_client_that_it_was_lent(server: PlainServer, tiny
     push(server, sender, tiny, "j")
     client.close()
     sender.retarget([])
-    assert sender.targets == []
+    assert not sender._channels
 
 
 def test_one_stream_goes_to_several_targets(server: PlainServer, tiny: TinyModel, other: TinyModel) -> None:

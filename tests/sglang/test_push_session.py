@@ -13,7 +13,9 @@ import torch
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient
-from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, WeightSender, own_address, push_target
+from megatron_pr2.rollout.sglang.push.session import PushSession
+from megatron_pr2.rollout.sglang.push.target import PushTarget, own_address, push_target
+from megatron_pr2.rollout.sglang.push.update import WeightSender
 from tests.sglang.fake_server import Answer, FakeServer, serve
 
 OK = (200, {"success": True, "message": "fine"})
@@ -158,7 +160,7 @@ def test_a_sender_without_a_server_and_with_nothing_to_send() -> None:
         sender.push(weights)
     sender.close()
     sender.close()
-    assert sender.targets == []
+    assert not sender._channels
 
 
 def test_one_push_packs_for_one_kind_of_device() -> None:

@@ -29,12 +29,12 @@ from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.episode import Episode
 from megatron_pr2.rollout.sglang.fleet import Fleet
 from megatron_pr2.rollout.sglang.push.disk import DiskTarget
-from megatron_pr2.rollout.sglang.push.session import PushTarget
+from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.update import make_update
 from megatron_pr2.rollout.sglang.replica import SGLangReplica
 from megatron_pr2.rollout.sglang.route_spill import RouteSpill
 from megatron_pr2.rollout.sglang.scheduler import RolloutCall
 from megatron_pr2.rollout.sglang.servers import SGLangServers
-from megatron_pr2.rollout.sglang.update import make_update
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SGLangEngine:
         self.weight_version = -1
         self.on_progress: Callable[[Progress], None] | None = None
         self.spill = RouteSpill(config.route_bytes, config.spill_directory)
-        self._update = make_update(config, self.replicas)
+        self._update = make_update(config, lambda target: next(r.http for r in self.replicas if r.url == target.url))
         self._updated: list[SGLangReplica] = []
         self._push_is_open = False
         self._carried: dict[str, Episode] = {}
@@ -163,7 +163,7 @@ class SGLangEngine:
             self._updated = fleet.reachable()
             for replica in self._updated:
                 replica.unusable = "its last weight update failed and may have replaced a part of the weights"
-            return self._update.begin(self._updated)
+            return self._update.begin([r.session for r in self._updated], [r.target for r in self._updated])
         except BaseException:
             self.abandon_push()
             raise
@@ -179,7 +179,7 @@ class SGLangEngine:
             RolloutError: a server refused, or reports another version; abandon_push must be called then.
         """
         fleet = self._servers.running()
-        self._update.finish(self._updated, str(version), flush_cache=not fleet.busy)
+        self._update.finish([r.session for r in self._updated], str(version), flush_cache=not fleet.busy)
         for replica in self._updated:
             replica.published(str(version))
         self.weight_version = version
@@ -192,7 +192,7 @@ class SGLangEngine:
         fleet = self._fleet
         try:
             if fleet is not None:
-                self._update.abandon([replica for replica in self._updated if replica.connected])
+                self._update.abandon([replica.session for replica in self._updated if replica.connected])
         finally:
             self._end_push(fleet)
 

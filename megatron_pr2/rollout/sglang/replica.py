@@ -20,7 +20,8 @@ from megatron_pr2.rollout.sglang import wire
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient, LoopThread
 from megatron_pr2.rollout.sglang.info import check_server_info
-from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession, PushTarget, push_target
+from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession
+from megatron_pr2.rollout.sglang.push.target import PushTarget, push_target
 from megatron_pr2.rollout.sglang.routes import parse_body
 from megatron_pr2.rollout.sglang.server import SGLangServer
 

@@ -1,6 +1,6 @@
 """Pushing weights through a directory that trainers and servers share: the way where no network group can be opened.
 
-Every byte is written and read once more than by a group (session.py), and a server loads a whole model or nothing. Any number
+Every byte is written and read once more than by a group (channel.py), and a server loads a whole model or nothing. Any number
 of senders write their parts side by side, as safetensors; the controlling process then checks that all parts together are the
 model that the directory started from, name by name, because SGLang would keep old weights for what is missing without a word.
 """
@@ -8,7 +8,6 @@ model that the directory started from, name by name, because SGLang would keep o
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -24,10 +23,8 @@ from safetensors.torch import save_file
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.hf.files import TensorIndex, copy_companions
 from megatron_pr2.hf.weight_files import INDEX_NAME
-from megatron_pr2.rollout.sglang.push.channel import WHERE
-from megatron_pr2.rollout.sglang.push.session import PushSession
-
-logger = logging.getLogger(__name__)
+from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession
+from megatron_pr2.rollout.sglang.push.target import PushTarget
 
 # Names that a checkpoint may hold and that no trainer exports: cached rotary frequencies of old releases.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -92,41 +89,45 @@ class DiskSender:
 
 
 class DiskPush:
-    """The controlling side: begin(), then senders, then finish() or abandon().
+    """Both sides of the way by disk in the controlling process: begin(), then senders, then finish() or abandon().
 
     Args:
         model_path: directory that the servers were started from; gives config.json, tokenizer and the names of the weights.
         parent: existing directory that all processes and servers see, for the directories of single pushes.
         shard_bytes: see DiskTarget.
-        keep: leave the directories of successful pushes where they are.
     """
 
-    def __init__(self, model_path: str | Path, parent: str | Path, *, shard_bytes: int = 1 << 30, keep: bool = False) -> None:
+    def __init__(self, model_path: str | Path, parent: str | Path, *, shard_bytes: int = 1 << 30) -> None:
         self._model_path = Path(model_path)
         self._parent = Path(parent)
         self._shard_bytes = shard_bytes
-        self._keep = keep
-        self._directory: Path | None = None
+        self._target: DiskTarget | None = None
 
-    def begin(self) -> DiskTarget:
-        """Makes a fresh directory.
+    def begin(self, sessions: Sequence[PushSession] = (), targets: Sequence[PushTarget] = ()) -> DiskTarget:
+        """Makes a new directory; the servers are not involved before finish().
 
         Raises:
             RolloutError: it cannot be made.
             ConfigError: `model_path` is no model directory.
         """
-        self.abandon()
+        self.close()
         if not (self._model_path / "config.json").is_file():
             raise ConfigError(f"{self._model_path}: no config.json; expected a Hugging Face model directory")
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="push-", dir=self._parent))
-            self._directory.chmod(_public(0o777))
-            shutil.copyfile(self._model_path / "config.json", self._directory / "config.json")
-            copy_companions(self._model_path, self._directory)
+            directory = Path(tempfile.mkdtemp(prefix="push-", dir=self._parent))
+            self._target = DiskTarget(str(directory), self._shard_bytes)
+            directory.chmod(_public(0o777))
+            shutil.copyfile(self._model_path / "config.json", directory / "config.json")
+            copy_companions(self._model_path, directory)
         except OSError as error:
-            self.abandon()
+            self.close()
             raise RolloutError(f"{WHERE}: no directory for the weights in {self._parent}: {error}") from error
-        return DiskTarget(str(self._directory), self._shard_bytes)
+        return self._target
+
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Writes this process's part, that of rank 0; see :meth:`DiskSender.push`."""
+        assert self._target is not None
+        return DiskSender(self._target, 0).push(weights)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
         """Checks that the model is complete, has every server load it, and removes the directory.
@@ -138,23 +139,24 @@ class DiskPush:
         Raises:
             RolloutError: weights are missing, unknown or there twice (no server has changed then), or a server refused or died.
         """
-        if self._directory is None:
+        if self._target is None:
             raise RolloutError(f"{WHERE}: begin() was not called")
-        _write_index(self._directory, _required_names(self._model_path))
+        _write_index(Path(self._target.directory), _required_names(self._model_path))
         for session in sessions:
-            session.load_directory(str(self._directory))
+            session.load_directory(self._target.directory)
         for session in sessions:
             session.publish(label, flush_cache=flush_cache)
-        if self._keep:
-            logger.info("weights of version %s stay in %s", label, self._directory)
-            self._directory = None
-        self.abandon()
+        self.close()
 
-    def abandon(self) -> None:
+    def abandon(self, sessions: Sequence[PushSession] = ()) -> None:
         """Removes the directory of a push that failed; safe to call at any time."""
-        directory, self._directory = self._directory, None
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Removes what a push left behind."""
+        target, self._target = self._target, None
+        if target is not None:
+            shutil.rmtree(target.directory, ignore_errors=True)
 
 
 def _required_names(model_path: Path) -> set[str]:

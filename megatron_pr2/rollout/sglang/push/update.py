@@ -1,0 +1,130 @@
+"""How new weights get into the servers of an engine: through process groups or by disk.
+
+    distributed   every sender broadcasts its buckets to the servers; no rank and no disk ever holds the whole model
+    disk          every sender writes its part to a directory that all servers read; for servers that no process group reaches
+
+One process controls (PushSession) and any number of processes send. Both ways have two phases: nobody sends before begin() or after
+finish() or abandon(). Every sender has a process group of its own with each server, and a server takes one bucket at a time, so
+senders need not agree on anything else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from megatron_pr2.errors import RolloutError
+from megatron_pr2.rollout.sglang.config import SGLangConfig
+from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.push.buckets import Bucket, buckets
+from megatron_pr2.rollout.sglang.push.channel import WeightChannel
+from megatron_pr2.rollout.sglang.push.disk import DiskPush
+from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession
+from megatron_pr2.rollout.sglang.push.target import PushTarget
+
+
+class WeightSender:
+    """Sends one stream of tensors to all targets at once, through channels that it keeps between pushes.
+
+    Args:
+        targets: see :meth:`retarget`.
+        client: gives the client of a target where the caller has one that knows more of the server (why it died); it stays the
+            caller's. By default the sender makes and closes its own.
+    """
+
+    def __init__(self, targets: Sequence[PushTarget] = (), *, client: Callable[[PushTarget], HttpClient] | None = None) -> None:
+        self._client = client
+        self._channels: dict[PushTarget, WeightChannel] = {}
+        self.retarget(targets)
+
+    def retarget(self, targets: Sequence[PushTarget]) -> None:
+        """Sets where the next push goes; channels to targets that stay are kept.
+
+        Raises:
+            RolloutError: the targets receive on different kinds of device.
+        """
+        if len({target.device for target in targets}) > 1:
+            raise RolloutError(f"{WHERE}: targets on {sorted({t.device for t in targets})}; one push packs for one kind of device")
+        for target in [target for target in self._channels if target not in targets]:
+            self._channels.pop(target).close()
+        for target in targets:
+            if target not in self._channels:
+                self._channels[target] = WeightChannel(target, self._client and self._client(target))
+
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Sends tensors by Hugging Face name in buckets and returns their bytes (once, however many targets).
+
+        A bucket is packed once and goes to all targets side by side; it is the most that is held beside the tensors that it is
+        packed from. Opens channels when the first bucket is ready, none for an empty stream.
+
+        Raises:
+            RolloutError: a target refused, died or did not take a bucket in time. The next push() opens a new channel to it.
+        """
+        targets = list(self._channels)
+        if not targets:
+            raise RolloutError(f"{WHERE}: there is no server to push to")
+        sent = 0
+        for bucket in buckets(weights, min(target.bucket_bytes for target in targets), torch.device(targets[0].device)):
+            self._send(bucket)
+            sent += bucket.flat.numel()
+            del bucket  # before the next one is packed
+        return sent
+
+    def _send(self, bucket: Bucket) -> None:
+        channels = list(self._channels.values())
+        for channel in channels:
+            channel.open()
+        try:
+            for channel in channels:
+                channel.start(bucket)
+            # All of them, before a failure is raised: what is under way needs the bucket and would meet the next push.
+            failures = [failure for failure in [channel.wait() for channel in channels] if failure is not None]
+        except BaseException:  # the user does not want to wait
+            for channel in channels:
+                channel.abandon()
+            raise
+        if failures:
+            raise RolloutError("; ".join(failures))
+
+    def close(self) -> None:
+        """Leaves all groups; safe to call twice and with dead servers."""
+        self.retarget(())
+
+
+class DistributedPush(WeightSender):
+    """Both sides of the distributed way in the controlling process."""
+
+    def begin(self, sessions: Sequence[PushSession], targets: Sequence[PushTarget]) -> list[PushTarget]:
+        """Opens the sessions; returns where tensors go.
+
+        Raises:
+            RolloutError: a server refused or died.
+        """
+        for session in sessions:
+            session.begin()
+        self.retarget(targets)
+        return list(targets)
+
+    def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
+        """The servers sample from the new weights when this returns.
+
+        Raises:
+            RolloutError: a server refused or died.
+        """
+        for session in sessions:
+            session.finish(label, flush_cache=flush_cache)
+
+    def abandon(self, sessions: Sequence[PushSession]) -> None:
+        """Closes a failed update as far as the servers still can."""
+        for session in sessions:
+            session.abandon()
+
+
+def make_update(config: SGLangConfig, client: Callable[[PushTarget], HttpClient]) -> DistributedPush | DiskPush:
+    """The way that `config.push` names; `client` gives the client of a target."""
+    if config.push == "distributed":
+        return DistributedPush(client=client)
+    assert config.model_path is not None
+    return DiskPush(config.model_path, config.push_directory or tempfile.gettempdir(), shard_bytes=config.weight_bucket_bytes)
