@@ -40,7 +40,7 @@ def test_end_is_described_with_the_log_and_without_secrets(tmp_path: Path) -> No
     script = r"print('\x1b[31mkey sk-123\x1b[0m', 'leak of nothing', sep='\n', flush=True); raise SystemExit(3)"
     child = ChildProcess("toy server", log_path=tmp_path / "log", secrets=["sk-123"], noise=["leak of"])
     assert "was not started" in child.describe_end()
-    child.start([sys.executable, "-c", script], environment())
+    child.spawn([sys.executable, "-c", script], environment())
     assert child.wait(30)
     assert not child.alive()
     assert child.describe_end() == f"toy server ended with code 3. Last lines of {tmp_path / 'log'}:\nkey <redacted>"
@@ -55,7 +55,7 @@ def test_stop_ends_a_process_that_ignores_sigterm_and_its_children(tmp_path: Pat
         time.sleep(300)
     """)
     child = ChildProcess("toy server", log_path=tmp_path / "log")
-    child.start([sys.executable, "-c", script], environment())
+    child.spawn([sys.executable, "-c", script], environment())
     assert wait_until(lambda: log_tail(tmp_path / "log", 1))
     grandchild = int(log_tail(tmp_path / "log", 1))
     pid = child.pid
@@ -71,7 +71,7 @@ def test_stop_ends_a_process_that_ignores_sigterm_and_its_children(tmp_path: Pat
 def test_children_are_swept_when_the_leader_is_killed(tmp_path: Path) -> None:
     script = f"import subprocess, time; print(subprocess.Popen({SLEEP!r}).pid, flush=True); time.sleep(300)"
     child = ChildProcess("toy server", log_path=tmp_path / "log")
-    child.start([sys.executable, "-c", script], environment())
+    child.spawn([sys.executable, "-c", script], environment())
     assert wait_until(lambda: log_tail(tmp_path / "log", 1))
     grandchild = int(log_tail(tmp_path / "log", 1))
     assert child.pid is not None
@@ -90,7 +90,7 @@ def test_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     parent = textwrap.dedent(f"""
         import os, sys, time
         from megatron_pr2.rollout.sglang.child_process import ChildProcess
-        ChildProcess("toy server", log_path={str(tmp_path / "log")!r}).start([sys.executable, "-c", {served!r}], os.environ)
+        ChildProcess("toy server", log_path={str(tmp_path / "log")!r}).spawn([sys.executable, "-c", {served!r}], os.environ)
         time.sleep(300)
     """)
     with subprocess.Popen([sys.executable, "-c", parent], env=environment()) as process:
@@ -104,16 +104,16 @@ def test_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
     child = ChildProcess("toy server", log_path=tmp_path / "log")
     with pytest.raises(RolloutError, match=r"could not start toy server \(/no/such/binary a .*No such file"):
-        child.start(["/no/such/binary", "a"], environment())
+        child.spawn(["/no/such/binary", "a"], environment())
     assert not child.alive()
 
 
 def test_second_start_is_refused_and_the_temporary_log_goes() -> None:
     child = ChildProcess("toy server")
-    child.start(SLEEP, environment())
+    child.spawn(SLEEP, environment())
     try:
         with pytest.raises(RolloutError, match="already runs"):
-            child.start(SLEEP, environment())
+            child.spawn(SLEEP, environment())
         log = child.log_path
         assert log is not None
         assert log.exists()

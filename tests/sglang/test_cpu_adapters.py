@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pr2.rollout.sglang.cpu import hooks, kernel_stub, plugin, seeds, shims, torchvision_ops
+from megatron_pr2.rollout.sglang.cpu import plugin, seeds, shims
 from megatron_pr2.rollout.sglang.python import package_environment
 
 
@@ -44,33 +44,32 @@ def test_torchvision_schemas_are_needed_for_cuda_builds_only(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     importlib.invalidate_caches()
-    assert torchvision_ops.needed() is needed
+    assert shims.operators_needed() is needed
 
 
 @pytest.mark.sglang
-def test_torchvision_imports_with_the_schemas_and_they_can_be_removed(sglang_python: str) -> None:
+def test_torchvision_imports_with_the_schemas(sglang_python: str) -> None:
     code = """
 import torch
-from megatron_pr2.rollout.sglang.cpu import torchvision_ops as ops
-if not ops.needed():
+from megatron_pr2.rollout.sglang.cpu import shims
+if not shims.operators_needed():
     print("not needed")
 else:
-    assert ops.install() and not ops.install()
+    assert shims.declare_operators() and not shims.declare_operators()
     import torchvision
     assert hasattr(torch.ops.torchvision, "nms")
-    ops.uninstall()
-    assert ops._library is None
     print("imported")
 """
     assert run_python(code, python=sglang_python) in ("imported", "not needed")
 
 
-def test_kernel_stub_imports_and_raises_when_called() -> None:
+def test_kernel_stub_imports_and_raises_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("sgl_kernel") is not None:
         pytest.skip("compiled SGLang kernels are installed")
-    assert kernel_stub.install()
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    assert shims.install_kernel_stub()
+    assert not shims.install_kernel_stub()
     try:
-        assert not kernel_stub.install()
         module = importlib.import_module("sgl_kernel.flash_attn")
         with pytest.raises(NotImplementedError, match=r"sgl_kernel\.flash_attn\.flash_attn_varlen_func was called.*torch_native"):
             module.flash_attn_varlen_func(1, causal=True)
@@ -79,9 +78,8 @@ def test_kernel_stub_imports_and_raises_when_called() -> None:
         with pytest.raises(AttributeError):
             _ = module.__wrapped__
     finally:
-        kernel_stub.uninstall()
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("sgl_kernel")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sgl_kernel"]:
+            del sys.modules[name]
 
 
 def test_nothing_is_touched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +87,6 @@ def test_nothing_is_touched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch)
     finders = list(sys.meta_path)
     assert shims.install() == ()
     assert sys.meta_path == finders
-    monkeypatch.setattr(hooks, "register_hooks", lambda: pytest.fail("hooks registered although there is CUDA"))
     monkeypatch.setattr(plugin, "_registered", False)
     plugin.register()
     assert not plugin._registered
@@ -145,10 +142,10 @@ def test_experts_of_other_ranks_are_left_out() -> None:
     total = torch.zeros(4, 3)
     for first in (0, 4):
         local = torch.where((ids >= first) & (ids < first + 4), ids - first, -1)
-        total += hooks.skip_foreign_experts(native, first, x, TopK(weights, local, None), "config")  # type: ignore[arg-type]
+        total += plugin.skip_foreign_experts(native, first, x, TopK(weights, local, None), "config")  # type: ignore[arg-type]
     torch.testing.assert_close(total, want)
     nothing = TopK(weights, torch.full_like(ids, -1), None)
-    assert not hooks.skip_foreign_experts(native, 0, x, nothing, "config").any()  # type: ignore[arg-type]
+    assert not plugin.skip_foreign_experts(native, 0, x, nothing, "config").any()  # type: ignore[arg-type]
 
 
 class TwoRanks:
@@ -167,8 +164,8 @@ class TwoRanks:
 def test_reduce_scatterv(rank: int, sizes: list[int] | None, rows: list[int]) -> None:
     x = torch.arange(8.0).reshape(4, 2)
     out = torch.empty(len(rows), 2)
-    assert torch.equal(hooks.reduce_scatterv(TwoRanks(rank), x, None, sizes), 2 * x[rows])
-    assert hooks.reduce_scatterv(TwoRanks(rank), x, out, sizes) is out
+    assert torch.equal(plugin.reduce_scatterv(TwoRanks(rank), x, None, sizes), 2 * x[rows])
+    assert plugin.reduce_scatterv(TwoRanks(rank), x, out, sizes) is out
     assert torch.equal(out, 2 * x[rows])
 
 
@@ -180,7 +177,7 @@ def test_host_cache_is_unpinned_int32() -> None:
             self.logged = True
 
     cache = Cache()
-    hooks.init_host_cache(cache, 5, 4, 2, "routed_experts", "cpu")
+    plugin.init_host_cache(cache, 5, 4, 2, "routed_experts", "cpu")
     assert (cache.buffer.shape, cache.buffer.dtype, cache.buffer.is_pinned()) == ((5, 4, 2), torch.int32, False)  # type: ignore[attr-defined]
     assert not cache.buffer.any()  # type: ignore[attr-defined]
     assert cache.logged

@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang_cpu.launch"])
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang.cpu.launch"])
 def test_engine_dies_mid_batch_and_is_restarted(
     engine: SGLangEngine, tiny: TinyModel, victim: str, request: pytest.FixtureRequest
 ) -> None:
@@ -85,7 +85,7 @@ def test_engine_dies_mid_batch_and_is_restarted(
     assert_matches(after, tiny, merged)
 
 
-@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang_cpu.launch"])
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang.cpu.launch"])
 def test_engine_dies_in_the_middle_of_a_push(engine: SGLangEngine, tiny: TinyModel, victim: str) -> None:
     from safetensors.torch import load_file
 

@@ -193,7 +193,7 @@ def test_its_own_end_is_described(fakes: list[FakeServer], tmp_path: Path) -> No
     router.start()
     assert router.pid is not None
     os.kill(router.pid, signal.SIGKILL)
-    assert router._process.wait(30)
+    assert router.wait(30)
     assert not router.alive()
     assert "SGLang router was killed by signal 9" in router.describe_end()
     router.start()

@@ -64,7 +64,7 @@ class ChildProcess:
 
     Args:
         name: what it is, the subject of every message, e.g. "SGLang router".
-        log_path: where its output goes; a temporary file from start() on if None. A further start appends.
+        log_path: where its output goes; a temporary file from spawn() on if None. A restart appends.
         secrets: strings that describe_log() replaces.
         noise: lines with one of these in them are left out of describe_log().
 
@@ -98,7 +98,7 @@ class ChildProcess:
         """Waits for its end, at most `timeout_s`; whether it has ended."""
         return self._ended.wait(timeout_s)
 
-    def start(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Starts the process; returns as soon as it exists.
 
         Args:
@@ -127,7 +127,7 @@ class ChildProcess:
                     process = self.popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
                     )
-            except Exception as error:  # a TypeError of Popen, say, which nobody would hear of: start() waits
+            except Exception as error:  # a TypeError of Popen, say, which nobody would hear of: spawn() waits
                 failure.append(error)
                 started.set()
                 return

@@ -34,8 +34,8 @@ _SECRET_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
 _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class SGLangServer:
-    """Starts, watches and stops one server.
+class SGLangServer(ChildProcess):
+    """One server.
 
     Attributes:
         url: base URL, valid after start().
@@ -52,22 +52,8 @@ class SGLangServer:
         self.device = config.resolved_device()
         self.url = ""
         self.api_key = api_key or config.read_api_key() or secrets.token_urlsafe(24)
-        self._process = ChildProcess("SGLang server", log_path=config.log_path, secrets=[self.api_key], noise=LOG_NOISE)
+        super().__init__("SGLang server", log_path=config.log_path, secrets=[self.api_key], noise=LOG_NOISE)
         self._store: Path | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id (and process group id) of the server, None if it was never started or was stopped."""
-        return self._process.pid
-
-    @property
-    def log_path(self) -> Path | None:
-        """Where its output goes, a temporary file from start() on if the config names none; a restart appends."""
-        return self._process.log_path
-
-    def alive(self) -> bool:
-        """Whether the process runs; says nothing of whether it answers."""
-        return self._process.alive()
 
     def command(self, port: int) -> list[str]:
         """The command line; holds no secret."""
@@ -111,7 +97,7 @@ class SGLangServer:
         self.url = base_url(bind, port)
         began = time.monotonic()
         try:
-            self._process.start(self.command(port), self._environment())
+            self.spawn(self.command(port), self._environment())
             self._wait_until_healthy(began)
         except BaseException:
             self.stop()
@@ -131,7 +117,7 @@ class SGLangServer:
         deadline = began + self.config.start_timeout_s
         with httpx.Client(trust_env=False, timeout=5.0) as client:
             while time.monotonic() < deadline:
-                if self._process.wait(0.25):
+                if self.wait(0.25):
                     raise RolloutError(self.describe_end())
                 try:
                     if client.get(f"{self.url}/health").status_code == 200:
@@ -143,24 +129,12 @@ class SGLangServer:
             f"start_timeout_s.{self.describe_log()}"
         )
 
-    def describe_end(self) -> str:
-        """Why the server is not running, with its last log lines."""
-        return self._process.describe_end()
-
-    def describe_log(self) -> str:
-        """The last lines of the log, ready to be appended to an error message."""
-        return self._process.describe_log()
-
-    def stop(self) -> None:
-        """Stops the server and all its children; safe to call twice, from any thread and at interpreter exit."""
-        self._process.stop(_STOP_GRACE_S)
+    def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
+        """See :meth:`ChildProcess.stop`."""
+        super().stop(grace_s)
         store, self._store = self._store, None
         if store is not None:
             shutil.rmtree(store, ignore_errors=True)
-
-    def remove_log(self) -> None:
-        """Removes the log if it is a temporary one."""
-        self._process.remove_log()
 
 
 def _check_flags(flags: Sequence[str]) -> None:

@@ -66,7 +66,8 @@ class SGLangServers:
             RolloutError: a server or the router cannot be used; names the cause.
         """
         try:
-            self._loop = loop = self._start_all()
+            self._loop = loop = LoopThread()
+            _together(lambda replica: replica.start(loop), self.replicas)
             self.fleet = Fleet(self._config, self._shape, self.replicas)
             if self._config.router != "none":
                 self._front = Front(self._config, self._shape, self.replicas, loop)
@@ -76,14 +77,14 @@ class SGLangServers:
             raise
 
     def restart(self) -> None:
-        """Starts anew what died, all servers if nothing did."""
+        """Restarts what died, all servers if nothing did."""
         fleet = self.running()
         broken = [r for r in self.replicas if not r.connected or r.index in fleet.lost or r.why_dead() is not None]
         if self._front is not None and not self._front.alive():
             self._front.stop()
         elif not broken:
             broken = self.replicas
-        _together([replica.stop for replica in broken])
+        _together(lambda replica: replica.stop(), broken)
         self.revive()
         if self._front is not None and not self._front.alive():
             fleet.front = self._front.start()
@@ -126,8 +127,8 @@ class SGLangServers:
                 failures.append(error)
                 logger.warning("%s stays away: %s", replica.name, str(error).splitlines()[0])
 
-        # Side by side: each takes minutes.
-        _together([lambda r=r: revive(r) for r in gone])  # type: ignore[misc]
+        # In parallel: each takes minutes.
+        _together(revive, gone)
         for replica in gone:
             if replica.connected:
                 if self._front is not None:
@@ -136,12 +137,6 @@ class SGLangServers:
                 logger.info("%s is back", replica.name)
         if len(failures) == len(self.replicas):
             raise failures[0]
-
-    def _start_all(self) -> LoopThread:
-        """Starts the replicas side by side; returns the loop that their clients run on."""
-        self._loop = loop = LoopThread()
-        _together([lambda r=r: r.start(loop) for r in self.replicas])  # type: ignore[misc]
-        return loop
 
 
 def _config_of(config: SGLangConfig, index: int, count: int) -> SGLangConfig:
@@ -152,9 +147,9 @@ def _config_of(config: SGLangConfig, index: int, count: int) -> SGLangConfig:
     return replace(config, first_gpu=config.first_gpu + index * config.tp_size, log_path=log)
 
 
-def _together(actions: Sequence[Callable[[], None]]) -> None:
-    """Runs actions in threads and raises the first failure after all have ended."""
-    with ThreadPoolExecutor(max_workers=max(1, len(actions))) as pool:
-        futures = [pool.submit(action) for action in actions]
+def _together(action: Callable[[SGLangReplica], None], replicas: Sequence[SGLangReplica]) -> None:
+    """Runs an action for each of the replicas in threads, and raises the first failure after all have ended."""
+    with ThreadPoolExecutor(max_workers=max(1, len(replicas))) as pool:
+        futures = [pool.submit(action, replica) for replica in replicas]
     for future in futures:
         future.result()

@@ -1,11 +1,6 @@
-"""SGLang on a machine without a GPU: two import shims and one SGLang plugin, all explicit and undoable.
+"""SGLang on a machine without a GPU. On a machine with CUDA every piece does nothing: a GPU engine runs unmodified SGLang.
 
-Scope: CPU only. On a machine with CUDA every piece refuses or does nothing, so that a GPU engine runs unmodified SGLang.
-
-    torchvision_ops   operator schemas without which a CUDA build of torchvision cannot be imported beside a CPU torch
-    kernel_stub       an import-only `sgl_kernel`, whose compiled package exists for accelerators only
-    plugin            hooks through SGLang's own plugin registry (host memory for routes, experts of other ranks, ...)
-    launch            `python -m megatron_pr2.rollout.sglang.cpu.launch`: installs the above, then starts SGLang's server
-
-`install()` and `uninstall()` in :mod:`megatron_pr2.rollout.sglang.cpu.shims` do the first two in the calling process.
+    shims    what has to be there before SGLang can be imported: operators of torchvision, a package `sgl_kernel`
+    plugin   hooks through SGLang's own plugin registry (host memory for routes, experts of other ranks, seeded sampling, ...)
+    launch   `python -m megatron_pr2.rollout.sglang.cpu.launch`: installs the above, then starts SGLang's server
 """

@@ -39,8 +39,8 @@ POLICIES = ("cache_aware", "round_robin", "random")
 _POLL_S = 0.1
 
 
-class SGLangRouter:
-    """Starts, watches and stops one router.
+class SGLangRouter(ChildProcess):
+    """One router.
 
     Args:
         worker_urls: base URLs of the servers behind it, all with the same key.
@@ -88,35 +88,20 @@ class SGLangRouter:
         self._api_key = api_key
         self._start_timeout_s = start_timeout_s
         self._request_timeout_s = request_timeout_s
-        self._process = ChildProcess("SGLang router", log_path=log_path, secrets=[api_key] if api_key else [])
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the router, None while there is none."""
-        return self._process.pid
-
-    @property
-    def log_path(self) -> Path | None:
-        """Where its output goes; None before the first start if it is a temporary file."""
-        return self._process.log_path
-
-    def alive(self) -> bool:
-        """Whether the process runs; says nothing of whether it answers."""
-        return self._process.alive()
+        super().__init__("SGLang router", log_path=log_path, secrets=[api_key] if api_key else [])
 
     def settings(self, port: int, metrics_port: int) -> dict[str, Any]:
         """The fields of sglang_router's RouterArgs that differ from, or must not depend on, its defaults; no secret."""
-        host = str(self._address)
         return {
             "worker_urls": self.worker_urls,
             "policy": self.policy,
-            "host": host,
+            "host": self._address,
             "port": port,
             # Its default port is one for the whole machine, and a second router could not start.
             "prometheus_host": "127.0.0.1",
             "prometheus_port": metrics_port,
             # An empty list would let every web page that a browser on this machine shows call the router.
-            "cors_allowed_origins": [base_url(host, port)],
+            "cors_allowed_origins": [base_url(self._address, port)],
             # Its log names every request at "info".
             "log_level": "warn",
             "history_backend": "none",
@@ -162,10 +147,10 @@ class SGLangRouter:
         self.stop()
         began = time.monotonic()
         port = free_port()
-        self.url = base_url(str(self._address), port)
+        self.url = base_url(self._address, port)
         command = [self._python, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
-        self._process.start(command, _environment(self._api_key))
         try:
+            self.spawn(command, _environment(self._api_key))
             self._wait_for(set(self.worker_urls), began + self._start_timeout_s)
         except BaseException:
             self.stop()
@@ -174,22 +159,6 @@ class SGLangRouter:
             "SGLang router ready at %s after %.1f s, %d servers behind it, log in %s",
             self.url, time.monotonic() - began, len(self.worker_urls), self.log_path,
         )  # fmt: skip
-
-    def stop(self) -> None:
-        """Stops the router, not the servers; safe to call twice."""
-        self._process.stop()
-
-    def remove_log(self) -> None:
-        """Removes the log if it is a temporary one."""
-        self._process.remove_log()
-
-    def describe_end(self) -> str:
-        """Why the router is not running, with its last log lines."""
-        return self._process.describe_end()
-
-    def describe_log(self) -> str:
-        """The last lines of its log, ready to be appended to an error message."""
-        return self._process.describe_log()
 
     def healthy_workers(self) -> list[str]:
         """Base URLs of the servers that the router currently takes for healthy.
@@ -219,7 +188,7 @@ class SGLangRouter:
     def _wait_for(self, urls: set[str], deadline: float) -> None:
         missing = urls
         while time.monotonic() < deadline:
-            if self._process.wait(_POLL_S):
+            if self.wait(_POLL_S):
                 raise RolloutError(self.describe_end())
             try:
                 missing = urls - set(self.healthy_workers())
@@ -263,14 +232,14 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _checked_address(bind: str, api_key: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _checked_address(bind: str, api_key: str | None) -> str:
     try:
         address = ipaddress.ip_address("127.0.0.1" if bind == "localhost" else bind)
     except ValueError as error:
         raise ConfigError(f"router: bind={bind!r}: expected an IP address, e.g. 127.0.0.1") from error
     if not address.is_loopback and not api_key:
         raise ConfigError(f"router: bind={bind} can be reached from other machines: it needs an api_key, or use 127.0.0.1")
-    return address
+    return str(address)
 
 
 def _environment(api_key: str | None) -> dict[str, str]:
