@@ -132,7 +132,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def _write_weights(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
     files: list[tuple[Path, list[str]]] = []
     total = 0
-    for shard in _shards(weights, max_shard_bytes):
+    for shard in shards(weights, max_shard_bytes):
         file = directory / f"shard-{len(files)}.safetensors"
         save_file(shard, file, metadata={"format": "pt"})
         files.append((file, list(shard)))
@@ -149,7 +149,8 @@ def _write_weights(directory: Path, weights: Iterable[tuple[str, torch.Tensor]],
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+def shards(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects tensors into parts of at most `max_bytes` (a larger tensor is one of its own); the last one may be empty."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:

@@ -156,17 +156,14 @@ class HostAttention(torch.nn.Module):
         return self._packed(query, key, value, packed_seq_params)
 
     def _padded(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        causal: bool,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, causal: bool
     ) -> torch.Tensor:
         if self.cp_group is not None and (attention_mask is not None or not causal):
             raise ConfigError("context parallelism on the host: attention must be causal and attention_mask None")
         local_length = query.shape[0]
-        allowed = self._allowed(local_length) if causal and not (self._plain and attention_mask is None) else None
+        # Without any of these, causal attention needs no mask.
+        special = self.cp_group is not None or self.window is not None or attention_mask is not None
+        allowed = self._allowed(local_length) if causal and special else None
         if self.cp_group is not None:
             key, value = self._gather(key), self._gather(value)
         if attention_mask is not None:
@@ -184,26 +181,11 @@ class HostAttention(torch.nn.Module):
             raise ConfigError(
                 f"packed sequences: boundaries cover {sum(lengths)} tokens of this rank, the batch has {query.shape[0]}"
             )
-        if self.cp_group is not None:
-            # [cp * T, ...] -> [T, cp, ...] in pieces of one sequence: all ranks' keys of a sequence lie together.
-            key, value = (self._gather(tensor).unflatten(0, (cp_size, -1)).transpose(0, 1) for tensor in (key, value))
-        outputs = []
-        for q_TND, k_TGD, v_TGD in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            allowed = None if self._plain else self._allowed(q_TND.shape[0])
-            if self.cp_group is not None:
-                k_TGD, v_TGD = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (k_TGD, v_TGD))
-            q_BNSD, k_BGSD, v_BGSD = (tensor.transpose(0, 1)[None] for tensor in (q_TND, k_TGD, v_TGD))
-            output_NSD = self._attend(q_BNSD, k_BGSD, v_BGSD, allowed, True)[0]
-            outputs.append(output_NSD.transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+        sequences = zip(*(tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._padded(q, k, v, None, True).squeeze(1) for q, k, v in sequences])
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return gather_from_sequence_parallel_region(tensor, tensor_parallel_output_grad=True, group=self.cp_group)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether causal attention needs no mask of its own."""
-        return self.cp_group is None and self.window is None
 
     def _allowed(self, local_length: int) -> torch.Tensor:
         """Which keys of a sequence each query of this rank may see, [S, cp * S]."""

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.host.linear import EmptyExtraState, InitMethod
+from megatron_pr2.host.layers import EmptyExtraState, InitMethod
 
 
 class HostGroupedLinear(EmptyExtraState, torch.nn.Module):

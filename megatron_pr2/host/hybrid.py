@@ -15,8 +15,7 @@ from typing import Any
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_pr2.host.attention import HostAttention
-from megatron_pr2.host.linear import HostLayerNormColumnParallelLinear, HostLinear
-from megatron_pr2.host.norm import HostNorm
+from megatron_pr2.host.layers import HostLayerNormColumnParallelLinear, HostLinear, HostNorm
 from megatron_pr2.host.patches import PatchSet
 
 _HOST_MODULES = {

@@ -68,10 +68,10 @@ def init(
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def shutdown(*, keep_process_group: bool = False) -> None:
-    """Destroys Megatron's parallel state and, unless told otherwise, the process group. The host stays enabled."""
+def shutdown() -> None:
+    """Destroys Megatron's parallel state and the process group. The host stays enabled."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if not keep_process_group and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

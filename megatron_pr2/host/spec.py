@@ -20,8 +20,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.host.attention import HostAttention
 from megatron_pr2.host.grouped import HostColumnParallelGroupedLinear, HostRowParallelGroupedLinear
-from megatron_pr2.host.linear import HostLayerNormColumnParallelLinear, HostLinear
-from megatron_pr2.host.norm import HostNorm
+from megatron_pr2.host.layers import HostLayerNormColumnParallelLinear, HostLinear, HostNorm
 from megatron_pr2.host.patches import PatchSet
 
 # Later releases have submodules of their own for grouped experts, and ask for a builder instead of a class beside its submodules.

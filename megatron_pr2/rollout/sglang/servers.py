@@ -1,4 +1,4 @@
-"""SGLangServers: the servers of an engine and what stands before them, from their start over deaths and returns to their end."""
+"""SGLangServers: the servers of an engine and the router in front of them: start, restart of what died, stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class SGLangServers:
-    """Starts, revives and stops.
+    """All servers of one engine.
 
     Attributes:
         replicas: the servers, whether they run or not.
@@ -110,7 +110,7 @@ class SGLangServers:
             self._loop = None
 
     def revive(self) -> None:
-        """Starts what is stopped or lost; an attached server that stays away is left out as long as there is another one."""
+        """Starts what is stopped or lost; an attached server that does not come back is left out while there is another one."""
         fleet, loop = self.running(), self._loop
         assert loop is not None
         failures: list[RolloutError] = []

@@ -2,8 +2,7 @@
 
 SGLang spawns its scheduler and detokenizer with multiprocessing's spawn, and a spawned child first imports the parent's main
 module by name: so what stands at this module's top level runs in every SGLang process, before any of them imports SGLang.
-With CUDA no CPU adapter is installed and this is SGLang's own server, with one hook: routes can be asked for in the request id
-(plugin.py), which is what passes SGLang's router.
+With CUDA no CPU adapter is installed: this is SGLang's own server with one hook, routes by request id (../plugin.py).
 
 This module and what it imports run in any environment that holds SGLang; nothing of the trainer's is needed there.
 

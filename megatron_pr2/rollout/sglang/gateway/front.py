@@ -1,4 +1,4 @@
-"""Front: the router between the client and the replicas, ours or a running one, and the proof that routes come through it."""
+"""Front: the router between the client and the replicas, our own or one that already runs, and the proof that routes pass it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ from megatron_pr2.rollout.sglang.routes import parse_body
 
 
 class Front:
-    """Starts or attaches to the router that `config.router` names.
-
-    Args:
-        replicas: started; the servers behind it.
-        loop: where its client runs.
-    """
+    """Starts or attaches to the router that `config.router` names; `replicas` are started and behind it."""
 
     def __init__(self, config: SGLangConfig, shape: ModelShape, replicas: Sequence[SGLangReplica], loop: LoopThread) -> None:
         self._config, self._shape, self._replicas, self._loop = config, shape, replicas, loop
@@ -31,7 +26,7 @@ class Front:
         self._url_of: dict[int, str] = {}
 
     def start(self) -> HttpClient:
-        """The client of the router, which has brought routes back.
+        """Returns a client of the router after a probe has brought routes back.
 
         Raises:
             RolloutError: it did not start, or no usable routes come through it.
@@ -39,10 +34,14 @@ class Front:
         config = self._config
         url, key = config.router, self._replicas[0].api_key
         if url == "own":
-            log = f"{config.log_path}.router" if config.log_path else None
             self._url_of = {replica.index: replica.url for replica in self._replicas}
-            urls = list(self._url_of.values())
-            self._router = SGLangRouter(urls, api_key=key, python=config.python, bind=config.bind, log_path=log)
+            self._router = SGLangRouter(
+                list(self._url_of.values()),
+                api_key=key,
+                python=config.python,
+                bind=config.bind,
+                log_path=f"{config.log_path}.router" if config.log_path else None,
+            )
             self._router.start()
             url = self._router.url
         self._http = HttpClient(url, api_key=key, why_dead=self._why_dead, loop=self._loop, **config.client_settings())
@@ -50,11 +49,11 @@ class Front:
         return self._http
 
     def alive(self) -> bool:
-        """Whether an own router runs; a running one that was attached to is not ours to judge."""
+        """Whether an own router runs; of one that was attached to, whether start() succeeded."""
         return self._router.alive() if self._router is not None else self._http is not None
 
     def moved(self, replica: SGLangReplica) -> None:
-        """A server came back, maybe under another address."""
+        """To be called when a server is back, maybe under another address."""
         old_url = self._url_of.get(replica.index, replica.url)
         if self._router is not None and self._router.alive() and old_url != replica.url:
             self._router.replace_worker(old_url, replica.url)

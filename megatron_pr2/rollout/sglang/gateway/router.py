@@ -3,13 +3,13 @@
 What a client has to know of the router (measured with 0.3.2; SGLang 0.5.23 and 0.5.19 behind it):
 
 - It drops the fields of /generate that it does not know, `return_routed_experts` and `routed_experts_start_len` among them; routes
-  are asked for through the request id instead (sglang/plugin.py). Answers come back byte for byte.
+  are requested through the request id instead (sglang/plugin.py). Responses come back byte for byte.
 - It serves /generate, and sends /flush_cache to all servers. Everything that concerns one server (/model_info, /abort_request,
   /pause_generation, weight updates) answers 404: those requests go to the servers themselves.
-- A client that hangs up is hung up on at the server too; SGLang looks for that every 4 s and then aborts the request.
+- When a client closes its connection, it closes the one to the server; SGLang looks for that every 4 s and aborts the request.
 - A server that dies in the middle of a request becomes HTTP 500 at once, with `call_upstream_...` or `read_response_body_failed` in
   its body. Other statuses, and their bodies, come through as the server sent them.
-- An answer is received whole before it is sent on, with its length: 1 to 3 ms more per MB, and twice its size in memory meanwhile.
+- A response is received whole before it is sent on: 1 to 3 ms more per MB, and twice its size in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -49,13 +49,10 @@ class SGLangRouter(ChildProcess):
         policy: how a server is chosen: "cache_aware" (the one that has seen the beginning of the prompt, unless it has more to do
             than the others), "round_robin" or "random".
         bind: IP address to listen on, or "localhost". An address beyond this machine needs an api_key.
-        log_path: its log; a temporary file if None.
         start_timeout_s: from process start until every server is registered.
-        request_timeout_s: of one request. The client's own deadline should be the one that fires: it knows what it waits for.
 
     Attributes:
         url: base URL, valid after start().
-        worker_urls: the servers behind it.
 
     Raises:
         ConfigError: an argument is not as described, or there is no environment with sglang-router.
@@ -71,15 +68,14 @@ class SGLangRouter(ChildProcess):
         bind: str = "127.0.0.1",
         log_path: str | Path | None = None,
         start_timeout_s: float = 60.0,
-        request_timeout_s: float = 4 * 3600.0,
     ) -> None:
         self.worker_urls = [_checked_url(url) for url in worker_urls]
         if not self.worker_urls or len(set(self.worker_urls)) != len(self.worker_urls):
             raise ConfigError(f"router: worker_urls={list(worker_urls)}: expected one or more different servers")
         if policy not in POLICIES:
             raise ConfigError(f"router: policy={policy!r}: expected one of {', '.join(POLICIES)}")
-        if start_timeout_s <= 0 or request_timeout_s <= 0:
-            raise ConfigError(f"router: {start_timeout_s=}, {request_timeout_s=}: expected positive numbers of seconds")
+        if start_timeout_s <= 0:
+            raise ConfigError(f"router: {start_timeout_s=}: expected a positive number of seconds")
         self._address = _checked_address(bind, api_key)
         self._python = find_python(python, module="sglang_router")
         check_module(self._python, "sglang_router", "pip install sglang-router==0.3.2 there, or use router='none'")
@@ -87,7 +83,6 @@ class SGLangRouter(ChildProcess):
         self.url = ""
         self._api_key = api_key
         self._start_timeout_s = start_timeout_s
-        self._request_timeout_s = request_timeout_s
         super().__init__("SGLang router", log_path=log_path, secrets=[api_key] if api_key else [])
 
     def settings(self, port: int, metrics_port: int) -> dict[str, Any]:
@@ -105,33 +100,34 @@ class SGLangRouter(ChildProcess):
             # Its log names every request at "info".
             "log_level": "warn",
             "history_backend": "none",
-            # As many requests as these allow pile up on the server that knows the beginning of the prompt. With the router's own
-            # (0.3, 64, 1.5) 64 prompts with one system message all went to one of four servers; with these 14, 14, 14 and 22.
+            # With the defaults (0.3, 64, 1.5) 64 prompts with one system message all went to one of four servers; with these 14,
+            # 14, 14 and 22.
             "cache_threshold": 0.5,
             "balance_abs_threshold": 8,
             "balance_rel_threshold": 1.1,
             "max_payload_size": 512 * 1024 * 1024,
-            "request_timeout_secs": max(1, round(self._request_timeout_s)),
+            # Longer than the client's own deadline, which should be the one that fires: the client knows what it waits for.
+            "request_timeout_secs": 4 * 3600,
             "max_concurrent_requests": -1,  # the client bounds its own concurrency, and a queue here would hide it
-            # The client retries, because it knows what may be repeated; a repetition by the router would reach a server that still
-            # works on the first attempt, under the same request id, and would hide the fault.
+            # The client retries: it knows what may be repeated. A retry by the router would reach a server that still works on the
+            # first attempt, under the same request id.
             "disable_retries": True,
-            # SGLang's /health generates a token, so a server that is paused for a weight update fails it, and so does one in a long
-            # prefill. /model_info is answered by the process that goes down with its engine.
+            # /health generates a token, so a server fails it while it is paused for a weight update or in a long prefill.
+            # /model_info is answered by the process that ends with its engine.
             "health_check_endpoint": "/model_info",
             "health_check_interval_secs": 5,
             "health_check_timeout_secs": 10,
             "health_failure_threshold": 3,
             "health_success_threshold": 1,
-            # A dead server refuses at once, so it looks idle and attracts every request until its circuit opens: soon. Every answer
-            # but 2xx counts as a failure, the client's own mistakes too: so it also closes again soon.
+            # A dead server refuses immediately, so it looks idle and attracts every request until its circuit opens. Every status
+            # but 2xx counts as a failure, the client's own errors included, so the circuit also closes soon.
             "cb_failure_threshold": 5,
             "cb_success_threshold": 1,
             "cb_timeout_duration_secs": 5,
             "cb_window_duration_secs": 60,
             "worker_startup_timeout_secs": max(1, round(self._start_timeout_s)),
             "worker_startup_check_interval": 1,
-            # On SIGTERM it waits this long for requests in flight, which nobody wants any more.
+            # On SIGTERM it waits this long for requests in flight, which nobody needs any more.
             "shutdown_grace_period_secs": 1,
         }
 

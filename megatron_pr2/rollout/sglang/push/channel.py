@@ -97,10 +97,10 @@ class WeightChannel:
             self._group = self._connect(address)
             check_reply(_JOIN, joined.result(connect_s), self._where)
         except FutureTimeoutError as error:
-            self._drop()
+            self.abandon()
             raise RolloutError(f"{self._where}: no reply to {_JOIN} within {connect_s:g} s") from error
         except (RuntimeError, OSError) as error:  # RolloutError is a RuntimeError
-            self._drop()
+            self.abandon()
             if isinstance(error, RolloutError):
                 raise
             raise RolloutError(
@@ -167,7 +167,7 @@ class WeightChannel:
         try:
             self._work = self._group.broadcast([bucket.flat], options)
         except RuntimeError as error:
-            self._drop()
+            self.abandon()
             self._failure = self._refusal(error)
 
     def wait(self) -> str | None:
@@ -181,14 +181,14 @@ class WeightChannel:
             self._wait_for_broadcast()
             check_reply(_UPDATE, self._reply.result(self.target.timeout_s), self._where)
         except FutureTimeoutError:
-            self._drop()
+            self.abandon()
             return f"{self._where}: no reply within {self.target.timeout_s:g} s of a bucket that was taken"
         except (RolloutError, RuntimeError) as error:
             # Before the reply is waited for: a server that is in the broadcast notices by the closed connection.
-            self._drop()
+            self.abandon()
             return self._refusal(error)
         except BaseException:
-            self._drop()
+            self.abandon()
             raise
         self._work = None
         return None
@@ -215,15 +215,11 @@ class WeightChannel:
             pass
         return f"{self._where}: the bucket from {self._first} on was not taken: {cause}"
 
-    def abandon(self) -> None:
-        """Gives up the bucket on its way, and the group with it."""
-        self._drop()
-
     def close(self) -> None:
         """Leaves the group and asks the server to leave it, too; safe to call twice and with a dead server."""
         if self._group is not None:
             self._leave(wait_s=10.0)
-            self._drop()
+            self.abandon()
         if self._own_client:
             self._http.close()
 
@@ -244,8 +240,8 @@ class WeightChannel:
         except Exception as error:  # a closed client raises what it likes
             logger.info("the server did not leave the weight update group: %s: %s", type(error).__name__, error)
 
-    def _drop(self) -> None:
-        """Closes this end's connections, so that a server that waits for us in a broadcast gives up at once."""
+    def abandon(self) -> None:
+        """Closes this end's connections, so that a server that waits in a broadcast gives up; the next open() forms a new group."""
         held = [self._work, self._group, self._store]
         self._work = self._group = self._store = None
         if held[1] is not None and self.target.backend == "nccl":

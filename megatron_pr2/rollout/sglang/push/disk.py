@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.hf.files import TensorIndex, copy_companions
+from megatron_pr2.hf.files import TensorIndex, copy_companions, shards
 from megatron_pr2.hf.weight_files import INDEX_NAME
 from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession
 from megatron_pr2.rollout.sglang.push.target import PushTarget
@@ -61,18 +61,13 @@ class DiskSender:
         Raises:
             RolloutError: a file could not be written.
         """
-        shard: dict[str, torch.Tensor] = {}
-        size = total = count = 0
-        for name, tensor in weights:
-            if shard and size + tensor.nbytes > self._target.shard_bytes:
+        total = 0
+        on_cpu = ((name, tensor.detach().cpu()) for name, tensor in weights)
+        for count, shard in enumerate(shards(on_cpu, self._target.shard_bytes)):
+            if shard:
                 self._write(shard, count)
-                shard, size, count = {}, 0, count + 1
-            # Its own memory: safetensors refuses views that overlap, and the source may be overwritten before the shard is full.
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            size += tensor.nbytes
-            total += tensor.nbytes
-        if shard:
-            self._write(shard, count)
+            total += sum(tensor.nbytes for tensor in shard.values())
+            shard.clear()  # before the next one is collected
         return total
 
     def _write(self, shard: dict[str, torch.Tensor], count: int) -> None:

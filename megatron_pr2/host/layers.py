@@ -1,4 +1,4 @@
-"""Linear layers that Megatron-Core only has in Transformer Engine's version, with the same parameter names."""
+"""Norms and linear layers that Megatron-Core has only in Transformer Engine's version, with the same parameter names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.host.norm import norm_parameters, normalize
 
 InitMethod = Callable[[torch.Tensor], Any]
 
@@ -25,6 +25,57 @@ class EmptyExtraState:
 
     def set_extra_state(self, state: Any) -> None:
         pass
+
+
+def norm_parameters(config: TransformerConfig, hidden_size: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """Weight [hidden] and, for LayerNorm, bias [hidden], marked for the gradient reduction under sequence parallelism.
+
+    Raises:
+        ConfigError: a normalization other than RMSNorm and LayerNorm.
+    """
+    if config.normalization not in ("RMSNorm", "LayerNorm"):
+        raise ConfigError(f"normalization={config.normalization!r}: the host knows RMSNorm and LayerNorm")
+    start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
+    bias = None
+    if config.normalization == "LayerNorm":
+        bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+    for parameter in (weight, bias):
+        if parameter is not None:
+            # Each tensor-parallel rank sees a slice of the tokens, so Megatron must sum these gradients over the ranks.
+            parameter.sequence_parallel = config.sequence_parallel
+    return weight, bias
+
+
+def normalize(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, config: TransformerConfig
+) -> torch.Tensor:
+    """Normalizes the last dimension in fp32 and returns the input's dtype, as Transformer Engine does."""
+    gamma = weight.float() + 1.0 if config.layernorm_zero_centered_gamma else weight.float()
+    shape = (hidden.shape[-1],)
+    if config.normalization == "LayerNorm":
+        return F.layer_norm(hidden.float(), shape, gamma, None if bias is None else bias.float(), eps).to(hidden.dtype)
+    return F.rms_norm(hidden.float(), shape, gamma, eps).to(hidden.dtype)
+
+
+class HostNorm(torch.nn.Module):
+    """Stands in for ``TENorm``: parameters ``weight`` and, for LayerNorm, ``bias``.
+
+    Args:
+        config: ``normalization``, ``layernorm_zero_centered_gamma``, ``sequence_parallel`` and ``params_dtype`` count.
+        hidden_size: size of the last dimension of the input.
+        eps: added to the variance.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.config = config
+        self.eps = eps
+        self.weight, bias = norm_parameters(config, hidden_size)
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return normalize(hidden, self.weight, self.bias, self.eps, self.config)
 
 
 class HostLayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -78,7 +129,7 @@ class HostLinear(EmptyExtraState, torch.nn.Module):
         self._tp_group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.nn.functional.linear(input_, self.weight), None
+        return F.linear(input_, self.weight), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         groups = {"tp_group": self._tp_group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
