@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import ClassVar
 
@@ -47,10 +48,7 @@ def base_url(address: str, port: int) -> str:
 
 
 def die_with_parent() -> None:
-    """In the child, first of all: asks the kernel to kill this process when the thread that started it ends (Linux).
-
-    Does nothing in a process that ChildProcess did not start.
-    """
+    """In a child of ChildProcess, first of all: asks the kernel to kill it when the thread that started it ends (Linux)."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None or not sys.platform.startswith("linux"):
         return
@@ -60,28 +58,27 @@ def die_with_parent() -> None:
 
 
 class ChildProcess:
-    """Starts, watches and stops one process and whatever it starts itself.
+    """Starts, watches and stops one process and its children.
 
     Args:
-        name: what it is, the subject of every message, e.g. "SGLang router".
+        name: subject of every message, e.g. "SGLang router".
         log_path: where its output goes; a temporary file from spawn() on if None. A restart appends.
         secrets: strings that describe_log() replaces.
         noise: lines with one of these in them are left out of describe_log().
-
-    Attributes:
-        popen: starts the process, as subprocess.Popen does; the tests have one that forks a process with SGLang imported.
     """
+
+    # The tests replace it by one that forks a process with SGLang imported.
 
     popen: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
 
     def __init__(
-        self, name: str, *, log_path: str | Path | None = None, secrets: Sequence[str] = (), noise: Sequence[str] = ()
+        self, name: str, *, log_path: str | Path | None = None, secrets: Sequence[str | None] = (), noise: Sequence[str] = ()
     ) -> None:
         self.name = name
         self.log_path = Path(log_path) if log_path is not None else None
         self._own_log = log_path is None
         self._secrets = tuple(filter(None, secrets))
-        self._noise = tuple(noise)
+        self._noise = noise
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
 
@@ -91,7 +88,7 @@ class ChildProcess:
         return self._process.pid if self._process is not None else None
 
     def alive(self) -> bool:
-        """Whether the process runs; says nothing of whether it answers."""
+        """Whether the process runs; not whether it answers."""
         return self._process is not None and not self._ended.is_set()
 
     def wait(self, timeout_s: float) -> bool:
@@ -102,8 +99,8 @@ class ChildProcess:
         """Starts the process; returns as soon as it exists.
 
         Args:
-            command: the command line, visible to every user of the machine: no secrets.
-            env: its whole environment; PARENT_VARIABLE is added for die_with_parent().
+            command: visible to every user of the machine: no secrets.
+            env: its whole environment.
 
         Raises:
             RolloutError: it cannot be started, or it already runs.
@@ -115,9 +112,7 @@ class ChildProcess:
             os.close(handle)
             self.log_path = Path(path)
         log_path = self.log_path
-        env = {**env, PARENT_VARIABLE: str(os.getpid())}
-        started = threading.Event()
-        failure: list[Exception] = []
+        started: Future[None] = Future()
         self._ended = ended = threading.Event()
 
         def run() -> None:
@@ -125,14 +120,18 @@ class ChildProcess:
             try:
                 with log_path.open("ab") as log:
                     process = self.popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**env, PARENT_VARIABLE: str(os.getpid())},
+                        start_new_session=True,
                     )
-            except Exception as error:  # a TypeError of Popen, say, which nobody would hear of: spawn() waits
-                failure.append(error)
-                started.set()
+            except Exception as error:  # also a TypeError, say
+                started.set_exception(error)
                 return
             self._process = process
-            started.set()
+            started.set_result(None)
             # Not reaped until its group is swept: while the leader is a zombie its group id cannot be given to anybody else.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             _signal_group(process.pid, signal.SIGKILL)
@@ -140,9 +139,10 @@ class ChildProcess:
             ended.set()
 
         threading.Thread(target=run, name=f"watch {self.name}", daemon=True).start()
-        started.wait()
-        if failure:
-            raise RolloutError(f"could not start {self.name} ({' '.join(command[:3])} ...): {failure[0]}")
+        try:
+            started.result()
+        except Exception as error:
+            raise RolloutError(f"could not start {self.name} ({' '.join(command[:3])} ...): {error}") from error
         atexit.register(self.stop)
 
     def stop(self, grace_s: float = 15.0) -> None:

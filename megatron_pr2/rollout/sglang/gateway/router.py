@@ -83,7 +83,7 @@ class SGLangRouter(ChildProcess):
         self.url = ""
         self._api_key = api_key
         self._start_timeout_s = start_timeout_s
-        super().__init__("SGLang router", log_path=log_path, secrets=[api_key] if api_key else [])
+        super().__init__("SGLang router", log_path=log_path, secrets=[api_key])
 
     def settings(self, port: int, metrics_port: int) -> dict[str, Any]:
         """The fields of sglang_router's RouterArgs that differ from, or must not depend on, its defaults; no secret."""
