@@ -134,7 +134,7 @@ class HostAttention(torch.nn.Module):
             attention_mask: bool, True where attention is *forbidden*, broadcastable to [B, N, S, S]; padded batches without
                 context parallelism only. Causality is added to it.
             packed_seq_params: boundaries of the sequences of a packed batch, over all context-parallel ranks. Positions
-                between a sequence's end and its padded end see the sequence and are seen by nobody outside.
+                between a sequence's end and its padded end see the sequence; no other position sees them.
 
         Returns:
             [S, B, N * Dv], packed [T, N * Dv].

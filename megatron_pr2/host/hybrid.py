@@ -38,7 +38,7 @@ def patch_hybrid(patches: PatchSet) -> None:
             raise
         return
     transformer_engine = importlib.import_module("megatron.core.extensions.transformer_engine")
-    # By identity: without Transformer Engine most of them are mocks, which compare as they like.
+    # By identity: without Transformer Engine most of them are mocks, whose comparison means nothing.
     ours = {id(getattr(transformer_engine, name)): module for name, module in _HOST_MODULES.items()}
     spec = _swapped(specs.hybrid_stack_spec, ours)
     # The experts were chosen when the module was imported, perhaps before the host was enabled.

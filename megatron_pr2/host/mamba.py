@@ -40,7 +40,7 @@ def scan(
     """The selective state space of Mamba-2 (arXiv 2405.21060) as it is defined, position by position, in fp32.
 
     ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t + D x_t`` in every head; `decay_h` is A, `in_BSgN` B and
-    `out_BSgN` C. The signature is that of ``mamba_ssm.mamba_chunk_scan_combined``; `chunk_size` is the kernel's business.
+    `out_BSgN` C. The signature is that of ``mamba_ssm.mamba_chunk_scan_combined``; `chunk_size` is the kernel's and unused.
 
     Raises:
         ConfigError: inference, or a mixer without a norm of its own (`z`).

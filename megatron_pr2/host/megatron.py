@@ -22,7 +22,7 @@ class _NoFP8:
 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """maybe_move_tensor_to_cpu for tensors that are there already: Megatron's own leaves as_numpy out then."""
+    """maybe_move_tensor_to_cpu for tensors that are on the CPU already, for which Megatron's own ignores as_numpy."""
     return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

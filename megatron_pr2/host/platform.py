@@ -97,7 +97,7 @@ def enable_training() -> None:
 
 
 def _import_quietly(module: str) -> None:
-    """Imports a module of torch that logs there that a CUDA toolkit is installed and no GPU: here that is meant so."""
+    """Imports a module of torch that would warn that a CUDA toolkit is installed and no GPU."""
     log = logging.getLogger(module)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -33,8 +33,8 @@ def patch_training(patches: PatchSet) -> None:
             f"megatron.training is not importable ({error}): the megatron-core package has it from release 0.17.1 on; install "
             "one, or put a checkout of Megatron-LM of your release on PYTHONPATH"
         ) from error
-    # initialize.py sets up model parallelism and its seeds only where a device is counted. It sees one, nobody else does: torch
-    # itself and Megatron-Core would call the driver.
+    # initialize.py sets up model parallelism and its seeds only where a device is counted. Only this module sees one: torch itself
+    # and Megatron-Core would call the driver.
     device = view(torch.cuda, is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None)
     patches.set(initialize, "torch", view(torch, cuda=device))
     patches.set(arguments, "torch", view(torch, cuda=view(torch.cuda, get_device_capability=lambda *device: _CAPABILITY)))

@@ -1,16 +1,16 @@
 """SGLang plugin: a request asks for its routes through its request id.
 
-SGLang's router forwards only the fields that it knows: of a /generate request it drops `return_routed_experts` and
-`routed_experts_start_len` without a word, while `rid` arrives as it was sent. So a client behind a router writes the wish into
-the request id (:func:`encode_rid`), and this plugin, loaded inside the server, sets the two fields from it. A request with any
-other id is left alone, and a wish never takes routes away from a request that asks for them in the usual way.
+SGLang's router forwards only the fields that it knows: of a /generate request it silently drops `return_routed_experts` and
+`routed_experts_start_len`, while `rid` arrives as it was sent. So a client behind a router encodes the two fields in the request
+id (:func:`encode_rid`), and this plugin, loaded inside the server, sets them from it. A request with any other id is not changed,
+and an id that asks for no routes takes none away from a request that asks for them in the usual way.
 
 SGLang loads the plugin through the entry point group `sglang.srt.plugins` in every one of its processes, in every environment
 in which this package is installed; so nothing is imported here but the standard library. A plugin that fails is only logged by
-SGLang: whoever relies on it has to see routes come back before the first real request.
+SGLang: check that routes come back before the first real request.
 
-Why the hook sits where it does: `GenerateReqInput.normalize_batch_and_arguments` is the first thing that SGLang (0.5.19 and 0.5.23)
-does with a generation request on every entrance, and its module is one that each SGLang process imports anyway.
+`GenerateReqInput.normalize_batch_and_arguments` is the first thing that SGLang (0.5.19 and 0.5.23) does with a generation request
+from any entrance, and its module is one that each SGLang process imports anyway.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class SGLangServers:
                     raise
                 fleet.lost[replica.index] = str(error)
                 failures.append(error)
-                logger.warning("%s stays away: %s", replica.name, str(error).splitlines()[0])
+                logger.warning("%s is left out: %s", replica.name, str(error).splitlines()[0])
 
         # In parallel: each takes minutes.
         _together(revive, gone)

@@ -7,8 +7,8 @@ What a client has to know of the router (measured with 0.3.2; SGLang 0.5.23 and 
 - It serves /generate, and sends /flush_cache to all servers. Everything that concerns one server (/model_info, /abort_request,
   /pause_generation, weight updates) answers 404: those requests go to the servers themselves.
 - When a client closes its connection, it closes the one to the server; SGLang looks for that every 4 s and aborts the request.
-- A server that dies in the middle of a request becomes HTTP 500 at once, with `call_upstream_...` or `read_response_body_failed` in
-  its body. Other statuses, and their bodies, come through as the server sent them.
+- A server that dies during a request becomes HTTP 500 immediately, with `call_upstream_...` or `read_response_body_failed` in its
+  body. Other statuses, and their bodies, come through as the server sent them.
 - A response is received whole before it is sent on: 1 to 3 ms more per MB, and twice its size in memory meanwhile.
 """
 
@@ -127,7 +127,7 @@ class SGLangRouter(ChildProcess):
             "cb_window_duration_secs": 60,
             "worker_startup_timeout_secs": max(1, round(self._start_timeout_s)),
             "worker_startup_check_interval": 1,
-            # On SIGTERM it waits this long for requests in flight, which nobody needs any more.
+            # On SIGTERM it waits this long for requests in flight, which are no longer needed.
             "shutdown_grace_period_secs": 1,
         }
 
@@ -242,7 +242,7 @@ def _environment(api_key: str | None) -> dict[str, str]:
     """This process's environment, with the key and without what would lead the router out of this cluster."""
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     # For every model that a server names by a hub id it downloads a tokenizer, which requests made of token ids do not need, and no
-    # setting turns that off: so the hub is an address where nobody listens.
+    # setting turns that off: so the hub is an address without a listener.
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"
     env["NO_COLOR"] = "1"
     if api_key:

@@ -108,7 +108,7 @@ class WeightChannel:
             ) from error
 
     def _listen(self, address: str, connect_s: float) -> tuple[int, int]:
-        """Opens the store that the server comes to; returns its port and how many keys it holds while nobody has come."""
+        """Opens the store that the server connects to; returns its port and the number of its keys before that."""
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
             listener.bind((address, 0))
             port = listener.getsockname()[1]
@@ -227,7 +227,7 @@ class WeightChannel:
         request = self._http.json("POST", path, payload, where=self._where, retry=False, timeout_s=self.target.timeout_s)
         try:
             return self._http.submit(request)
-        except BaseException:  # a lent client may have been closed
+        except BaseException:  # a client of the caller's may have been closed
             request.close()
             raise
 

@@ -2,7 +2,7 @@
 
 Every byte is written and read once more than by a group (channel.py), and a server loads a whole model or nothing. Any number
 of senders write their parts side by side, as safetensors; the controlling process then checks that all parts together are the
-model that the directory started from, name by name, because SGLang would keep old weights for what is missing without a word.
+model that the directory started from, name by name, because SGLang would silently keep old weights for what is missing.
 """
 
 from __future__ import annotations

@@ -39,26 +39,22 @@ class PushSession:
         if not self._has_sessions:
             return
         try:
-            reply = self._call("/begin_weight_update")
+            self._checked("/begin_weight_update")
         except RefusedError as error:
             if error.status == 404:
                 self._has_sessions = False
                 return
             if "already open" not in error.body:
                 raise
-            # Left behind by somebody who died in the middle.
+            # Left open by a process that died.
             self._checked("/end_weight_update")
-            reply = self._call("/begin_weight_update")
-        check_reply("/begin_weight_update", reply, self._where)
+            self._checked("/begin_weight_update")
 
     def finish(self, label: str, *, flush_cache: bool) -> None:
-        """After the last bucket of the last sender: the server samples from the new weights when this returns.
-
-        Args:
-            label, flush_cache: see :meth:`publish`.
+        """After the last bucket of the last sender: closes SGLang's session; see :meth:`publish`.
 
         Raises:
-            RolloutError: the server refused or died; its weights are new all the same, or partly.
+            RolloutError: the server refused or died; its weights may be new, or partly.
         """
         if self._has_sessions:
             self._checked("/end_weight_update")
@@ -75,15 +71,15 @@ class PushSession:
         self._checked("/update_weights_from_disk", payload)
 
     def publish(self, label: str, *, flush_cache: bool) -> None:
-        """Makes new weights official.
+        """Names the new weights; the server samples from them when this returns.
 
         Args:
-            label: the server's name of its weights from now on.
+            label: weight version from now on.
             flush_cache: drop everything that was computed with the old weights. False where requests are in flight (paused in
                 place): SGLang flushes an idle server only, and what they have computed so far must stay.
 
         Raises:
-            RolloutError: the server refused or died; its weights are new all the same.
+            RolloutError: the server refused or died; its weights are new nevertheless.
         """
         if flush_cache:
             try:
@@ -97,7 +93,7 @@ class PushSession:
         self._checked("/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
     def abandon(self) -> None:
-        """Closes the session after a failure if the server still can; the failure itself is what the caller hears of."""
+        """Closes the session after a failure if the server still can; never raises, the caller has the failure to report."""
         if not self._has_sessions:
             return
         try:
@@ -106,10 +102,8 @@ class PushSession:
             logger.info("the weight update session stays open: %s", error)
 
     def _checked(self, path: str, payload: dict[str, Any] | None = None, timeout_s: float | None = None) -> None:
-        check_reply(path, self._call(path, payload, timeout_s), self._where)
-
-    def _call(self, path: str, payload: dict[str, Any] | None = None, timeout_s: float | None = None) -> Any:
-        return self._http.run(self._http.json("POST", path, payload or {}, where=self._where, retry=False, timeout_s=timeout_s))
+        call = self._http.json("POST", path, payload or {}, where=self._where, retry=False, timeout_s=timeout_s)
+        check_reply(path, self._http.run(call), self._where)
 
 
 def check_reply(path: str, reply: Any, where: str = WHERE) -> None:
