@@ -87,7 +87,7 @@ class WeightChannel:
             raise RolloutError(f"{self._where}: this torch has no NCCL; set weight_backend='gloo'")
         # A new name each time: a server that did not notice the end of the previous group must not confuse the two.
         self._name = f"megatron_pr2_{uuid.uuid4().hex[:12]}"
-        address = target.address or own_address(target.url)
+        address = own_address(target.url)
         connect_s = min(target.timeout_s, _CONNECT_TIMEOUT_S)
         try:
             port, empty = self._listen(address, connect_s)

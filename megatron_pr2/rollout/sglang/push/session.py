@@ -106,7 +106,7 @@ class PushSession:
         check_reply(path, self._http.run(call), self._where)
 
 
-def check_reply(path: str, reply: Any, where: str = WHERE) -> None:
+def check_reply(path: str, reply: Any, where: str) -> None:
     """Raises RolloutError unless the server says that it succeeded."""
     if not isinstance(reply, dict) or reply.get("success") is not True:
         message = reply.get("message", reply) if isinstance(reply, dict) else reply

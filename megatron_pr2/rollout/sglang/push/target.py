@@ -28,7 +28,6 @@ class PushTarget:
         device: where the server receives.
         bucket_bytes: see SGLangConfig.weight_bucket_bytes.
         timeout_s: for one bucket, the wait for the buckets of other senders included.
-        address: of the sender, as the server reaches it; None lets each sender find its own.
         connection: differs from one connection with the server to the next: senders then open new channels.
     """
 
@@ -39,7 +38,6 @@ class PushTarget:
     device: str
     bucket_bytes: int
     timeout_s: float
-    address: str | None = None
     connection: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
