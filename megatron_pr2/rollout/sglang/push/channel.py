@@ -96,12 +96,11 @@ class WeightChannel:
             self._await_peer(joined, empty, connect_s)
             self._group = self._connect(address)
             check_reply(_JOIN, joined.result(connect_s), self._where)
-        except FutureTimeoutError as error:
+        except BaseException as error:
             self.abandon()
-            raise RolloutError(f"{self._where}: no reply to {_JOIN} within {connect_s:g} s") from error
-        except (RuntimeError, OSError) as error:  # RolloutError is a RuntimeError
-            self.abandon()
-            if isinstance(error, RolloutError):
+            if isinstance(error, FutureTimeoutError):
+                raise RolloutError(f"{self._where}: no reply to {_JOIN} within {connect_s:g} s") from error
+            if isinstance(error, RolloutError) or not isinstance(error, RuntimeError | OSError):
                 raise
             raise RolloutError(
                 f"{self._where}: no {target.backend} connection between {address} and the server: {error}"
@@ -206,11 +205,11 @@ class WeightChannel:
 
     def _refusal(self, error: Exception) -> str:
         """Says what the server's reply says, where there is one: a broken connection alone does not tell why it broke."""
-        cause = error
+        cause = str(error)
         try:
             check_reply(_UPDATE, self._reply.result(_CAUSE_TIMEOUT_S), self._where)
         except RolloutError as told:
-            cause = told
+            cause = str(told)
         except FutureTimeoutError:
             pass
         return f"{self._where}: the bucket from {self._first} on was not taken: {cause}"
