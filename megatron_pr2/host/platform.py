@@ -59,10 +59,9 @@ def enable() -> None:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
         _import_quietly("torch.utils.cpp_extension")
         # Imported here and not above: what they import of Megatron warns on import.
-        from megatron_pr2.host.hybrid import patch_hybrid
         from megatron_pr2.host.mamba import patch_mamba
         from megatron_pr2.host.megatron import patch_megatron
-        from megatron_pr2.host.spec import patch_specs
+        from megatron_pr2.host.spec import patch_hybrid, patch_specs
 
         patch_cuda(patches)
         patch_megatron(patches)

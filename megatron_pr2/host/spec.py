@@ -2,13 +2,16 @@
 
 Megatron's own spec functions stay in charge: which layers are dense or MoE, shared experts, MLA and multi-token prediction
 come from them, with ``use_transformer_engine=True``. They ask a ``BackendSpecProvider`` for the modules; this is the host's.
+HybridModel's stack spec asks none: it is made of Transformer Engine's classes when its module is imported.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider
@@ -26,6 +29,14 @@ from megatron_pr2.host.patches import PatchSet
 # Later releases have submodules of their own for grouped experts, and ask for a builder instead of a class beside its submodules.
 _GroupedMLPSubmodules = getattr(megatron_experts, "GroupedMLPSubmodules", MLPSubmodules)
 _EXPERTS_BY_BUILDER = "moe_use_legacy_grouped_gemm" not in inspect.signature(BackendSpecProvider.grouped_mlp_modules).parameters
+_HOST_MODULES = {
+    "TENorm": HostNorm,
+    "TELayerNormColumnParallelLinear": HostLayerNormColumnParallelLinear,
+    "TEColumnParallelLinear": ColumnParallelLinear,
+    "TERowParallelLinear": RowParallelLinear,
+    "TELinear": HostLinear,
+    "TEDotProductAttention": HostAttention,
+}
 
 
 class HostSpecProvider(BackendSpecProvider):
@@ -85,3 +96,42 @@ def patch_specs(patches: PatchSet) -> None:
     patches.set(block, "LayerNormImpl", HostNorm)
     # MLA recognizes its duplicated down projections by class.
     patches.set(latent_attention, "TELinear", HostLinear)
+
+
+def patch_hybrid(patches: PatchSet) -> None:
+    """Replaces HybridModel's spec of training, under both of its names, and the final norm; call it after :func:`patch_specs`.
+
+    Releases before HybridModel have nothing to patch here.
+    """
+    try:
+        block = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
+        specs = importlib.import_module("megatron.core.models.hybrid.hybrid_layer_specs")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("megatron.core.models.hybrid"):
+            raise
+        return
+    transformer_engine = importlib.import_module("megatron.core.extensions.transformer_engine")
+    # By identity: without Transformer Engine most of them are mocks, whose comparison means nothing.
+    ours = {id(getattr(transformer_engine, name)): module for name, module in _HOST_MODULES.items()}
+    spec = _swapped(specs.hybrid_stack_spec, ours)
+    # The experts were chosen when the module was imported, perhaps before the host was enabled.
+    spec.submodules.moe_layer.submodules.mlp = specs.get_moe_module_spec(use_te=True, num_experts=8, moe_grouped_gemm=True)
+    for name in ("hybrid_stack_spec", "mamba_stack_spec"):
+        patches.set(specs, name, spec)
+    patches.set(block, "TENorm", HostNorm)
+
+
+def _swapped(part: Any, ours: dict[int, Any]) -> Any:
+    """A copy of a spec with other modules; what is no spec stays the same object."""
+    if id(part) in ours:
+        return ours[id(part)]
+    if isinstance(part, functools.partial):
+        return functools.partial(part.func, *part.args, **{name: _swapped(value, ours) for name, value in part.keywords.items()})
+    if isinstance(part, list):
+        return [_swapped(each, ours) for each in part]
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    changed = copy.copy(part)
+    for field in fields(part):
+        setattr(changed, field.name, _swapped(getattr(part, field.name), ours))
+    return changed
