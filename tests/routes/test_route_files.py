@@ -16,24 +16,21 @@ from safetensors.numpy import save_file
 from megatron_pr2.errors import DataError, RouteError
 from megatron_pr2.routes.files import FORMAT, VERSION, RouteFile, load_routes, save_routes
 from megatron_pr2.routes.table import RouteTable
+from tests.helpers.ids import assert_same_table, random_ids
 
 METADATA = {"format": FORMAT, "version": VERSION, "num_experts": "8"}
 
 
 def random_table(seed, tokens, layers, topk, experts, missing=0.2):
-    rng = np.random.default_rng(seed)
-    ids = rng.random((tokens, layers, experts)).argsort(-1)[..., :topk]
-    ids[rng.random(tokens) < missing] = experts  # out of range: becomes a missing row
+    ids = random_ids(tokens, layers, topk, experts, seed)
+    ids[np.random.default_rng(seed).random(tokens) < missing] = experts  # out of range: becomes a missing row
     return RouteTable.from_ids(ids, experts)
 
 
 def assert_equal(got, want):
     assert list(got) == sorted(want)
     for sid, table in want.items():
-        assert got[sid].num_experts == table.num_experts
-        assert got[sid].experts.dtype == table.experts.dtype
-        np.testing.assert_array_equal(got[sid].experts, table.experts)
-        np.testing.assert_array_equal(got[sid].valid, table.valid)
+        assert_same_table(got[sid], table)
 
 
 @st.composite

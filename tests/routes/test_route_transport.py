@@ -26,7 +26,7 @@ from megatron_pr2.errors import RouteError
 from megatron_pr2.parallel.grid import packed
 from megatron_pr2.routes.scatter import slice_tables
 from megatron_pr2.routes.table import RouteTable
-from tests.helpers.ids import random_ids
+from tests.helpers.ids import assert_same_table, random_ids
 
 MB = 1 << 20
 
@@ -54,14 +54,6 @@ def strided(table: RouteTable) -> RouteTable:
     assert not experts.flags.c_contiguous
     assert not valid.flags.c_contiguous
     return RouteTable(experts, valid, table.num_experts)
-
-
-def assert_equal(found: RouteTable, wanted: RouteTable) -> None:
-    assert found.num_experts == wanted.num_experts
-    assert found.experts.dtype == wanted.experts.dtype
-    assert np.array_equal(found.experts, wanted.experts)
-    assert found.valid.dtype == np.bool_
-    assert np.array_equal(found.valid, wanted.valid)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +89,7 @@ class TestPickle:
             "wide": lambda: table_of(experts=300),
             "empty": lambda: RouteTable.missing(0, 3, 4, 64),
         }[kind]()
-        assert_equal(pickle.loads(pickle.dumps(table, protocol=protocol)), table)
+        assert_same_table(pickle.loads(pickle.dumps(table, protocol=protocol)), table)
 
     @pytest.mark.parametrize("kind", ["plain", "mapped"])
     def test_arrays_leave_the_stream_and_come_back_where_they_are(self, kind: str, large: RouteTable, tmp_path: Path) -> None:
@@ -110,7 +102,7 @@ class TestPickle:
         assert len(buffers) == 2
         assert np.shares_memory(again.experts, table.experts)
         assert np.shares_memory(again.valid, table.valid)
-        assert_equal(again, table)
+        assert_same_table(again, table)
         assert peak.bytes < 0.1 * MB
 
     def test_arrays_that_are_not_contiguous_leave_it_after_one_copy(self, large: RouteTable) -> None:
@@ -120,7 +112,7 @@ class TestPickle:
             stream = pickle.dumps(part, protocol=5, buffer_callback=buffers.append)
         assert len(stream) < 1000
         assert peak.bytes < 1.1 * part.nbytes
-        assert_equal(pickle.loads(stream, buffers=buffers), part)
+        assert_same_table(pickle.loads(stream, buffers=buffers), part)
 
     def test_read_only_buffers_give_read_only_tables(self) -> None:
         buffers: list[pickle.PickleBuffer] = []
@@ -128,12 +120,12 @@ class TestPickle:
         stream = pickle.dumps(table, protocol=5, buffer_callback=buffers.append)
         again = pickle.loads(stream, buffers=[buffer.raw().toreadonly() for buffer in buffers])
         assert not again.experts.flags.writeable
-        assert_equal(again, table)
+        assert_same_table(again, table)
 
     def test_copies_are_of_their_own(self) -> None:
         table = table_of()
         deep = copy.deepcopy(table)
-        assert_equal(deep, table)
+        assert_same_table(deep, table)
         assert not np.shares_memory(deep.experts, table.experts)
 
 
@@ -147,7 +139,7 @@ class TestBuffers:
             assert source.encode_into(buffer) == table.encoded_size == len(table.encode())
             assert buffer == table.encode() + b"\xaa" * room
         again = RouteTable.decode(memoryview(buffer)[: table.encoded_size])
-        assert_equal(again, table)
+        assert_same_table(again, table)
         assert not again.experts.flags.writeable
         assert np.shares_memory(again.experts, np.frombuffer(buffer, np.uint8)) or not again.experts.size
 
@@ -156,8 +148,8 @@ class TestBuffers:
         payload = table.encode()
         words = np.frombuffer(payload + b"\0" * (-len(payload) % 4), dtype=np.uint32)
         for buffer in (payload, bytearray(payload), memoryview(payload), np.frombuffer(payload, np.uint8)):
-            assert_equal(RouteTable.decode(buffer), table)
-        assert_equal(RouteTable.decode(words.view(np.uint8)[: len(payload)]), table)
+            assert_same_table(RouteTable.decode(buffer), table)
+        assert_same_table(RouteTable.decode(words.view(np.uint8)[: len(payload)]), table)
 
     @pytest.mark.parametrize(
         ("buffer", "message"),
@@ -194,7 +186,7 @@ class TestBuffers:
         with Peak() as once:
             payload = large.encode()
         assert payload == buffer
-        assert_equal(again, large)
+        assert_same_table(again, large)
         assert encoding.bytes < 0.1 * MB
         assert decoding.bytes < 1 * MB
         assert once.bytes < len(payload) + 0.1 * MB
@@ -283,7 +275,7 @@ class TestRay:
         reference = ray.put(large)
         with Peak() as peak:
             table = ray.get(reference)
-        assert_equal(table, large)
+        assert_same_table(table, large)
         for array in (table.experts, table.valid):
             assert not array.flags.owndata
             assert not array.flags.writeable
@@ -311,4 +303,4 @@ class TestRay:
         buffers: list[pickle.PickleBuffer] = []
         pickle.dumps(table, protocol=5, buffer_callback=buffers.append)
         assert len(buffers) == 2
-        assert_equal(RouteTable.decode(table.encode()), large)
+        assert_same_table(RouteTable.decode(table.encode()), large)

@@ -26,7 +26,7 @@ from megatron_pr2.rollout.sglang.route_spill import RouteSpill
 from megatron_pr2.routes.scatter import slice_tables
 from megatron_pr2.routes.store import RouteStore
 from megatron_pr2.routes.table import RouteTable
-from tests.helpers.ids import random_ids
+from tests.helpers.ids import assert_same_table, random_ids
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,6 @@ def table_of(tokens: int = 100, layers: int = 4, topk: int = 2, experts: int = 6
 
 def held(table: RouteTable) -> int:
     return table.experts.nbytes + table.valid.nbytes
-
-
-def assert_equal(found: RouteTable, wanted: RouteTable) -> None:
-    assert found.num_experts == wanted.num_experts
-    assert found.experts.dtype == wanted.experts.dtype
-    assert np.array_equal(found.experts, wanted.experts)
-    assert np.array_equal(found.valid, wanted.valid)
 
 
 def open_files(directory: Path) -> list[str]:
@@ -87,7 +80,7 @@ class TestBudget:
         assert (counts.spilled_bytes, counts.spilled_tables) == (size, 1)
         assert (counts.total_spilled_bytes, counts.total_spilled_tables) == (size, 1)
         for found, wanted in zip(kept, tables, strict=True):
-            assert_equal(found, wanted)
+            assert_same_table(found, wanted)
 
     def test_tables_that_were_dropped_make_room(self, directory: Path) -> None:
         table = table_of()
@@ -143,7 +136,7 @@ class TestFiles:
         assert not list(directory.iterdir())
         assert mappings(directory) == 1
         for i, table in enumerate(kept):
-            assert_equal(table, table_of(seed=i))
+            assert_same_table(table, table_of(seed=i))
 
     def test_a_full_file_is_followed_by_another_one(self, directory: Path) -> None:
         size = held(table_of())
@@ -152,9 +145,9 @@ class TestFiles:
         assert mappings(directory) == 4  # offsets are aligned: two tables each
         large = spill.keep(table_of(tokens=5000, seed=9))
         assert mappings(directory) == 5
-        assert_equal(large, table_of(tokens=5000, seed=9))
+        assert_same_table(large, table_of(tokens=5000, seed=9))
         for i, table in enumerate(kept):
-            assert_equal(table, table_of(seed=i))
+            assert_same_table(table, table_of(seed=i))
 
     def test_a_file_goes_with_its_last_array(self, directory: Path) -> None:
         spill = RouteSpill(0, directory, file_bytes=1 << 20)
@@ -166,14 +159,14 @@ class TestFiles:
         del rows
         assert not open_files(directory)
         assert mappings(directory) == 0
-        assert_equal(spill.keep(table_of(seed=2)), table_of(seed=2))
+        assert_same_table(spill.keep(table_of(seed=2)), table_of(seed=2))
 
     def test_files_outlive_the_object_that_made_them(self, directory: Path) -> None:
         spill = RouteSpill(0, directory)
         table = spill.keep(table_of())
         del spill
         gc.collect()
-        assert_equal(table, table_of())
+        assert_same_table(table, table_of())
 
     def test_a_full_disk_is_an_error_that_says_so(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         spill = RouteSpill(0, directory)
@@ -189,15 +182,15 @@ class TestFiles:
             patch.setattr(os, "pwrite", full)
             with pytest.raises(RolloutError, match=r"900 bytes could not .*No space left.*make room"):
                 spill.keep(table_of(seed=1))
-        assert_equal(before, table_of(seed=0))
+        assert_same_table(before, table_of(seed=0))
         assert spill.counts().spilled_tables == 1
         after = spill.keep(table_of(seed=2))
-        assert_equal(after, table_of(seed=2))
+        assert_same_table(after, table_of(seed=2))
 
     def test_short_writes_are_continued(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:17], offset))
-        assert_equal(RouteSpill(0, directory).keep(table_of()), table_of())
+        assert_same_table(RouteSpill(0, directory).keep(table_of()), table_of())
 
     def test_a_directory_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         gone = tmp_path / "gone"
@@ -247,7 +240,7 @@ def test_any_tables_in_any_order_come_back_equal(
         assert counts.memory_bytes == memory <= budget
         assert counts.spilled_bytes == sum(held(t) for t, here in alive.values() if not here)
     for i, (table, _) in alive.items():
-        assert_equal(table, table_of(steps[i][0], 3, 2, steps[i][1], seed=i))
+        assert_same_table(table, table_of(steps[i][0], 3, 2, steps[i][1], seed=i))
 
 
 def test_threads_share_the_books(directory: Path) -> None:
@@ -263,7 +256,7 @@ def test_threads_share_the_books(directory: Path) -> None:
             mine: list[RouteTable] = []
             for i in range(200):
                 mine.append(spill.keep(RouteTable(made[number].experts.copy(), made[number].valid.copy(), 64)))
-                assert_equal(mine[i % len(mine)], made[number])
+                assert_same_table(mine[i % len(mine)], made[number])
                 if len(mine) > 5:
                     del mine[:3]
             left.extend(mine)
@@ -326,9 +319,9 @@ class TestUse:
     def test_they_are_encoded_and_pickled(self, spilled: dict[int, RouteTable]) -> None:
         for sid, wanted in self.wanted(spilled).items():
             table = spilled[sid]
-            assert_equal(RouteTable.decode(table.encode()), wanted)
+            assert_same_table(RouteTable.decode(table.encode()), wanted)
             for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-                assert_equal(pickle.loads(pickle.dumps(table, protocol=protocol)), wanted)
+                assert_same_table(pickle.loads(pickle.dumps(table, protocol=protocol)), wanted)
             buffers: list[pickle.PickleBuffer] = []
             stream = pickle.dumps(table, protocol=5, buffer_callback=buffers.append)
             assert np.shares_memory(pickle.loads(stream, buffers=buffers).experts, table.experts)
