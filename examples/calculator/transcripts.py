@@ -29,7 +29,7 @@ def main(
 
     from megatron_pr2.rl.calculator import Calculator
     from megatron_pr2.rl.rewards import exact_match
-    from megatron_pr2.rl.sampling import sample_responses
+    from megatron_pr2.rl.supervised import sample_responses
     from megatron_pr2.rl.task import TaskConfig, make_problems
 
     logging.disable_progress_bar()

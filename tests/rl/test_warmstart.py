@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_pr2.errors import CheckpointError, ConfigError
 from megatron_pr2.rl import supervised, warmstart
 from megatron_pr2.rl.calculator import Calculator, demonstration
-from megatron_pr2.rl.sampling import sample_responses
+from megatron_pr2.rl.supervised import sample_responses
 from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
 from megatron_pr2.rl.tiny import TinyModelConfig, build_tiny_model
 from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID, byte_tokenizer
