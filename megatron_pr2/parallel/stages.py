@@ -36,13 +36,9 @@ def cut_layers(
     """Layers of every chunk of every stage.
 
     Args:
-        num_layers: decoder layers of the model.
-        pipeline: stages.
-        virtual_pipeline: chunks per stage; None for one, or for what `layout` says.
-        in_first, in_last: layers of the first and of the last stage (`num_layers_in_first_pipeline_stage`, `..._last_...`); the
-            stages between them share the rest.
-        account_for_embedding, account_for_loss: the embedding, the loss take the place of one layer
-            (`account_for_embedding_in_pipeline_split`, `account_for_loss_in_pipeline_split`).
+        virtual_pipeline: chunks per stage; None for one, or for as many as `layout` has.
+        in_first, in_last: `num_layers_in_first_pipeline_stage`, `..._last_...`; the stages between them share the rest.
+        account_for_embedding, account_for_loss: the embedding, the loss take a layer's place (`account_for_..._in_pipeline_split`).
         layout: `pipeline_model_parallel_layout`, see `layout_rows`; excludes the settings above.
         mtp_num_layers: multi-token-prediction heads; they are no decoder layers, but a layout must place them.
         hybrid_pattern: `hybrid_layer_pattern` of a HybridModel, whose "|" alone place all layers; without them its layers are
