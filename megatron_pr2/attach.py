@@ -232,7 +232,7 @@ class PR2:
         return self._missing_share | self._scalars
 
     def end_rollout(self) -> None:
-        """After the last mini-step: lets go of routes and features, whose memory a colocated engine needs. Not collective.
+        """After the last mini-step: frees routes and features, whose memory a colocated engine needs. Not collective.
 
         Without it, what the batch says of the prediction counts one push later.
         """
@@ -328,7 +328,7 @@ def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR
         config: e.g. PR2Config.preset("pr2").
 
     Raises:
-        AttachError: no MoE layers, a custom or sinkhorn router, another replay at work, or attached already.
+        AttachError: no MoE layers, a custom or sinkhorn router, another replay, or attached already.
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     if not chunks:

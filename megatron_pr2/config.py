@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_pr2.errors import ConfigError
 
-ROUTES = ("live", "actor", "engine")
-PREDICTORS = ("none", "learned", "momentum", "learned+momentum")
-TARGETS = ("post", "delta")
+CHOICES = {
+    "routes": ("live", "actor", "engine"),
+    "route_delivery": ("scatter", "local"),
+    "predictor": ("none", "learned", "momentum", "learned+momentum"),
+    "target": ("post", "delta"),
+    "feature_device": ("device", "cpu"),
+}
 
-DELIVERIES = ("scatter", "local")
+_NOT_NEGATIVE = (lambda value: value >= 0.0, "a number in [0.0, inf]")
+_UP_TO_ONE = (lambda value: 0.0 <= value <= 1.0, "a number in [0.0, 1.0]")
+_SHARE = (lambda value: 0.0 < value <= 1.0, "a share in (0, 1]")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("alpha", "eps", "momentum", "horizon", "hold_back_confidence"), _NOT_NEGATIVE),
+    **dict.fromkeys(("max_missing_share", "min_agreement"), _UP_TO_ONE),
+    **dict.fromkeys(("sample_fraction", "held_out_share"), _SHARE),
+    "hold_back_decay": (lambda value: 0.0 < value < 1.0, "a number in (0, 1)"),
+    "feature_bytes": (lambda value: value >= 0, "a number of bytes >= 0"),
+    "seed": (lambda value: value >= 0, "an integer >= 0"),
+    "betas": (lambda betas: all(0.0 <= beta < 1.0 for beta in betas), "two numbers in [0, 1)"),
+}
 
 PRESETS: dict[str, dict[str, str]] = {
     "grpo": {"routes": "live", "predictor": "none"},
@@ -89,37 +105,18 @@ class PR2Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), type(f.default))
-        _one_of("routes", self.routes, ROUTES)
-        _one_of("route_delivery", self.route_delivery, DELIVERIES)
-        _one_of("predictor", self.predictor, PREDICTORS)
-        _one_of("target", self.target, TARGETS)
-        _one_of("feature_device", self.feature_device, ("device", "cpu"))
+            if f.name in CHOICES and getattr(self, f.name) not in CHOICES[f.name]:
+                raise ConfigError(f"pr2.{f.name}={getattr(self, f.name)!r}: expected one of {', '.join(CHOICES[f.name])}")
         if self.predictor != "none" and self.routes == "live":
             raise ConfigError(
                 f"pr2.predictor={self.predictor!r} contradicts pr2.routes='live': a prediction that nothing replays has no effect; "
                 "use routes=engine (or actor), or predictor=none"
             )
-        _in_range("alpha", self.alpha, 0.0, None)
-        _in_range("eps", self.eps, 0.0, None)
-        _in_range("momentum", self.momentum, 0.0, None)
-        _in_range("horizon", self.horizon, 0.0, None)
-        _in_range("hold_back_confidence", self.hold_back_confidence, 0.0, None)
-        _in_range("max_missing_share", self.max_missing_share, 0.0, 1.0)
-        _in_range("min_agreement", self.min_agreement, 0.0, 1.0)
-        if not 0.0 < self.sample_fraction <= 1.0:
-            raise ConfigError(f"pr2.sample_fraction={self.sample_fraction}: expected a share in (0, 1]")
-        if not 0.0 < self.held_out_share <= 1.0:
-            raise ConfigError(f"pr2.held_out_share={self.held_out_share}: expected a share in (0, 1]")
-        if not 0.0 < self.hold_back_decay < 1.0:
-            raise ConfigError(f"pr2.hold_back_decay={self.hold_back_decay}: expected a number in (0, 1)")
+        for name, (right, expected) in RANGES.items():
+            if not right(getattr(self, name)):
+                raise ConfigError(f"pr2.{name}={getattr(self, name)}: expected {expected}")
         if self.hold_back and self.learns and self.held_out_share == 1.0:
             raise ConfigError("pr2.held_out_share=1.0 leaves no sampled token to learn from; lower it, or set pr2.hold_back=false")
-        if self.feature_bytes < 0:
-            raise ConfigError(f"pr2.feature_bytes={self.feature_bytes}: expected a number of bytes >= 0")
-        if self.seed < 0:
-            raise ConfigError(f"pr2.seed={self.seed}: expected an integer >= 0")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"pr2.betas={self.betas}: expected two numbers in [0, 1)")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PR2Config:
@@ -177,13 +174,3 @@ def _check_type(name: str, value: Any, kind: type) -> None:
     if not right:
         shown = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"pr2.{name}={shown!r}: expected {expected}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"pr2.{name}={value!r}: expected one of {', '.join(allowed)}")
-
-
-def _in_range(name: str, value: float, low: float, high: float | None) -> None:
-    if not value >= low or (high is not None and value > high):
-        raise ConfigError(f"pr2.{name}={value}: expected a number in [{low}, {'inf' if high is None else high}]")

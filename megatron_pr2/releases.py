@@ -5,7 +5,7 @@ Which tests pass on which release is in docs/megatron_releases.md, which tools/m
 
 from __future__ import annotations
 
-# The newest of each minor version that has the replay seam, ascending.
+# The newest of each minor version that has the replay hook, ascending.
 TRIED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 

@@ -3,16 +3,16 @@
 Megatron-Core's dist_checkpointing, because the policy is saved with it: a pipeline merges `sharded_state_dict` into the call that
 it has and needs no second format. Every tensor is a whole one of one layer, under the layer's number in the model, and the first
 rank of each pipeline stage writes it: whatever tensor, pipeline, virtual pipeline, expert, context or data parallel sizes read it,
-each rank takes the layers that it has. A rollout batch at work can be kept as well (megatron_pr2.checkpoint.rollout). Keys:
+each rank takes the layers that it has. The current rollout batch can be kept as well (megatron_pr2.checkpoint.rollout). Keys:
 
     pr2.predictor.layers.<layer>.weight                   [E, H] fp32
     pr2.predictor.layers.<layer>.exp_avg, .exp_avg_sq     [E, H] fp32, Adam's
     pr2.predictor.layers.<layer>.step                     [] fp32, Adam's; 0 before the first update
     pr2.predictor.layers.<layer>.momentum                 [E, H] fp32, the extrapolation of predictor="momentum"
     pr2.predictor.layers.<layer>.horizon                  [] fp32, updates that it is made for
-    pr2.predictor.layers.<layer>.hold_back                [rows, steps] fp64, what predictions were worth (prediction.hold_back)
+    pr2.predictor.layers.<layer>.hold_back                [rows, steps] fp64, measured gains (prediction.hold_back)
 
-Each is there if the strategy that wrote has it; a strategy that reads takes what it knows, and starts the rest anew.
+Each is there if the strategy that wrote has it; a strategy that reads takes what it knows, the rest starts at its initial value.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def save(pr2: Contents, directory: str | Path, *, rollout: bool = False) -> None
     """Writes PR2's state into a directory of its own, which is made if it is absent; collective over all ranks.
 
     Args:
-        rollout: also keeps the rollout batch at work, for a checkpoint between two mini-steps: its sequences, routes and features.
+        rollout: also keeps the current rollout batch, for a checkpoint between two mini-steps: its sequences, routes and features.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write.
@@ -81,7 +81,7 @@ def sharded_state_dict(pr2: Contents, *, rollout: bool = False, load_from: str |
     """PR2's state as Mcore ShardedTensors, for a pipeline's own `dist_checkpointing.save` or `load`.
 
     Args:
-        rollout: with the rollout batch at work (then the call is collective); :func:`load_rollout` takes it up again.
+        rollout: with the current rollout batch (then the call is collective); :func:`load_rollout` takes it up again.
         load_from: the checkpoint that is going to be loaded (then the call is collective): without a predictor in it the result is
             empty, and its tensors are new ones, so that nothing has changed before :func:`load_sharded_state_dict`.
 
@@ -143,7 +143,7 @@ def _replica_id() -> tuple[int, int, int]:
 
 
 def _has_predictor(pr2: Contents, found: files.Shapes, where: str | Path) -> bool:
-    """Whether there is a predictor to load; says so where there is none, or where nobody wants it.
+    """Whether there is a predictor to load; says so where there is none, or where the config wants none.
 
     Raises:
         CheckpointError: it is of other layers, experts or another hidden size.

@@ -184,7 +184,7 @@ def together(action: Callable[[], T]) -> T:
             failures = {dist.get_rank(): failure}
     except CheckpointException as error:  # a BaseException
         failures = {rank: described(failed[0]) for rank, failed in error.failures.items()}
-        # torch counts these as failures, which nobody who handles errors should handle.
+        # torch counts these as failures, but they must end the program.
         end = next((failed[0] for failed in error.failures.values() if isinstance(failed[0], KeyboardInterrupt | SystemExit)), None)
     failures = failures_of_all(failures)
     if end is not None:

@@ -131,7 +131,7 @@ def _put_routes(state: dict[str, Any], pr2: Contents, start: int, total: int) ->
         table = tables.get(sequence.id) or RouteTable.missing(sequence.length, *shape[1:], config.num_moe_experts)
         experts_TLK = table.experts if table.experts.dtype == np.uint8 else table.experts.view(np.int16)
         with warnings.catch_warnings():
-            # Decoded tables cannot be written to, and nobody does.
+            # Decoded tables are read-only, and only read here.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             ids = torch.from_numpy(experts_TLK)
         at = start + pr2.tokens.span(sequence.id).start
@@ -178,12 +178,12 @@ def _read_in_use(pr2: Contents, reader: files.RowReader) -> None:
 
 def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:
     if reader.shape(SEQUENCES) is None:
-        raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the one at work")
+        raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the current one")
     rows = reader.read(SEQUENCES).numpy()
     if rows.shape[1] != 5 or (reader.shape(TOKENS) or (0, 3))[1] != 3:
         raise CheckpointError(
             f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 5); "
-            "load the checkpoint without it, and roll out anew"
+            "load the checkpoint without it, and roll out again"
         )
     stops = np.cumsum(rows[:, 1])
     at = {int(row[0]): i for i, row in enumerate(rows)}

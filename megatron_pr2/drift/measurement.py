@@ -52,13 +52,13 @@ class SampledRows:
 
 
 class Measurement:
-    """Features, drift metrics and the predictor's gradient of the rollout batch at work.
+    """Features, drift metrics and the predictor's gradient of the current rollout batch.
 
     Attributes:
         features, plan: router inputs and logits of the sampled tokens, and which rank holds which.
         agreement, engine_agreement: of an engine's routes with the current router's, in this and in the last log-prob pass.
         drift: metrics of the training passes.
-        hold_back: how much of the prediction is believed, or None.
+        hold_back: chooses the share of W_p that is used, or None.
         held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
         learning: whether the training pass adds to the predictor's gradient.
         features_absent: sampled tokens of the training passes that no log-prob pass kept features of.
@@ -136,7 +136,7 @@ class Measurement:
         self.plan.begin(tokens, sampled)
 
     def end(self) -> None:
-        """After the last mini-step: lets go of everything that belongs to the rollout batch, and decides what its outcome says."""
+        """After the last mini-step: frees everything that belongs to the rollout batch, and updates hold-back with its outcome."""
         self._forget()
         if self.hold_back is not None:
             self.hold_back.close_batch()

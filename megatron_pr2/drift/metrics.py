@@ -105,7 +105,7 @@ class DriftMetrics:
         self._sums_LC.zero_()
 
     def read(self, group: dist.ProcessGroup | None) -> dict[str, list[float]]:
-        """Reduces over `group` (every rank of it calls), returns per-layer means and `tokens`, and starts anew.
+        """Reduces over `group` (every rank of it calls), returns per-layer means and `tokens`, and starts over.
 
         `lift` is agreement minus frozen agreement: what prediction gained. Layers without a sampled token read NaN.
         """

@@ -15,16 +15,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from megatron_pr2.config import DELIVERIES, PREDICTORS, PRESETS, ROUTES, TARGETS, PR2Config
+from megatron_pr2.config import CHOICES, PRESETS, PR2Config
 from megatron_pr2.errors import AttachError, ConfigError
-
-_CHOICES = {
-    "routes": ROUTES,
-    "route_delivery": DELIVERIES,
-    "predictor": PREDICTORS,
-    "target": TARGETS,
-    "feature_device": ("device", "cpu"),
-}
 
 
 def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -161,8 +153,8 @@ def _kind(name: str, default: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         return {"type": type(default[0]), "nargs": len(default), "metavar": tuple("VALUE" for _ in default)}
-    if name in _CHOICES:
-        return {"choices": _CHOICES[name]}
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
     return {"type": type(default)}
 
 

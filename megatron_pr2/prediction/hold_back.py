@@ -1,4 +1,4 @@
-"""HoldBack: how much of a prediction to believe, per layer, from what the last ones were worth.
+"""HoldBack: the share of a prediction to use, per layer, from the measured gain of the last ones.
 
 Shape suffixes: L local MoE layers, J steps of the line search, S held-out tokens, E experts, K top-k.
 
@@ -33,7 +33,7 @@ class HoldBack:
 
     Attributes:
         beta: per layer, one of GRID; what the next push takes.
-        used: report() as it was when the rollout batch at work began: what its routes were predicted with.
+        used: report() as it was when the current rollout batch began: what its routes were predicted with.
     """
 
     def __init__(self, num_layers: int, *, decay: float, confidence: float, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class HoldBack:
             ("mean_sum", self._decay, gain),
             ("square_sum", self._decay, gain.square()),
         ):
-            # A batch without a held-out token says nothing, and ages nothing.
+            # A batch without a held-out token is no observation, and old ones keep their weight.
             self._row(name).copy_(torch.where(seen, decay * self._row(name) + value, self._row(name)))
         slots.zero_()
         kept.zero_()
@@ -142,7 +142,7 @@ class HoldBack:
         return self._state
 
     def load_state(self, state: Tensor | None) -> None:
-        """Restores :meth:`state`; None starts anew, with beta = 0."""
+        """Restores :meth:`state`; None starts over, with beta = 0."""
         self._state.zero_()
         if state is not None:
             self._state.copy_(state)

@@ -23,7 +23,7 @@ from megatron_pr2.replay.sites import RouterSite
 
 
 class Horizon:
-    """What a predictor is told of time: mini-steps, and the policy's optimizer."""
+    """What a predictor knows of time: mini-steps, and the policy's optimizer."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Horizon:
         """Takes the policy's optimizer.
 
         Raises:
-            AttachError: somebody needs to know how the gates move, and it does not train them, or in a way that is not known.
+            AttachError: the predictor needs the gates' next update, and the optimizer does not train them, or is not supported.
         """
         if self._config.follows:
             find_holders(optimizer, self._gates)
@@ -59,7 +59,7 @@ class Horizon:
         """Before a mini-step.
 
         Raises:
-            AttachError: nobody told which optimizer trains the policy, and the predictor needs it.
+            AttachError: the predictor needs the policy's optimizer, and PR2.follow() was not called.
         """
         if self._config.follows and self._optimizer is None:
             raise AttachError(

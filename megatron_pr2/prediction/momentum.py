@@ -22,7 +22,7 @@ from megatron_pr2.prediction.predictor import RoutePredictor
 
 
 class MomentumPredictor(RoutePredictor):
-    """W_p extrapolates what the policy's optimizer is doing to the gates; set anew after every update of the policy."""
+    """W_p extrapolates what the policy's optimizer is doing to the gates; set after every update of the policy."""
 
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, coefficient: float, device: torch.device) -> None:
         """Args: `coefficient` is c; `device` is where the routers' weights live."""

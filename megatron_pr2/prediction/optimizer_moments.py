@@ -61,7 +61,7 @@ def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
             joined = torch.cat([flat.view(-1), known])
             dist.all_reduce(joined, group=group)
             flat, known = joined[: flat.numel()].view_as(flat), joined[flat.numel() :]
-    # As tensors: before the first step all are zero, and nobody waits for the device to learn which.
+    # As tensors: before the first step all are zero, and no read of the device is needed to know.
     return torch.where((known == flat.shape[1]).unsqueeze(1), flat, 0.0).view(len(parameters), *shape)
 
 
@@ -211,7 +211,7 @@ def _adam(piece: _Piece, inner: Any) -> Tensor:
             "predictor='momentum' cannot read it: use predictor='learned'"
         )
     beta1, beta2 = settings["betas"]
-    # Torch's Adam counts on the host unless it is capturable: a scalar that a kernel takes along, and nobody waits for a copy.
+    # Torch's Adam counts on the host unless it is capturable: a scalar argument of a kernel, without a copy to wait for.
     count = torch.as_tensor(step, dtype=torch.float64)
     mean = state["exp_avg"].float() / (1.0 - beta1**count).float()
     spread = (state["exp_avg_sq"].float() / (1.0 - beta2**count).float()).sqrt()

@@ -25,11 +25,11 @@ def shift_logits(h_SH: Tensor, w_EH: Tensor) -> Tensor:
 class RoutePredictor(ABC):
     """W_p of the MoE layers of this pipeline rank, fp32, zero at the start; a strategy decides how it changes.
 
-    What is pushed to the engine is W + beta W_p, where beta is what prediction.hold_back trusts it with. W_p may change while a
+    What is pushed to the engine is W + beta W_p, where prediction.hold_back chooses beta. W_p may change while a
     rollout batch is trained on; `pushed` is the W_p that its routes were predicted with.
 
     Attributes:
-        pushed_LEH: W_p as it was at the last freeze(); None where nobody asks for it.
+        pushed_LEH: W_p as it was at the last freeze(); None where it is not needed.
         horizon: updates between a rollout and the training on it, on average, in the last whole rollout batch.
     """
 
@@ -59,7 +59,7 @@ class RoutePredictor(ABC):
         return self.weight_LEH[layer]
 
     def training_weight(self, layer: int) -> Tensor:
-        """The W_p, [E, H] fp32, whose prediction the training passes of the batch at work compare and learn from."""
+        """The W_p, [E, H] fp32, whose prediction the training passes of the current batch compare and learn from."""
         return self.weight(layer)
 
     # What follows does nothing where a strategy has no use for it.
@@ -106,7 +106,7 @@ class RoutePredictor(ABC):
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores :meth:`state`; what is absent starts anew."""
+        """Restores :meth:`state`; what is absent starts at its initial value."""
 
 
 def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Are routes and tokens aligned? An engine's routes against the live router's choice in the old-log-prob pass.
+"""Are routes and tokens aligned? An engine's routes against the actor's own choice in the old-log-prob pass.
 
 Engine and actor hold nearly the same weights then (in bf16 about 97 % of the experts agree), and a route that lies on another
 token's row agrees by chance only, top-k / experts. That is the one sign of a micro-batch whose grid names other rows than the model

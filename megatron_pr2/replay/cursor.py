@@ -27,7 +27,7 @@ Look = Callable[[torch.nn.Module, MicroBatch, tuple[Any, ...], Mapping[str, Any]
 
 
 class Cursors:
-    """The micro-batches at work, by model chunk."""
+    """The current micro-batch of each model chunk."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], look: Look | None = None) -> None:
         """Args:
@@ -158,7 +158,7 @@ class Cursors:
             if self._closed and recomputes:
                 raise ReplayError(
                     f"micro-batch {bound.micro_batch.key!r}: its backward recomputes activations after the replay session has "
-                    "ended, where routes are live; run forward and backward inside one session"
+                    "ended, where nothing is replayed; run forward and backward inside one session"
                 )
             self._backward[index] = bound
 

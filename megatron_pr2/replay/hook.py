@@ -1,7 +1,7 @@
 """What PR2 needs of Megatron-Core's router, looked for when it attaches: by what is there, not by a version number.
 
-A release whose router routes otherwise, or a router that something in the process has patched, would replay nothing without a word;
-both are refused. A release that has everything, but that nobody tried (megatron_pr2/releases.py), is attached to with a warning.
+A release whose router routes otherwise, or a router that something in the process has patched, would silently replay nothing;
+both are refused. A release that has everything, but is untested (megatron_pr2/releases.py), is attached to with a warning.
 """
 
 from __future__ import annotations

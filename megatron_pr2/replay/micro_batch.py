@@ -1,4 +1,4 @@
-"""What a trainer says of a micro-batch: which token lies in which row of it."""
+"""A trainer's description of a micro-batch: which token lies in which row of it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class BoundMicroBatch:
         local: which token every row of the routers' input holds on this rank.
         slice: its routes, perhaps still on their way; None when nothing is replayed.
         routes_TLK: compact ids of the local layers on the device, from the time that the micro-batch runs.
-        missing: rows [M] that the live router decides, or None if there is none.
+        missing: rows [M] without a route, for which the current router chooses, or None.
         recorded: ids [T, K] per local layer, filled while recording.
         tokens_per_sample: of the PackedSeqParams that the chunk runs it with, or None.
     """

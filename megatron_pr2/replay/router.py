@@ -1,6 +1,6 @@
 """PredictiveTopKRouter: Megatron-Core's TopKRouter with an observer on its gate and a replayable selection.
 
-It copies no routing code. Selection goes through Megatron-Core's own seam, `TopKRouter.router_replay.get_replay_topk`; the gate's
+It copies no routing code. Selection goes through Megatron-Core's own hook, `TopKRouter.router_replay.get_replay_topk`; the gate's
 input and logits are shown to an observer. Without a session both are absent and the router is a TopKRouter.
 """
 
@@ -30,7 +30,7 @@ class RouteControl(Protocol):
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
     ) -> tuple[Tensor, Tensor]:
-        """Megatron-Core's seam: (scores [T, K], expert ids [T, K]) from dense scores [T, E]."""
+        """Megatron-Core's hook: (scores [T, K], expert ids [T, K]) from dense scores [T, E]."""
 
 
 class PredictiveTopKRouter(TopKRouter):
@@ -75,7 +75,7 @@ class PredictiveTopKRouter(TopKRouter):
 
 
 class _Selected(Exception):
-    """Carries the selected ids out of Megatron-Core's routing, which would go on to build dense maps that nobody wants."""
+    """Carries the selected ids out of Megatron-Core's routing, which would go on to build dense maps that are not needed."""
 
     def __init__(self, ids: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a trainer tells PR2 of a rollout batch, and the checks of the routes that came with it."""
+"""What a trainer passes to PR2 of a rollout batch, and the checks of the routes that came with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_pr2.routes.table import RouteTable
 
 @dataclass(frozen=True)
 class ReplaySequence:
-    """One rolled-out sequence, told alike on every rank that trains on it.
+    """One rolled-out sequence, the same on every rank that trains on it.
 
     Attributes:
         id: unique within the rollout batch.

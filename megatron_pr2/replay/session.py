@@ -7,7 +7,7 @@ forward cursor is set (replay.cursor says how); when the gradient arrives at the
 cursor, which activation recomputation (code that runs inside autograd's backward) uses. 1F1B, interleaved and recomputed schedules
 need nothing else. On exit the routers are released whatever happened, and, if nothing was raised, every (micro-batch, layer) must
 have been seen exactly once forward and at most once in recomputation.
-Missing rows: the live router's own top-k decides for that row; padding and the last token of a sequence have no route.
+Missing rows fall back to the current router's own top-k; padding and the last token of a sequence have no route.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _SiteControl:
     ) -> tuple[Tensor, Tensor]:
         """(scores [T, K], expert ids [T, K]) of rows in the order of the micro-batch's grid."""
         if recomputing and self._site.local in bound.recorded:
-            # What was live in the forward pass must be taken again, whatever the recomputed logits say.
+            # The same experts as in the forward pass, whatever the recomputed logits say.
             ids = bound.recorded[self._site.local].long()
             return scores.gather(1, ids), ids
         if bound.routes_TLK is None:
@@ -164,7 +164,7 @@ class ReplaySession:
         routes: gives this rank's routes of whole micro-batches and which rows have one, for "replay".
         observer: sees (site, micro-batch, h [T, H], p [T, E]) once per forward.
         look: sees what a chunk is called with, per micro-batch.
-        predict: while recording, logits by which the routes are chosen instead of the live ones.
+        predict: while recording, logits by which the routes are chosen instead of the router's own.
         """
         if mode not in MODES:
             raise ReplayError(f"replay mode {mode!r}: expected one of {', '.join(MODES)}")
@@ -227,7 +227,7 @@ class ReplaySession:
         return self.cursors.forward_step(function, locate)
 
     def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor | None:
-        """Expert ids [T, K] chosen by prediction while recording, or None for the live choice."""
+        """Expert ids [T, K] chosen by prediction while recording, or None for the router's own."""
         if self._predict is None or self.mode != "record":
             return None
         return select_experts(site.router, self._predict(site, bound, h_TH, p_TE))

@@ -30,7 +30,7 @@ class TokenCheck:
     """Token ids of a rollout batch as far as they are known.
 
     Attributes:
-        wrong: [] int64 on the device, tokens of the pass at work that are others than those known.
+        wrong: [] int64 on the device, tokens of the current pass that are others than those known.
     """
 
     def __init__(self, ranks: RankGroup, chunks: Sequence[torch.nn.Module], device: torch.device) -> None:
@@ -40,7 +40,7 @@ class TokenCheck:
         self.begin(TokenIndex({}), ())
 
     def begin(self, tokens: TokenIndex, sequences: Sequence[ReplaySequence]) -> None:
-        """Starts anew with a rollout batch; 4 bytes per token of this rank's replica, and during a pass 4 per row of it.
+        """Starts over with a rollout batch; 4 bytes per token of this rank's replica, and during a pass 4 per row of it.
 
         Where some sequence came without ids, a pass holds 4 bytes per token once more.
         """

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_pr2.attach import ReplaySequence, attach
-from megatron_pr2.config import PREDICTORS, PR2Config
+from megatron_pr2.config import CHOICES, PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import TokenGrid, packed, padded
 from megatron_pr2.parallel.layout import ParallelLayout
@@ -286,7 +286,7 @@ def test_the_cases_say_something() -> None:
         assert plans[name].total.moved["features_received"] > 0
         assert plans[name].total.memory["features_fetched"] > 0
     assert plans["pipeline with a dense stage"].rank(0).memory["features"] == 0
-    assert {case.config().predictor for case in CASES.values()} == set(PREDICTORS)
+    assert {case.config().predictor for case in CASES.values()} == set(CHOICES["predictor"])
     for name in MEMORY:
         # What is on its way to host memory is so on a GPU only.
         assert any(made.total.memory[name] for made in plans.values()) == (name != "features_under_way"), name
@@ -393,7 +393,7 @@ def plans(draw: Any) -> Plan:
     )
     config = PR2Config.preset(
         "pr2",
-        predictor=draw(st.sampled_from(PREDICTORS)),
+        predictor=draw(st.sampled_from(CHOICES["predictor"])),
         hold_back=draw(st.booleans()),
         sample_fraction=draw(st.sampled_from([0.2, 1.0])),
         feature_device=draw(st.sampled_from(["device", "cpu"])),
