@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedTensor
-from torch import Tensor
 
 from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
@@ -70,9 +69,7 @@ def load(pr2: Contents, directory: str | Path, *, sequences: Sequence[int] | Non
         CheckpointError: on every rank, if any rank cannot read it, it is of a model of another size, or has not these sequences.
     """
     _require_process_group()
-    directory = Path(directory)
-    template = sharded_state_dict(pr2, load_from=directory)
-    load_sharded_state_dict(pr2, files.read(template, directory))
+    load_sharded_state_dict(pr2, files.read(sharded_state_dict(pr2, load_from=directory), Path(directory)))
     if sequences is not None:
         load_rollout(pr2, directory, sequences)
 
@@ -91,13 +88,11 @@ def sharded_state_dict(pr2: Contents, *, rollout: bool = False, load_from: str |
     Raises:
         CheckpointError: the checkpoint is of a model of another size.
     """
-    if load_from is None:
-        state = _shards(pr2, None) if pr2.predictor is not None else {}
-        return {**state, **sharded_rollout(pr2)} if rollout else state
-    found = files.shapes(Path(load_from))
-    if not _has_predictor(pr2, found, load_from):
-        return {}
-    return _shards(pr2, found)
+    if load_from is not None:
+        found = files.shapes(Path(load_from))
+        return _shards(pr2, found) if _has_predictor(pr2, found, load_from) else {}
+    state = {} if pr2.predictor is None else _shards(pr2, None)
+    return {**state, **sharded_rollout(pr2)} if rollout else state
 
 
 def load_sharded_state_dict(pr2: Contents, state: dict[str, Any] | None) -> None:
@@ -106,26 +101,21 @@ def load_sharded_state_dict(pr2: Contents, state: dict[str, Any] | None) -> None
         return
     loaded = {key: tensor for key, tensor in (state or {}).items() if key.startswith(PREFIX)}
     names = sorted({key.rsplit(".", 1)[1] for key in loaded}) if pr2.sites else []
-    tensors = {name: _stacked(pr2, loaded, name) for name in names}
+    tensors = {name: torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites]) for name in names}
     if pr2.measurement.hold_back is not None:
         pr2.measurement.hold_back.load_state(tensors.pop(HOLD_BACK, None))
     pr2.predictor.load_state(tensors)
 
 
-def _current(pr2: Contents) -> dict[str, Tensor]:
-    """Everything that prediction continues from as [L, ...] tensors."""
-    assert pr2.predictor is not None
-    state = pr2.predictor.state()
-    if pr2.measurement.hold_back is not None:
-        state[HOLD_BACK] = pr2.measurement.hold_back.state()
-    return state
-
-
 def _shards(pr2: Contents, wanted: Collection[str] | None) -> dict[str, Any]:
     """A ShardedTensor per layer and kind; with `wanted` new ones for these keys, to be loaded into."""
+    assert pr2.predictor is not None
+    tensors_of = pr2.predictor.state()
+    if pr2.measurement.hold_back is not None:
+        tensors_of[HOLD_BACK] = pr2.measurement.hold_back.state()
     replica = _replica_id()
     state: dict[str, Any] = {}
-    for name, tensors in _current(pr2).items():
+    for name, tensors in tensors_of.items():
         for site in pr2.sites:
             key = f"{PREFIX}{site.hidden_layer}.{name}"
             if wanted is not None and key not in wanted:
@@ -168,10 +158,6 @@ def _has_predictor(pr2: Contents, found: files.Shapes, where: str | Path) -> boo
                 "model that it was trained with"
             )
     return True
-
-
-def _stacked(pr2: Contents, loaded: dict[str, Any], name: str) -> Tensor:
-    return torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites])
 
 
 def _say(message: str, *arguments: object) -> None:

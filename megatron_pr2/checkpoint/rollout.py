@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +46,11 @@ PREFIX = "pr2.rollout."
 SEQUENCES, TOKENS, ROUTES = f"{PREFIX}sequences", f"{PREFIX}tokens", f"{PREFIX}routes"
 
 
-@dataclass(frozen=True)
-class _Rollout:
-    """What a checkpoint holds of the sequences that this rank's replica trains on.
+class _Rollout(NamedTuple):
+    """What a checkpoint holds of the sequences that this rank's replica trains on."""
 
-    Attributes:
-        sequences: with their routes where this rank has to be given them.
-        valid, sampled, held_out: per flat token index.
-    """
-
-    sequences: list[ReplaySequence]
-    valid: npt.NDArray[np.bool_]
+    sequences: list[ReplaySequence]  # with their routes where this rank has to be given them
+    valid: npt.NDArray[np.bool_]  # per flat token index, as the next two
     sampled: npt.NDArray[np.bool_]
     held_out: npt.NDArray[np.bool_]
 

@@ -72,11 +72,6 @@ class FeatureStore:
         self.device, self._h_dtype = device, h_dtype
         self.begin(0)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one sampled token over all local layers."""
-        return self.bytes_of(self._layers)
-
     def bytes_of(self, layers: int) -> int:
         """Bytes of one sampled token over so many layers."""
         return layers * (self._hidden * self._h_dtype.itemsize + self._experts * 4)
@@ -180,10 +175,7 @@ class FeatureStore:
         p = [segment.p_LSE[layer].index_select(0, slots) for segment, slots in where.parts]
         h.append(torch.empty(0, self._hidden, dtype=self._h_dtype, device=self.device))
         p.append(torch.empty(0, self._experts, dtype=torch.float32, device=self.device))
-        return (
-            _joined(h).to(device, non_blocking=True),
-            _joined(p).to(device, non_blocking=True),
-        )
+        return _joined(h).to(device, non_blocking=True), _joined(p).to(device, non_blocking=True)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -79,26 +79,18 @@ class Measurement:
         self._stage, self._token_group, self._device = replica.tp_cp, token_group, device
         self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
-        self.features = FeatureStore(
-            len(sites),
-            model_config.num_moe_experts,
-            model_config.hidden_size,
-            device=device if config.feature_device == "device" else torch.device("cpu"),
-            h_dtype=H_DTYPE,
-        )
+        kept_on = device if config.feature_device == "device" else torch.device("cpu")
+        self.features = FeatureStore(len(sites), self._experts, model_config.hidden_size, device=kept_on, h_dtype=H_DTYPE)
         # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
-        self.plan = FeaturePlan(
-            self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device
-        )
+        self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
         self.agreement = AgreementCheck(device)
         self.engine_agreement: float | None = None
         self.drift = DriftMetrics(len(sites), device)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
-            self.hold_back = HoldBack(
-                len(sites), decay=config.hold_back_decay, confidence=config.hold_back_confidence, device=device
-            )
+            decay, confidence = config.hold_back_decay, config.hold_back_confidence
+            self.hold_back = HoldBack(len(sites), decay=decay, confidence=confidence, device=device)
         self.learning = False
         self.features_absent = 0
         self._located: dict[Hashable, SampledRows] = {}
@@ -169,8 +161,9 @@ class Measurement:
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
         try:
             if self._horizon is not None:
-                keys = (micro_batch.key for micro_batch in micro_batches)
-                self._row_horizons = {key: self._horizon_of(tokens) for key, tokens in zip(keys, rows, strict=True)}
+                for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
+                    of_rows = np.where(tokens_T >= 0, self._horizon[tokens_T], np.float32(1.0))
+                    self._row_horizons[micro_batch.key] = self._to_device(of_rows[:, None])  # [T, 1]; padding is 1
             self._locate(micro_batches, rows)
             yield
             if self._config.routes == "engine":
@@ -278,20 +271,11 @@ class Measurement:
                 learned_from = (_rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
                 self._predictor.accumulate(site.local, *learned_from)
             if self.hold_back is not None and rows.held_out is not None:
-                judged_on = (_rows_of(x, rows.held_out) for x in (h_old_SH, p_old_SE, current_SK, frozen_SK))
-                self._judge(site, self.hold_back, *judged_on)
+                assert self._predictor.pushed_LEH is not None
+                judged_on = (_rows_of(x, rows.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
+                self.hold_back.add(site.local, site.router, self._predictor.pushed_LEH[site.local], *judged_on)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, columns)
-
-    def _judge(
-        self, site: RouterSite, hold_back: HoldBack, h_old_SH: Tensor, p_old_SE: Tensor, current_SK: Tensor, frozen_SK: Tensor
-    ) -> None:
-        """How well the pushed prediction would have done under every beta, on held-out tokens."""
-        assert self._predictor is not None
-        assert self._predictor.pushed_LEH is not None
-        shift_SE = shift_logits(h_old_SH, self._predictor.pushed_LEH[site.local])
-        ids = select_experts(site.router, hold_back.candidates(p_old_SE, shift_SE))
-        hold_back.add(site.local, current_SK, frozen_SK, ids, p_old_SE.shape[1])
 
     def _rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
         """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
@@ -299,25 +283,15 @@ class Measurement:
 
     def _locate(self, micro_batches: Sequence[MicroBatch], rows: Sequence[IntArray]) -> None:
         """Finds the features of every micro-batch's rows."""
-        self._located = {
-            micro_batch.key: self._sampled_rows(tokens) for micro_batch, tokens in zip(micro_batches, rows, strict=True)
-        }
-
-    def _sampled_rows(self, tokens_T: IntArray) -> SampledRows:
-        where = self.features.locate(tokens_T, self._device)
-        tokens_S = where.tokens
-        learning = held_out = horizon_S1 = None
-        if self.hold_back is not None:
-            held = self.held_out[tokens_S]
-            learning, held_out = (self._to_device(np.nonzero(each)[0]) for each in (~held, held))
-        if self._horizon is not None:
-            horizon_S1 = self._to_device(self._horizon[tokens_S][:, None])
-        return SampledRows(where, learning, held_out, horizon_S1)
-
-    def _horizon_of(self, tokens_T: IntArray) -> Tensor:
-        """Relative horizon of every row, [T, 1] on the device; padding is 1."""
-        assert self._horizon is not None
-        return self._to_device(np.where(tokens_T >= 0, self._horizon[tokens_T], np.float32(1.0))[:, None])
+        for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
+            where = self.features.locate(tokens_T, self._device)
+            learning = held_out = horizon_S1 = None
+            if self.hold_back is not None:
+                held = self.held_out[where.tokens]
+                learning, held_out = (self._to_device(np.nonzero(each)[0]) for each in (~held, held))
+            if self._horizon is not None:
+                horizon_S1 = self._to_device(self._horizon[where.tokens][:, None])
+            self._located[micro_batch.key] = SampledRows(where, learning, held_out, horizon_S1)
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -17,8 +17,11 @@ import math
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_pr2.prediction.predictor import shift_logits
+from megatron_pr2.replay.router import select_experts
 from megatron_pr2.routes.overlap import membership
 
 # Coarse: agreement changes little between neighbours, and every step costs a top-k over the held-out tokens.
@@ -59,21 +62,27 @@ class HoldBack:
         self.close_batch()
         self.used = self.report() if recorded else used
 
-    def candidates(self, p_old_SE: Tensor, shift_SE: Tensor) -> Tensor:
-        """p_old + beta_j W_p h_old for every beta_j above 0, [(J - 1) * S, E]."""
-        return (p_old_SE + self._grid * shift_SE).flatten(0, 1)
-
-    def add(self, layer: int, current_SK: Tensor, frozen_SK: Tensor, candidate_ids: Tensor, num_experts: int) -> None:
+    def add(
+        self,
+        layer: int,
+        router: TopKRouter,
+        w_EH: Tensor,
+        current_SK: Tensor,
+        frozen_SK: Tensor,
+        p_old_SE: Tensor,
+        h_old_SH: Tensor,
+    ) -> None:
         """Counts one micro-batch of one layer; no host-device synchronisation.
 
         Args:
+            w_EH: the W_p that was pushed before the batch was rolled out.
             current_SK: what the updated router takes.
             frozen_SK: TopK(p_old).
-            candidate_ids: [(J - 1) * S, K], selected from candidates().
         """
         tokens, topk = current_SK.shape
-        wanted_SE = membership(current_SK, num_experts)
-        chosen_JSK = torch.cat([frozen_SK, candidate_ids]).view(len(GRID), tokens, topk).long()
+        candidates = (p_old_SE + self._grid * shift_logits(h_old_SH, w_EH)).flatten(0, 1)
+        wanted_SE = membership(current_SK, p_old_SE.shape[1])
+        chosen_JSK = torch.cat([frozen_SK, select_experts(router, candidates)]).view(len(GRID), tokens, topk).long()
         hits = wanted_SE.expand(len(GRID), -1, -1).gather(2, chosen_JSK)
         self._kept_LJ[layer, :-1] += hits.sum((1, 2), dtype=torch.float64)
         self._kept_LJ[layer, -1] += float(tokens * topk)

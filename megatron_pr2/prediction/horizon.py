@@ -18,7 +18,7 @@ from megatron_pr2.errors import AttachError
 from megatron_pr2.parallel.consensus import largest
 from megatron_pr2.prediction.optimizer_moments import find_holders, next_updates
 from megatron_pr2.prediction.predictor import RoutePredictor
-from megatron_pr2.replay.sequences import ReplaySequence, last_mini_step
+from megatron_pr2.replay.sequences import ReplaySequence
 from megatron_pr2.replay.sites import RouterSite
 
 
@@ -84,7 +84,7 @@ class Horizon:
             self._predictor.follow(self.gate_updates(), horizon)
 
     def gate_updates(self) -> Tensor:
-        """What one more update would do to the gates, [L, E, H] fp32."""
+        """The next update of the gates, [L, E, H] fp32."""
         self.require_optimizer()
         return next_updates(self._optimizer, self._gates, self._shape, self._device)
 
@@ -95,7 +95,8 @@ class Horizon:
         """
         if self._config.routes != "actor" or self._predictor is None:
             return None
-        unknown, last = last_mini_step(sequences)
+        known = [sequence.mini_step for sequence in sequences if sequence.mini_step is not None]
+        unknown, last = len(sequences) - len(known), max(known, default=0)
         if self._group is not None and self._group.size() > 1:
             both = torch.tensor([unknown, last], dtype=torch.int64, device=self._device)
             unknown, last = largest(both, [self._group]).tolist()

@@ -62,11 +62,7 @@ class Cursors:
         self._backward.clear()
 
     def begin(self, chunk: torch.nn.Module, micro_batch: MicroBatch) -> None:
-        """The next forward of `chunk` (wrapped or not) is this micro-batch.
-
-        Raises:
-            ReplayError: the chunk or the micro-batch is not part of this pass.
-        """
+        """See ReplaySession.begin."""
         bound = self._pass.get(micro_batch.key)
         if bound is None:
             raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
@@ -75,11 +71,11 @@ class Cursors:
         self._run(index, bound)
 
     def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Any) -> None:
-        """Hooks the chunk's output, so that recomputation in its backward finds this micro-batch again."""
+        """See ReplaySession.end."""
         self._ran(self._index(chunk), self._pass[micro_batch.key], output)
 
     def forward_step(self, function: Callable[..., Any], locate: Callable[[Any], MicroBatch]) -> Callable[..., Any]:
-        """A forward step that announces the micro-batch that `locate` finds in what it takes from its iterator."""
+        """See ReplaySession.forward_step."""
 
         def wrapped(data_iterator: Iterator[Any], model: torch.nn.Module, *args: Any) -> Any:
             if data_iterator is None:

@@ -65,22 +65,14 @@ def check_config(config: TransformerConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and value != OFF[name]:
             raise AttachError(f"{name}={value} {why}")
-    _check_rank_capacity(config)
-    _check_score_function(config.moe_router_score_function)
-    _check_cuda_graphs(config)
-
-
-def _check_rank_capacity(config: Any) -> None:
-    """A budget of tokens per expert rank: HybridEP drops what is beyond it, NCCL EP stops with an error, which is none of ours."""
+    # A budget of tokens per expert rank: HybridEP drops what is beyond it, NCCL EP stops with an error of its own.
     factor = getattr(config, "moe_expert_rank_capacity_factor", None)
     if factor is not None and config.moe_flex_dispatcher_backend != "ncclep":
         raise AttachError(
             f"moe_expert_rank_capacity_factor={factor} with moe_flex_dispatcher_backend={config.moe_flex_dispatcher_backend!r} "
             "drops tokens beyond the budget of an expert rank, also from replayed experts; set it to None for RL"
         )
-
-
-def _check_score_function(name: str) -> None:
+    name = config.moe_router_score_function
     if name not in SCORE_FUNCTIONS:
         raise AttachError(
             f"moe_router_score_function={name!r}: PR2 knows no divergence between such scores; use {' or '.join(SCORE_FUNCTIONS)}"
@@ -89,6 +81,7 @@ def _check_score_function(name: str) -> None:
         raise AttachError(
             f"moe_router_score_function={name!r}: this release of Megatron-Core does not route by it; use a later release"
         )
+    _check_cuda_graphs(config)
 
 
 def check_not_captured(chunk: torch.nn.Module, name: str) -> None:
@@ -118,26 +111,16 @@ def _check_cuda_graphs(config: Any) -> None:
     implementation = getattr(config, "cuda_graph_impl", "none")
     if implementation == "none":
         return
-    name, parts = _graphed_parts(config)
-    if implementation != "full_iteration" and not parts & _ROUTING_PARTS and (parts or _graphs_are_for_inference_only(config)):
+    # Later releases move `cuda_graph_scope` to `cuda_graph_modules` when the config is made, and leave None behind.
+    name = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+    # Parts of a layer that are captured in training; none for the whole layer, unless only blocks are captured, for inference.
+    parts = {getattr(part, "name", str(part)) for part in getattr(config, name) or ()}
+    scope = getattr(config, "inference_cuda_graph_scope", None)
+    inference_only = getattr(scope, "name", scope) == "block"
+    if implementation != "full_iteration" and not parts & _ROUTING_PARTS and (parts or inference_only):
         return
     captured = ",".join(sorted(parts)) or "the whole layer"
     raise AttachError(
         f"cuda_graph_impl={implementation!r} with {name}={captured} captures the routers: a captured router repeats the routes of "
         f"the micro-batch that it was captured with; set cuda_graph_impl='transformer_engine' and {name} to others (attn, mlp)"
     )
-
-
-def _graphed_parts(config: Any) -> tuple[str, set[str]]:
-    """(the setting's name, parts of a layer that are captured in training); none for the whole layer.
-
-    Later releases move `cuda_graph_scope` to `cuda_graph_modules` when the config is made, and leave None behind.
-    """
-    name = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
-    return name, {getattr(part, "name", str(part)) for part in getattr(config, name) or ()}
-
-
-def _graphs_are_for_inference_only(config: Any) -> bool:
-    """Whether whole blocks are captured, for inference, and no layer owns a graph."""
-    scope = getattr(config, "inference_cuda_graph_scope", None)
-    return getattr(scope, "name", scope) == "block"

@@ -160,12 +160,6 @@ def held_out_tokens(
     return held
 
 
-def last_mini_step(sequences: Sequence[ReplaySequence]) -> tuple[int, int]:
-    """(how many sequences do not say their mini-step, the last one that is said)."""
-    said = [s.mini_step for s in sequences if s.mini_step is not None]
-    return len(sequences) - len(said), max(said, default=0)
-
-
 def horizons(sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: float) -> npt.NDArray[np.float32]:
     """Updates until each token is trained on, relative to the average over mini-steps, by flat token index.
 

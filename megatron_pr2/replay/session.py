@@ -72,11 +72,18 @@ class _SiteControl:
                 f"micro-batch's grid has {rows} on this rank; the grid given to PR2 is not what the model runs, or its "
                 "layers run it in parts (mlp_chunks_for_prefill above 1, under an inference context: set it to 1)"
             )
-        if self._samples > 1:
-            in_grid_order = _transposed(scores, rows // self._samples)
-            chosen, ids = self._choose(bound, recomputing, in_grid_order, topk, num_groups, group_topk, default_compute_topk)
-            return _transposed(chosen, self._samples), _transposed(ids, self._samples)
-        return self._choose(bound, recomputing, scores, topk, num_groups, group_topk, default_compute_topk)
+
+        def own(rows_RE: Tensor) -> tuple[Tensor, Tensor]:
+            if group_topk and len(rows_RE) < rows:
+                # The given one insists on the number of rows of the whole micro-batch.
+                sizes = {"num_tokens": len(rows_RE), "num_experts": rows_RE.shape[1]}
+                return group_limited_topk(rows_RE, topk, num_groups=num_groups, group_topk=group_topk, **sizes)
+            return default_compute_topk(rows_RE, topk, num_groups, group_topk)
+
+        if self._samples == 1:
+            return self._choose(bound, recomputing, scores, own)
+        chosen, ids = self._choose(bound, recomputing, _transposed(scores, rows // self._samples), own)
+        return _transposed(chosen, self._samples), _transposed(ids, self._samples)
 
     def _side_by_side(self, bound: BoundMicroBatch, shape: Sequence[int]) -> int:
         """How many samples of a packed micro-batch the router has side by side, as [tokens, samples, H].
@@ -97,24 +104,15 @@ class _SiteControl:
             "sequences with MicroBatch.packed"
         )
 
-    def _choose(
-        self,
-        bound: BoundMicroBatch,
-        recomputing: bool,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        default_compute_topk: TopK,
-    ) -> tuple[Tensor, Tensor]:
-        """(scores [T, K], expert ids [T, K]) of rows in the order of the micro-batch's grid."""
+    def _choose(self, bound: BoundMicroBatch, recomputing: bool, scores: Tensor, own: TopK) -> tuple[Tensor, Tensor]:
+        """(scores [T, K], expert ids [T, K]) of rows in the order of the micro-batch's grid; `own` is the router's own choice."""
         if recomputing and self._site.local in bound.recorded:
             # The same experts as in the forward pass, whatever the recomputed logits say.
             ids = bound.recorded[self._site.local].long()
             return scores.gather(1, ids), ids
         if bound.routes_TLK is None:
             if self._predicted is None:
-                chosen, ids = default_compute_topk(scores, topk, num_groups, group_topk)
+                chosen, ids = own(scores)
             else:
                 ids = self._predicted
                 chosen = scores.gather(1, ids)
@@ -124,14 +122,7 @@ class _SiteControl:
         ids = bound.routes_TLK[:, self._site.local].long()
         if bound.missing is not None:
             # Only for the missing rows: to select for all of them is what a replay saves.
-            missing_ME = scores.detach().index_select(0, bound.missing)
-            if group_topk:
-                # The given one insists on the number of rows of the whole micro-batch.
-                of_groups = {"num_groups": num_groups, "group_topk": group_topk, "num_experts": scores.shape[1]}
-                live = group_limited_topk(missing_ME, topk, num_tokens=len(missing_ME), **of_groups)[1]
-            else:
-                live = default_compute_topk(missing_ME, topk, None, None)[1]
-            ids.index_copy_(0, bound.missing, live)
+            ids.index_copy_(0, bound.missing, own(scores.detach().index_select(0, bound.missing))[1])
         return scores.gather(1, ids), ids
 
 

@@ -60,7 +60,7 @@ def group(size: int, rank: int) -> FakeGroup:
 
 @contextmanager
 def megatron_world(world_size: int = 1, rank: int = 0) -> Iterator[list[tuple[int, ...]]]:
-    """Megatron-Core believes to be one rank of a world; yields the ranks of the groups that it makes."""
+    """Megatron-Core acts as one rank of a world; yields the ranks of the groups that it makes."""
     made: list[tuple[int, ...]] = []
 
     def create_group(ranks: list[int], **_: Any) -> FakeGroup:

@@ -53,7 +53,7 @@ if knows_score_function("sqrtsoftplus"):
 
 
 def preset(name: str, **overrides: Any) -> PR2Config:
-    """A preset under which routes may be random (they agree with no router), and predictions are believed at once."""
+    """A preset under which routes may be random (they agree with no router), and predictions are used immediately."""
     return PR2Config.preset(name, **{"min_agreement": 0.0, "hold_back": False, **overrides})
 
 

@@ -1,4 +1,4 @@
-"""Hold-back: a prediction is believed where it was worth it, and only there; beta = 0 is r3."""
+"""Hold-back: a prediction is used where it was measured to help, and only there; beta = 0 is r3."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def observe(held: HoldBack, gains: list[float], layer: int = 0) -> None:
 # ---- the decision ----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_believed_before_it_was_measured() -> None:
+def test_nothing_is_used_before_it_was_measured() -> None:
     held = hold_back(3)
     assert held.beta == [0.0, 0.0, 0.0]
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_the_best_beta_is_taken() -> None:
     assert 0.0 < report["lift_error"][0] < 0.001
 
 
-def test_a_gain_within_the_noise_is_not_believed() -> None:
+def test_a_gain_within_the_noise_does_not_count() -> None:
     held = hold_back()
     for gain in (30.0, -25.0, 28.0, -24.0, 31.0, -26.0):
         observe(held, [gain] * 5)
@@ -139,7 +139,7 @@ def test_counting_is_agreement_under_every_beta() -> None:
     p_old, shift, p = (torch.randn(50, toy.EXPERTS) for _ in range(3))
     held = hold_back()
     current, frozen = select_experts(router, p), select_experts(router, p_old)
-    held.add(0, current, frozen, select_experts(router, held.candidates(p_old, shift)), toy.EXPERTS)
+    held.add(0, router, torch.eye(toy.EXPERTS), current, frozen, p_old, shift)  # W_p h_old with W_p = 1
     wanted = [set(row) for row in current.tolist()]
     for j, beta in enumerate(GRID):
         chosen = (p_old + beta * shift).topk(toy.TOPK).indices.tolist()
@@ -161,7 +161,7 @@ def test_state_continues() -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_on_a_steady_drift_prediction_is_believed_and_pays(strategy: str) -> None:
+def test_on_a_steady_drift_prediction_is_used_and_helps(strategy: str) -> None:
     found = simulate("steady", rollouts=16, predictor=strategy, alpha=0.1)
     assert min(found.beta) > 0.0
     assert found.lift(since=8) > 1e-3
@@ -326,7 +326,7 @@ def two_ranks_job(kind: str, strategy: str) -> tuple[list[list[float]], list[flo
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_believe_what_one_process_believes(strategy: str) -> None:
+def test_two_ranks_decide_as_one_process_does(strategy: str) -> None:
     """Each has half of every mini-step's sequences."""
     results = pool(2).run(two_ranks_job, "steady", strategy)
     alone = simulate("steady", rollouts=8, predictor=strategy, routes="actor", known_mini_step=True)

@@ -506,7 +506,7 @@ def test_a_patched_router_is_refused(method: str, wrapped: bool, monkeypatch: py
     attach(chunk, PR2_CONFIG).detach()
 
 
-def test_a_release_without_the_seam_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_without_the_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def older(logits: torch.Tensor, topk: int, use_pre_softmax: bool = False, num_groups: Any = None) -> None: ...
 
     monkeypatch.setattr("megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function", older)

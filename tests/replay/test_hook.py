@@ -8,20 +8,20 @@ import pytest
 from megatron.core.package_info import __version__
 
 from megatron_pr2.releases import TRIED, is_tried
-from megatron_pr2.replay import hook as seam
+from megatron_pr2.replay import hook
 
 
 def test_the_release_of_this_environment_was_tried(caplog: pytest.LogCaptureFixture) -> None:
     # In a checkout Megatron-Core adds the commit of whatever repository it lies in.
     assert __version__.partition("+")[0] in TRIED
-    seam.check_release()
+    hook.check_release()
     assert not caplog.records
 
 
 def test_a_release_that_nobody_tried_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(seam, "megatron_version", "0.20.0")
+    monkeypatch.setattr(hook, "megatron_version", "0.20.0")
     with caplog.at_level(logging.WARNING):
-        seam.check_release()
+        hook.check_release()
     assert "megatron-core 0.20.0 has what replay needs, but was not tried; tried were 0.16.1, " in caplog.text
 
 
