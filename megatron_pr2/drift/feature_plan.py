@@ -29,6 +29,7 @@ class FeaturePlan:
     """The sampled tokens of a rollout batch and where their features are; the same on every rank of the stage.
 
     Attributes:
+        sampled: which tokens are sampled, by flat token index.
         dropped_sequences: left out because of the byte budget.
         moved_tokens: features that came from other ranks since begin().
     """
@@ -52,12 +53,8 @@ class FeaturePlan:
         return sum(len(segment.tokens) for segment in self._store.segments)
 
     def begin(self, tokens: TokenIndex, sampled: npt.NDArray[np.bool_]) -> None:
-        """Forgets the last rollout batch.
-
-        Args:
-            sampled: which tokens are sampled, by flat token index.
-        """
-        self._tokens, self._sampled = tokens, sampled
+        """Forgets the last rollout batch."""
+        self._tokens, self.sampled = tokens, sampled
         self._holder = np.full(tokens.total, -1, dtype=np.int32)
         self._load = np.zeros(self._stage.size, dtype=np.int64)
         self._dropped: set[int] = set()
@@ -71,16 +68,11 @@ class FeaturePlan:
     def dropped_sequences(self) -> int:
         return len(self._dropped)
 
-    @property
-    def sampled(self) -> npt.NDArray[np.bool_]:
-        """Which tokens are sampled, by flat token index."""
-        return self._sampled
-
     def restore(self, sampled: npt.NDArray[np.bool_], held: IntArray, members: IntArray | None) -> Segment:
         """After begin_rollout: room for features of a checkpoint.
 
         Args:
-            sampled: which tokens are sampled, by flat token index.
+            sampled: which tokens were sampled, by flat token index.
             held: of these, the ones that the checkpoint has features of, ascending; the same on every rank of the stage.
             members: of the stage, who gets each of them; None, or more than a rank's budget for one, spreads them evenly.
 
@@ -97,8 +89,8 @@ class FeaturePlan:
                 counts = np.bincount(self._tokens.sequence_of(held), minlength=len(ids))[order]
                 for place in order[np.cumsum(counts) > room * self._stage.size].tolist():
                     self._dropped.add(ids[place])
-                    self._sampled[self._tokens.span(ids[place])] = False
-                held = held[self._sampled[held]]
+                    self.sampled[self._tokens.span(ids[place])] = False
+                held = held[self.sampled[held]]
             members = np.arange(len(held)) * self._stage.size // max(1, len(held))
         self._holder[held] = members
         self._load += np.bincount(members, minlength=self._stage.size)
@@ -127,7 +119,7 @@ class FeaturePlan:
                 continue
             if (self._load + counts[:, place] > room).any():
                 self._dropped.add(sequence)
-                self._sampled[self._tokens.span(sequence)] = False
+                self.sampled[self._tokens.span(sequence)] = False
             else:
                 self._load += counts[:, place]
         if self._dropped and not self._warned:
@@ -137,7 +129,7 @@ class FeaturePlan:
                 "(megatron-pr2 plan says what fits), or raise feature_bytes",
                 self._budget, len(ids) - len(self._dropped), len(ids),
             )  # fmt: skip
-        self._newest = [tokens[self._sampled[tokens]] for tokens in wanted]
+        self._newest = [tokens[self.sampled[tokens]] for tokens in wanted]
         # First what can fail for lack of memory.
         self._store.add(self._newest[self._stage.me])
         for member, tokens in enumerate(self._newest):
@@ -157,7 +149,7 @@ class FeaturePlan:
     def absent(self, tokens_T: IntArray) -> int:
         """Sampled tokens among a micro-batch's rows whose features no log-prob pass kept."""
         own = tokens_T[tokens_T >= 0]
-        return int((self._sampled[own] & ~self._store.holds(own)).sum())
+        return int((self.sampled[own] & ~self._store.holds(own)).sum())
 
     def bring(self, grids: Sequence[TokenGrid]) -> bool:
         """Before a training pass: fetches the features of tokens that this rank computes and another one holds.
@@ -186,7 +178,7 @@ class FeaturePlan:
         parts = [self._tokens.of_grid(self._stage.rows(grid, member)) for grid in grids]
         tokens = np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
         tokens = tokens[tokens >= 0]
-        return tokens[self._sampled[tokens]]
+        return tokens[self.sampled[tokens]]
 
     def _exchange(self, sends: list[list[IntArray]]) -> None:
         me = self._stage.me

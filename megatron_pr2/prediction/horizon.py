@@ -34,11 +34,7 @@ class Horizon:
         token_group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
-        """Args:
-        model_config: Megatron's TransformerConfig.
-        token_group: the ranks that hold other tokens of the same layers; None on a single process.
-        device: where the routers' weights live.
-        """
+        """Args: `token_group` are the ranks that hold other tokens of the same layers; None on a single process."""
         self._config, self._predictor, self._group, self._device = config, predictor, token_group, device
         self._gates = [site.router.weight for site in sites]
         self._shape = model_config.num_moe_experts, model_config.hidden_size

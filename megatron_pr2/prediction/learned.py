@@ -72,7 +72,6 @@ class LearnedPredictor(RoutePredictor):
         eps: float,
         device: torch.device,
     ) -> None:
-        """Args: `device` is where the routers' weights live; `score_function` is the routers' own."""
         self.target = target
         self.score_function = score_function
         self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
@@ -82,7 +81,6 @@ class LearnedPredictor(RoutePredictor):
 
     @property
     def weight_LEH(self) -> Tensor:
-        """W_p of every layer."""
         return self._weight_LEH
 
     @property
@@ -97,14 +95,11 @@ class LearnedPredictor(RoutePredictor):
 
     @torch.no_grad()
     def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, shift_SE: Tensor) -> None:
-        """Adds one micro-batch's gradient of one local layer."""
-        self.grad_sum_LEH[layer] += gradient_sum(
-            h_old_SH, p_old_SE, p_SE, shift_SE, target=self.target, score_function=self.score_function
-        )
+        kind = {"target": self.target, "score_function": self.score_function}
+        self.grad_sum_LEH[layer] += gradient_sum(h_old_SH, p_old_SE, p_SE, shift_SE, **kind)
         self.token_count_L[layer] += h_old_SH.shape[0]
 
     def discard(self) -> None:
-        """Forgets what was accumulated since the last step."""
         self._sums.zero_()
 
     @torch.no_grad()

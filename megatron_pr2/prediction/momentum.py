@@ -25,14 +25,13 @@ class MomentumPredictor(RoutePredictor):
     """W_p extrapolates what the policy's optimizer is doing to the gates; set after every update of the policy."""
 
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, coefficient: float, device: torch.device) -> None:
-        """Args: `coefficient` is c; `device` is where the routers' weights live."""
+        """Args: `coefficient` is c."""
         self._coefficient = coefficient
         self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
         self.keep_pushed()
 
     @property
     def weight_LEH(self) -> Tensor:
-        """W_p of every layer."""
         return self._weight_LEH
 
     def training_weight(self, layer: int) -> Tensor:

@@ -13,24 +13,15 @@ from megatron_pr2.prediction.predictor import RoutePredictor
 
 
 def make_predictor(config: PR2Config, model_config: Any, num_layers: int, device: torch.device) -> RoutePredictor | None:
-    """The strategy of `config.predictor` for so many local MoE layers; None for "none".
-
-    Args:
-        model_config: Megatron's TransformerConfig.
-        device: where the routers' weights live.
-    """
+    """The strategy of `config.predictor` for so many local MoE layers; None for "none"."""
     if not config.predicts:
         return None
     sizes = num_layers, model_config.num_moe_experts, model_config.hidden_size
     learned = momentum = None
     if config.learns:
+        scores = model_config.moe_router_score_function
         learned = LearnedPredictor(
-            *sizes,
-            target=config.target,
-            score_function=model_config.moe_router_score_function,
-            betas=config.betas,
-            eps=config.eps,
-            device=device,
+            *sizes, target=config.target, score_function=scores, betas=config.betas, eps=config.eps, device=device
         )
     if config.follows:
         momentum = MomentumPredictor(*sizes, coefficient=config.momentum, device=device)
