@@ -86,7 +86,7 @@ def test_i1_a_zero_predictor_is_r3_bit_by_bit(runs: dict[str, list[dict[str, Any
 
 
 def test_i1_a_prediction_that_is_held_back_is_r3_bit_by_bit(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Two rollout batches are too few to believe any prediction, however much was learned."""
+    """Two rollout batches are too few to use any prediction, however much was learned."""
     for held, r3 in zip(runs["held"], runs["r3"], strict=True):
         assert held["predictor"] > 0.1
         assert held["records"][-1]["hold_back"]["beta"] == [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, for any layout, and a resumed run that nobody can tell from an uninterrupted one."""
+"""Checkpoints of a run: complete or absent, for any layout, and a resumed run with the numbers of an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PR2's checkpoints (I6): written in one layout, read in another, and nobody can tell; the policy's own stays as it was."""
+"""PR2's checkpoints (I6): written in one layout, read in another, with the same numbers; the policy's own stays as it was."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_without_predictor_gives_a_zero_one(model: Path, tmp_path: 
     assert [lines for _, lines in results] == [[f"{directories[0]} has no predictor: starting with W_p = 0"], []]
 
 
-def test_a_predictor_that_nobody_wants_is_left_alone(model: Path, straight: Straight) -> None:
+def test_a_predictor_that_is_not_configured_is_left_alone(model: Path, straight: Straight) -> None:
     directory, _ = straight("tp2")
     results = pool(1).run(jobs.load_job, model, CASES["one"], directory, predictor="none")
     assert results == [("", [f"{directory} has a predictor, but predictor='none' is configured: ignored"])]

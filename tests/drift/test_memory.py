@@ -264,7 +264,7 @@ def test_fifty_steps_are_flat(context: int) -> None:
     for steps in [fifty_steps(1)] if context == 1 else pool(2).run(fifty_steps, context):
         early, late = steps[10:20], steps[40:]
         assert all(step["features"] == step["sampled"] * FEATURE > 0 for step in steps)
-        # What is left beside the features is the same to the byte. Which tokens are sampled on which rank is drawn anew per step.
+        # What is left beside the features is the same to the byte. Which tokens are sampled on which rank is drawn again per step.
         assert len({step["torch"] for step in early + late}) == 1
         peaks = [np.mean([step["peak"] for step in part]) for part in (early, late)]
         assert peaks[1] == pytest.approx(peaks[0], rel=0.05)

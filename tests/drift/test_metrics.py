@@ -79,7 +79,7 @@ def test_compact_ids_count_alike(dtype: torch.dtype) -> None:
     assert columns(replayed=REPLAYED.to(dtype)) == columns()
 
 
-def test_reading_gives_means_and_starts_anew() -> None:
+def test_reading_gives_means_and_starts_over() -> None:
     metrics = DriftMetrics(2, torch.device("cpu"))
     for _ in range(3):
         metrics.add(0, drift_columns(CURRENT, REPLAYED, FROZEN, logits(0), logits(1), logits(2), "softmax"))

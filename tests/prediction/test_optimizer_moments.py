@@ -135,7 +135,7 @@ def test_other_optimizers_are_refused_when_they_are_told(kind: str) -> None:
     pr2 = attach(chunk, toy.preset("pr2", predictor="momentum"))
     with pytest.raises(AttachError, match=f"the gates are trained by {name}: .*use predictor='learned'"):
         pr2.follow(optimizer)
-    attach(toy.ToyChunk(chunk.config), toy.preset("pr2")).follow(optimizer)  # nobody asks for its next update
+    attach(toy.ToyChunk(chunk.config), toy.preset("pr2")).follow(optimizer)  # its next update is not asked for
 
 
 def offloaded(gates: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -398,7 +398,7 @@ def pipeline_job() -> dict[str, Any]:
     stage = torch.distributed.get_rank()
     config = toy.toy_config(moe_layer_freq=[0, 1], pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     try:
-        attach(toy.ToyChunk(config, layers=[1]), PR2_CONFIG)  # nobody holds layer 1 then
+        attach(toy.ToyChunk(config, layers=[1]), PR2_CONFIG)  # no rank holds layer 1 then
         refused = ""
     except AttachError as error:
         refused = str(error)

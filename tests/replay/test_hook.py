@@ -18,7 +18,7 @@ def test_the_release_of_this_environment_was_tried(caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-def test_a_release_that_nobody_tried_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untested_release_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(hook, "megatron_version", "0.20.0")
     with caplog.at_level(logging.WARNING):
         hook.check_release()

@@ -501,7 +501,7 @@ def assert_own_routes(calls: list[toy.Call], data: list[toy.Batch], tables: dict
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_forwards_that_nobody_announces_run_in_order(recompute: bool) -> None:
+def test_unannounced_forwards_run_in_order(recompute: bool) -> None:
     """A pipeline's own schedule inside the session, with nothing wrapped: the same numbers as with everything announced."""
     gradients = []
     for announced in (True, False):

@@ -81,7 +81,7 @@ def test_every_wrong_token_is_counted_and_no_other(data: st.DataObject) -> None:
             inputs[row % rows.sequence.shape[1], row // rows.sequence.shape[1]] += 7
             wrong += int(sequence) in known or (int(sequence), int(position)) in seen
     padding = ids_of(rows) == 0
-    inputs[padding] = data.draw(st.integers(0, 5))  # padding is nobody's business
+    inputs[padding] = data.draw(st.integers(0, 5))  # padding is not looked at
     tokens.open([second])
     tokens.look(nn.Identity(), second, (), {"input_ids": inputs})
     if not wrong:
@@ -192,7 +192,7 @@ def refused_elsewhere_job() -> str:
 
 
 def test_ids_beside_an_embedding_of_the_pipeline_are_not_looked_at() -> None:
-    """`decoder_input` takes the place of the embedding; what goes with it under input_ids is nobody's business."""
+    """`decoder_input` takes the place of the embedding; what goes with it under input_ids is not looked at."""
     micro_batch = MicroBatch.padded([0], [5], 8)
     tokens = check(1, 0, {0: 5}, [0])
     tokens.open([micro_batch])
@@ -223,7 +223,7 @@ def test_ids_of_another_length_are_refused() -> None:
     ):
         with pytest.raises(RouteError, match=message):
             pr2.begin_rollout([ReplaySequence(4, 5, 2, 4, token_ids=ids)])
-    assert set(pr2.tokens.lengths) == set(LENGTHS)  # the batch at work is whole
+    assert set(pr2.tokens.lengths) == set(LENGTHS)  # the current batch is whole
 
 
 # ---- several ranks -------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def refusal_job(kind: str) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "message"), [("swapped", "24 of the tokens"), ("left out", "routed 0 times forward")])
 def test_all_ranks_hear_of_what_one_refuses(kind: str, message: str) -> None:
-    """Else the others would wait in the next collective until it times out, and nobody would see why."""
+    """Else the others would wait in the next collective until it times out, and the reason would be lost."""
     own, others = pool(2).run(refusal_job, kind, timeout=60.0)
     for index, name in enumerate(("old_logprobs", "mini-step 1")):
         assert message in own[index]
