@@ -415,7 +415,7 @@ def reads(
 
     def padded_to(width: int) -> list[toy.Batch]:
         grids = [padded([i], [n], width) for i, n in lengths.items()]
-        rows = pr2.feature_plan._stage.rows
+        rows = pr2.feature_plan._tp_cp.rows
         return [toy.Batch(MicroBatch(i, grid), toy.token_inputs(rows(grid))) for i, grid in enumerate(grids)]
 
     # The training passes are cut otherwise: routes are sliced and, among several ranks, features move once more.

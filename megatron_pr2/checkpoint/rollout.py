@@ -142,8 +142,8 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
     starts = np.array([pr2.tokens.span(sid).start for sid in pr2.tokens.lengths], dtype=np.int64)
     for segment in segments:
         place = pr2.tokens.sequence_of(segment.tokens)
-        stage = np.broadcast_to([pr2.replica.tp_cp.me, pr2.replica.tp_cp.size], (len(place), 2))
-        index_S4 = torch.from_numpy(np.column_stack([ids[place], segment.tokens - starts[place], stage]))
+        holder = np.broadcast_to([pr2.replica.tp_cp.me, pr2.replica.tp_cp.size], (len(place), 2))
+        index_S4 = torch.from_numpy(np.column_stack([ids[place], segment.tokens - starts[place], holder]))
         for site in pr2.sites:
             kinds = {"index": index_S4, "h_old": segment.h_LSH[site.local], "p_old": segment.p_LSE[site.local]}
             for name, rows in kinds.items():
@@ -208,15 +208,15 @@ def _read_table(
 
 
 def _held(pr2: Contents, reader: files.RowReader, sampled: npt.NDArray[np.bool_]) -> tuple[IntArray, IntArray | None]:
-    """Tokens with features for every layer of this rank, ascending; and who held them, if the stage had as many ranks as now."""
+    """Tokens with features for every layer of this rank, ascending; and who held them, if tp_cp had as many ranks as now."""
     (held,) = np.nonzero(sampled)
     members = np.zeros(len(sampled), dtype=np.int64)
     sizes = {pr2.replica.tp_cp.size}
     for site in pr2.sites:
-        tokens_S, stage_S2 = _rows(pr2, reader, site.hidden_layer)
+        tokens_S, holder_S2 = _rows(pr2, reader, site.hidden_layer)
         held = np.intersect1d(held, tokens_S)
-        members[tokens_S[tokens_S >= 0]] = stage_S2[tokens_S >= 0, 0]
-        sizes.update(stage_S2[:, 1].tolist())
+        members[tokens_S[tokens_S >= 0]] = holder_S2[tokens_S >= 0, 0]
+        sizes.update(holder_S2[:, 1].tolist())
     return held, members[held] if len(sizes) == 1 else None
 
 

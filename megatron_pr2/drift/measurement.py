@@ -76,12 +76,12 @@ class Measurement:
     ) -> None:
         """Args: `device` is the routers'."""
         self._config, self._sites, self._predictor = config, list(sites), predictor
-        self._stage, self._token_group, self._device = replica.tp_cp, token_group, device
+        self._tp_cp, self._token_group, self._device = replica.tp_cp, token_group, device
         self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
         kept_on = device if config.feature_device == "device" else torch.device("cpu")
         self.features = FeatureStore(len(sites), self._experts, model_config.hidden_size, device=kept_on, h_dtype=H_DTYPE)
-        # The stage with most layers decides which sequences are dropped, so that all of them drop the same.
+        # The pipeline stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
         self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
         self.agreement = AgreementCheck(device)
@@ -180,7 +180,7 @@ class Measurement:
 
     @contextmanager
     def training_pass(self, micro_batches: Sequence[MicroBatch], *, learning: bool) -> Iterator[None]:
-        """Brings features to the tokens that this rank is going to compute, for as long as it lasts; collective over the stage."""
+        """Brings features to the tokens that this rank is going to compute, for as long as it lasts; collective over tp_cp."""
         # First, and kept if the pass fails: the other ranks learn, and wait for this one's share in step().
         self.learning = learning
         brought = False
@@ -279,7 +279,7 @@ class Measurement:
 
     def _rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
         """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
-        return [self._tokens.of_grid(self._stage.rows(micro_batch.grid)) for micro_batch in micro_batches]
+        return [self._tokens.of_grid(self._tp_cp.rows(micro_batch.grid)) for micro_batch in micro_batches]
 
     def _locate(self, micro_batches: Sequence[MicroBatch], rows: Sequence[IntArray]) -> None:
         """Finds the features of every micro-batch's rows."""

@@ -88,7 +88,7 @@ def take_in(
     if failures:
         raise RouteError(f"{failures} other rank(s) refused the routes of their sequences; their errors say why")
     if all_missing > config.max_missing_share * all_tokens:
-        # Each rank of a stage counted the sequences of the whole replica.
+        # Each rank of a pipeline stage counted the sequences of the whole replica.
         counts = all_missing // replica.tp_cp.size, all_tokens // replica.tp_cp.size
         message = _too_many_missing(*counts, config.max_missing_share, by_sequence, tokens)
         if config.strict:

@@ -173,7 +173,7 @@ class Model:
     def __init__(self, context: int = 1, **settings: Any) -> None:
         self.chunk = toy.ToyChunk(toy.toy_config(context_parallel_size=context))
         self.pr2 = attach(self.chunk, toy.preset("pr2", **{"sample_fraction": 0.5, **settings}))
-        self.rows = self.pr2.feature_plan._stage.rows
+        self.rows = self.pr2.feature_plan._tp_cp.rows
 
     def step(self, rollout: Rollout) -> dict[str, Any]:
         """A rollout batch: old log-probs, then two mini-steps over another cut of it."""
