@@ -135,7 +135,7 @@ def test_sglangs_router_in_front(routed: SGLangEngine, pair: SGLangEngine, tiny:
     batch = routed.generate(requests, SamplingParams(16), return_routes=True)
     assert_matches(batch.responses, tiny, merged)
     for replica in pair.replicas:
-        replica.label = "6"
+        replica.labels.append("6")
     direct = pair.generate(requests, SamplingParams(16), return_routes=True)
     assert [r.response_ids for r in batch.responses] == [r.response_ids for r in direct.responses]
     stopped = routed.generate(

@@ -77,7 +77,7 @@ def test_a_response_goes_on_under_new_weights_and_every_token_knows_its_version(
 ) -> None:
     gates: dict[int, Any] = {1: None, 21: tiny.merged_gates(seed=21)}
     batch = generate_across_a_push(interrupted, make_requests(8, seed=3), gates[21], 21)
-    fresh.replicas[0].label = "21"
+    fresh.replicas[0].labels.append("21")
     mixed = 0
     for response in batch.responses:
         versions = response.weight_versions
@@ -123,7 +123,7 @@ def test_prefixes_of_old_weights_are_not_used_after_a_push_in_place(fresh: SGLan
     after = guest.generate(requests, SamplingParams(8), return_routes=True)
     assert_matches(after.responses, tiny, merged)
     guest.close()
-    fresh.replicas[0].label = "22"
+    fresh.replicas[0].labels.append("22")
 
 
 def test_rows_that_were_computed_anew_by_a_retraction_are_rolled_again(fresh: SGLangEngine, tiny: TinyModel, tmp_path: Any) -> None:
@@ -143,7 +143,7 @@ def test_rows_that_were_computed_anew_by_a_retraction_are_rolled_again(fresh: SG
     assert all(set(r.weight_versions.tolist()) == {23} for r in batch.responses)
     assert_matches(batch.responses, tiny, merged)
     guest.close()
-    fresh.replicas[0].label = "23"
+    fresh.replicas[0].labels.append("23")
 
 
 class Echo:

@@ -97,8 +97,8 @@ def test_weights_may_be_replaced_twice_during_one_attempt(fake: FakeServer) -> N
     replica = engine.replicas[0]
 
     def paused_twice(body: dict[str, Any], call: int) -> tuple[int, Any]:
-        replica.label = "5"
-        replica.label = "6"
+        replica.labels.append("5")
+        replica.labels.append("6")
         answer = fake.generation(body)
         spans = [{"version": str(4 + i), "start": i, "end": i + 1} for i in range(2)] + [{"version": "6", "start": 2, "end": 4}]
         answer["meta_info"].update(weight_versions=spans, weight_version="6")
