@@ -49,7 +49,9 @@ def main(
     seeds: Annotated[str | None, typer.Option(help="Instead of every group's, e.g. 0,1,2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rollout batches of every cell.", min=1)] = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at the same time; as many as cores by default.", min=1)] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write tables into this file, plots beside it.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write a summary into this file, plots and CSV files beside it.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and an estimate of the time; run nothing.")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Compare what is finished; run nothing.")] = False,
 ) -> None:

@@ -367,11 +367,17 @@ def test_markdown_keeps_what_people_wrote(runs: list[Path], tmp_path: Path) -> N
     assert text.startswith("# Mine\n\nbefore\n")
     assert text.endswith("after\n")
     assert "\nold\n" not in text
-    assert "| pr2 post | better | above zero |" in text
+    assert "| pr2 post | 1 / 1 / 0 | 2 / 0 / 0 |" in text
     assert "- Machine: m" in text
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert {f"results/{file.name}" for file in (tmp_path / "docs" / "results").iterdir()} == set(images)
-    assert len(images) == len(set(images)) == 32
+    assert {f"results/{file.name}" for file in (tmp_path / "docs" / "results").glob("*.svg")} == set(images)
+    names = ["reward_final-difference", "lift_all", "agreement-mini-steps", "ratio_variance-mini-steps"]
+    expected = [f"off-4-lr-1e-4-{name}" for name in names[:2]] + [f"off-8-lr-1e-4-{name}" for name in names]
+    assert images == [f"results/{name}.svg" for name in expected]
+    with open(tmp_path / "docs" / "results" / "mini_steps.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["measure"] == "agreement" and row["setting"] == "off-8, lr 1e-4"]
+    assert [row["mini_step"] for row in rows if row["method"] == "r3"] == [str(i + 1) for i in range(8)]
+    assert (tmp_path / "docs" / "results" / "summary.csv").exists()
     for image in images:
         content = (target.parent / image).read_text(encoding="utf-8")
         assert len(content) < 150_000

@@ -177,6 +177,14 @@ def against_baseline(setting: Setting, method: str, measure: Measure) -> Interva
     return interval(differences(setting, method, measure).values())
 
 
+def of_mini_steps(setting: Setting, method: str, measure: Measure) -> list[Interval]:
+    """Mean over seeds of every mini-step; empty where the measure does not exist per mini-step."""
+    if (read := measure.per_mini_step) is None:
+        return []
+    values = [read(setting.data[method, seed]) for seed in setting.methods[method]]
+    return [interval(float(v[position]) for v in values if position < v.size) for position in range(setting.kappa)]
+
+
 def over_settings(settings: Sequence[Setting], method: str, measure: Measure, *, difference: bool) -> Interval:
     """One interval for all settings that have the method, of its values or of its differences to each other baseline.
 

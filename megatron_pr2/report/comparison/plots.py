@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_pr2.report import figures, formats
 from megatron_pr2.report.comparison import measures
-from megatron_pr2.report.comparison.measures import Measure, differences, of_method, per_seed
+from megatron_pr2.report.comparison.measures import Measure, differences, of_method, of_mini_steps, per_seed
 from megatron_pr2.report.comparison.runs import Setting
 from megatron_pr2.report.comparison.stats import interval
 from megatron_pr2.report.figures import Line, Panel, Plot, X, chart
@@ -163,17 +163,14 @@ def _per_mini_step(
     setting: Setting, look: Mapping[str, Look], measure: Measure, caption: str, *, band: tuple[float, float] | None = None
 ) -> Plot | None:
     """A measure over the mini-steps; whiskers are intervals over seeds, `band` a range of the paper to compare with."""
-    read = measure.per_mini_step
-    assert read is not None
     lines = []
-    for index, (method, seeds) in enumerate(setting.methods.items()):
-        table = [read(setting.data[method, seed]) for seed in seeds]
-        padded = np.stack([np.pad(row, (0, setting.kappa - row.size), constant_values=np.nan) for row in table])
-        half = np.nan_to_num([interval(column).half for column in padded.T.tolist()])
+    for index, method in enumerate(setting.methods):
+        found = of_mini_steps(setting, method, measure)
+        values, half = np.array([i.mean for i in found]), np.nan_to_num([i.half for i in found])
         shift = 0.3 * (index / max(1, len(setting.methods) - 1) - 0.5) * (len(setting.methods) > 1)
         style: dict[str, Any] = {"linestyle": look[method].line, "linewidth": 1.4, "elinewidth": 0.9, "markersize": 3}
-        line = Line(mean(padded, axis=0), look[method].colour, short_name(method), error=half, shift=shift, style=style)
-        lines += [line] if exists(line.values) else []
+        line = Line(values, look[method].colour, short_name(method), error=half, shift=shift, style=style)
+        lines += [line] if exists(values) else []
 
     def paint(axes: Axes) -> None:
         if band is not None:

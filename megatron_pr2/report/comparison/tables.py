@@ -15,10 +15,11 @@ from megatron_pr2.report.comparison.measures import (
     Measure,
     against_baseline,
     of_method,
+    of_mini_steps,
     over_settings,
 )
 from megatron_pr2.report.comparison.runs import Setting
-from megatron_pr2.report.comparison.stats import BETTER, CONFIDENCE, SAME, UNKNOWN, WORSE, interval, verdict
+from megatron_pr2.report.comparison.stats import BETTER, CONFIDENCE, SAME, UNKNOWN, WORSE, verdict
 from megatron_pr2.report.page import Cell, Table, count, table_of
 
 _KINDS = {BETTER: "helped", WORSE: "hurt", SAME: "same", UNKNOWN: "absent"}
@@ -162,22 +163,13 @@ def numbers(setting: Setting) -> Table:
 
 def mini_steps(setting: Setting) -> Table:
     """The measures that exist per mini-step, means over seeds."""
-    shown = [(m, m.per_mini_step) for m in MEASURES if m.per_mini_step is not None]
-    values = {
-        (method, measure.key): [read(setting.data[method, seed]) for seed in seeds]
-        for method, seeds in setting.methods.items()
-        for measure, read in shown
-    }
-
-    def cell(row: tuple[str, int], measure: Measure) -> Cell:
-        method, position = row
-        return measure.cell(interval(float(v[position]) for v in values[method, measure.key] if position < v.size))
-
+    shown = [measure for measure in MEASURES if measure.per_mini_step is not None]
+    found = {(method, m.key): of_mini_steps(setting, method, m) for method in setting.methods for m in shown}
     rows = [(method, position) for method in setting.methods for position in range(setting.kappa)]
     columns: list[tuple[str, Callable[[tuple[str, int]], Cell | str]]] = [
         ("method", lambda row: row[0]),
         ("mini-step", lambda row: str(row[1] + 1)),
-        *((measure.short_title, lambda row, m=measure: cell(row, m)) for measure, _ in shown),
+        *((m.short_title, lambda row, m=m: m.cell(found[row[0], m.key][row[1]])) for m in shown),
     ]
     return table_of(rows, columns)
 
