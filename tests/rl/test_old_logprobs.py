@@ -210,7 +210,7 @@ def test_a_pass_under_the_average_replays_the_same_routes_and_leaves_nothing_beh
     proximal = ProximalPolicy([chunk], 0.5)
 
     def routes(calls: list[toy.Call]) -> list[np.ndarray]:
-        """Of tokens that have one: not of a sequence's last token or padding, which the live router decides."""
+        """Of tokens that have one: not of a sequence's last token or padding, which the current router routes."""
         own = {call.number: np.flatnonzero(data[call.number].micro_batch.grid.rows()[0] >= 0)[:-1] for call in calls}
         return [call.map_TE[own[call.number]].numpy() for call in calls]
 
