@@ -1,4 +1,4 @@
-"""A rollout batch on its way in: its sequences and routes are checked, and all ranks that work on it agree."""
+"""Checks of a new rollout batch: its sequences and routes, on all ranks that work on it together."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Passes:
     """Opens sessions on one model, one at a time.
 
     Attributes:
-        attached: whether the routers are still ours.
+        attached: False after PR2.detach().
     """
 
     def __init__(

@@ -39,7 +39,7 @@ Routes = Callable[[Sequence[TokenGrid]], list[tuple[RouteSlice, npt.NDArray[np.b
 
 
 class _SiteControl:
-    """The session's hand on one router."""
+    """What the session does for one router."""
 
     def __init__(self, session: ReplaySession, site: RouterSite) -> None:
         self._session, self._site = session, site
