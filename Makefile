@@ -88,6 +88,8 @@ lint: $(TEST)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python tools/rooms.py --check
+	$(VENV)/bin/python tools/reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 sglang: $(SGLANG) $(SGLANG_0519)
 
