@@ -22,7 +22,7 @@ PICTURE = ROOT / "docs/rooms.svg"
 PACKAGE = "megatron_pr2"
 # Not drawn: everybody imports it, which says nothing.
 EVERYWHERE = "errors"
-WIDTH, HEIGHT, GAP, MARGIN = 1160, 44, 20, 16
+WIDTH, HEIGHT, GAP, MARGIN = 1160, 62, 8, 16
 
 
 def floors() -> list[list[str]]:
@@ -52,6 +52,11 @@ def imports(rooms: list[str]) -> set[tuple[str, str]]:
     return {(one, other) for one, other in found if one != other and other in rooms and other != EVERYWHERE}
 
 
+def _fitting(words: str, width: float) -> str:
+    room_for = int((width - 20) / 5.6)
+    return escape(words if len(words) <= room_for else words[: room_for - 1].rsplit(" ", 1)[0] + " …")
+
+
 def picture() -> str:
     """The SVG."""
     rows = floors()
@@ -66,22 +71,18 @@ def picture() -> str:
         "<title>Rooms of megatron_pr2: each imports only what is below it</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
-    for one, other in sorted(imports(list(boxes))):
-        # Spread over the box, so that lines to different rooms do not hide each other.
-        share = (sorted(boxes).index(other) + 1) / (len(boxes) + 1)
-        x, y, width = boxes[one]
-        to_x, to_y, to_width = boxes[other]
-        line = f'x1="{x + width * share:.0f}" y1="{y + HEIGHT:.0f}" x2="{to_x + to_width * share:.0f}" y2="{to_y:.0f}"'
-        parts.append(f'<line {line} stroke="#9db4c8" stroke-width="1"/>')
+    order = list(boxes)
+    found = imports(order)
+    uses = {room: [other for other in order if (room, other) in found] for room in order}
     for room, (x, y, width) in boxes.items():
         label = f"{room}/" if (ROOT / PACKAGE / room).is_dir() else f"{room}.py"
         place = f'x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{HEIGHT}" rx="6"'
         parts.append(f'<rect {place} fill="#eef4fa" stroke="#4a6b8a"/>')
         parts.append(f'<text x="{x + 10:.0f}" y="{y + 18:.0f}" font-weight="bold" fill="#12324f">{label}</text>')
-        words = purpose(room)
-        room_for = int((width - 20) / 5.6)
-        words = words if len(words) <= room_for else words[: room_for - 1].rsplit(" ", 1)[0] + " …"
-        parts.append(f'<text x="{x + 10:.0f}" y="{y + 35:.0f}" font-size="11" fill="#333">{escape(words)}</text>')
+        parts.append(f'<text x="{x + 10:.0f}" y="{y + 35:.0f}" font-size="11" fill="#333">{_fitting(purpose(room), width)}</text>')
+        if uses[room]:
+            words = _fitting(f"imports {', '.join(uses[room])}", width)
+            parts.append(f'<text x="{x + 10:.0f}" y="{y + 52:.0f}" font-size="11" fill="#4a6b8a">{words}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
