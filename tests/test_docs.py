@@ -341,7 +341,7 @@ def test_the_ten_lines_run_and_learn(tiny_checkpoint: Path, tmp_path: Path) -> N
     (result,) = pool(1).run(run_snippet, snippet, tiny_checkpoint, tmp_path / "pr2")
     assert result["gates"] == 2
     assert result["moved"] > 0.0
-    # One rollout batch is too few to believe a prediction; believed, it is merged.
+    # One rollout batch is too few to use a prediction; used, it is merged.
     assert result["held back"] == [0.0, 0.0]
     assert result["as they are"]
     assert result["merged"]

@@ -43,7 +43,7 @@ class StaticRoutes:
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
     ) -> tuple[Tensor, Tensor]:
-        """Megatron-Core's seam. All rows are computed live: which of them are missing is known on the device only."""
+        """Megatron-Core's replay hook. All rows are computed live: which of them are missing is known on the device only."""
         chosen, live_TK = default_compute_topk(scores, topk, num_groups, group_topk)
         if self._record:
             self.ids_TK.copy_(live_TK)

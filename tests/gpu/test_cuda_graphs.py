@@ -1,4 +1,4 @@
-"""Recording and replaying through Megatron-Core's seam inside captured CUDA graphs, against an eager ReplaySession."""
+"""Recording and replaying through Megatron-Core's replay hook inside captured CUDA graphs, against an eager ReplaySession."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_i2_a_learning_predictor_does_not_touch_the_policy(kind: str, strategy: 
     r3 = toys.train(toy.preset("r3", max_missing_share=1.0), kind, device, BF16, recompute=recompute)
     assert learning.policy() == r3.policy()
     assert learning.predictor > 0.1
-    # One rollout batch is too little to believe a prediction that can be held back.
+    # One rollout batch is too little for a prediction that can be held back.
     assert learning.merged_is_own == (strategy == "everything")
 
 

@@ -56,7 +56,7 @@ def checkpoint(directory: Path) -> Path:
 
 
 def check_trainer(directory: Path) -> str:
-    """Two steps of r3, and of pr2 that does not learn, that is held back, and that is believed; in the current parallel state."""
+    """Two steps of r3, and of pr2 that does not learn, that is held back, and that is used; in the current parallel state."""
     path = checkpoint(directory / "model")
     presets = {
         "r3": ["preset=r3"],
@@ -71,7 +71,7 @@ def check_trainer(directory: Path) -> str:
     assert len(set(r3["weights"])) == len(r3["weights"]) == 8
     for name in ("rollouts", "samples", "weights", "optimizer"):
         assert zero[name] == r3[name], f"I1: {name}"
-        # Two rollout batches are too few to believe any prediction.
+        # Two rollout batches are too few for any prediction.
         assert held[name] == r3[name], f"I1, held back: {name}"
     assert zero["predictor"] == 0.0
     assert held["predictor"] > 0.1

@@ -59,7 +59,7 @@ def test_any_iterable_of_pairs_is_taken(pair: Any) -> None:
         ("model.layers.7.mlp.shared_experts.gate.weight", None),
         ("model.layers.7.mlp.shared_expert_gate.weight", None),
         ("model.layers.7.mlp.experts.0.gate_proj.weight", None),
-        ("mtp.layers.0.mlp.gate.weight", None),  # heads of Qwen3-Next, which number their layers anew
+        ("mtp.layers.0.mlp.gate.weight", None),  # heads of Qwen3-Next, which number their layers from 0 again
     ],
 )
 def test_gates_by_the_names_that_bridges_give_them(name: str, layer: int | None) -> None:

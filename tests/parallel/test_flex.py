@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Replay:
-    """Megatron-Core's seam with fixed ids."""
+    """Megatron-Core's replay hook with fixed ids."""
 
     def __init__(self, ids_TK: Tensor) -> None:
         self.ids_TK = ids_TK

@@ -1,4 +1,4 @@
-"""A server that misbehaves in every way that a client can see: nothing wrong is believed, every error names its request."""
+"""A server that misbehaves in every way that a client can see: nothing wrong is accepted, every error names its request."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_an_engine_that_dies_in_the_middle_costs_no_response(pair: SGLangEngine,
     assert_matches(batch.responses, tiny, merged)
     with pytest.raises(RolloutError, match="killed by signal 9"):
         pair.ensure_alive()
-    # The next push starts it anew first.
+    # The next push restarts it first.
     pair.update_weights(tiny.gates().items(), 4)
     pair.ensure_alive()
     after = pair.generate(make_requests(32, seed=3), SamplingParams(8), return_routes=True)

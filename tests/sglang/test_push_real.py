@@ -77,7 +77,7 @@ def test_one_sender_pushes_a_model_and_keeps_its_channel(
 
 
 def test_a_sender_outlives_the_client_that_it_was_lent(server: PlainServer, tiny: TinyModel) -> None:
-    """A replica that is started anew closes its client before the sender hears of it."""
+    """A replica that is restarted closes its client before the sender hears of it."""
     client = HttpClient(
         server.url, api_key=server.api_key, concurrency=2, timeout_s=60.0, retries=0, backoff_s=0.1, why_dead=lambda: None
     )

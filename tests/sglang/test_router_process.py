@@ -37,7 +37,7 @@ def fakes() -> Iterator[list[FakeServer]]:
 def router(sglang_python: str, fakes: list[FakeServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangRouter]:
     log = tmp_path_factory.mktemp("router") / "router.log"
     with pytest.MonkeyPatch.context() as patch:
-        # A proxy of the environment, which a router that believed in it could not get past.
+        # A proxy of the environment, which a router that used it could not get past.
         patch.setenv("http_proxy", "http://127.0.0.1:9")
         patch.setenv("ALL_PROXY", "http://127.0.0.1:9")
         router = SGLangRouter([f.url for f in fakes], api_key=KEY, policy="round_robin", log_path=log)

@@ -149,7 +149,7 @@ def test_rows_from_a_position_on_and_version_spans(release: SGLangEngine, tiny: 
     assert (rows(part) == rows(whole)[13:]).all()
     assert len(rows(whole)) == len(prompt) + 6 - 1
     assert part["meta_info"]["weight_versions"] == [{"version": "3", "start": 0, "end": 6}]
-    # The key keeps prefix caches apart: a prompt that was cached under none is computed anew under this one.
+    # The key keeps prefix caches apart: a prompt that was cached under none is computed again under this one.
     assert part["meta_info"]["cached_tokens"] == 0
     assert generate(release, prompt, 1)["meta_info"]["cached_tokens"] > 0
 
