@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -254,10 +255,12 @@ class PR2:
         with self._passes.run("replay", self._passes.agreed(micro_batches), self._mode) as session:
             yield session
 
-    def record(self, micro_batches: Sequence[MicroBatch]) -> AbstractContextManager[ReplaySession]:
+    @contextmanager
+    def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): the router's own routes, recorded."""
         self._passes.require_closed("record")
-        return self._passes.record(micro_batches)
+        with self._passes.record(micro_batches) as session:
+            yield session
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
         """Tables of a :meth:`record` session, by sequence id."""
@@ -343,6 +346,10 @@ class _Callable(ModuleType):
 
     def __call__(self, model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
         return attach(model_chunks, config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # cloudpickle (Ray) knows plain modules only.
+        return import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
+from ray import cloudpickle
 
 import megatron_pr2
 
@@ -28,6 +30,11 @@ def test_attach_is_a_function_in_any_order_of_imports(code: str) -> None:
     imports, call = code.rsplit("; ", 1)
     said = run(f"{imports}\ntry:\n    {call}\nexcept Exception as error:\n    print(type(error).__name__, error)")
     assert said == "AttachError attach() got no model chunk"
+
+
+def test_the_callable_module_pickles() -> None:
+    module = importlib.import_module("megatron_pr2.attach")
+    assert cloudpickle.loads(cloudpickle.dumps(module)) is module
 
 
 def test_every_name_of_the_package_is_there() -> None:

@@ -38,7 +38,7 @@ def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     descriptions = setting_descriptions()
     for field in fields(PR2Config):
         default = "by --pr2-preset" if field.name in PRESETS["pr2"] else _shown(field.default)
-        text = f"{descriptions[field.name]} Default: {default}."
+        text = f"{descriptions.get(field.name, '')} Default: {default}."
         # argparse takes % as the start of a placeholder.
         group.add_argument(flag(field.name), default=None, help=text.replace("%", "%%"), **_kind(field.name, field.default))
     return parser

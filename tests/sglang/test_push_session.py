@@ -13,6 +13,7 @@ import torch
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.push.buckets import Bucket
 from megatron_pr2.rollout.sglang.push.session import PushSession
 from megatron_pr2.rollout.sglang.push.target import PushTarget, own_address, push_target
 from megatron_pr2.rollout.sglang.push.update import WeightSender
@@ -176,3 +177,44 @@ def test_a_server_that_refuses_the_group(recorder: Recorder) -> None:
             sender.push([("w", torch.zeros(4))])
     sender.close()
     assert recorder.server.calls["/init_weights_update_group"] == 2
+
+
+class ClosableChannel:
+    """In place of a WeightChannel: takes buckets until it is closed."""
+
+    def __init__(self, target: PushTarget) -> None:
+        self.target = target
+        self.taken = 0
+        self.closed = False
+
+    def open(self) -> None:
+        if self.closed:
+            raise RolloutError("the channel was closed")
+
+    def start(self, bucket: Bucket) -> None:
+        self.taken += 1
+
+    def wait(self) -> None:
+        return None
+
+    def abandon(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_sender_that_is_closed_in_the_middle_of_a_push_does_not_report_success() -> None:
+    target = PushTarget("http://127.0.0.1:1", None, 2, "gloo", "cpu", bucket_bytes=64, timeout_s=1.0)
+    sender, channel = WeightSender(), ClosableChannel(target)
+    sender._channels = {target: channel}  # type: ignore[dict-item]
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            yield name, torch.zeros(8)
+        assert channel.taken == 1
+        sender.close()
+        yield "d", torch.zeros(8)
+
+    with pytest.raises(RolloutError, match="closed"):
+        sender.push(weights())

@@ -57,7 +57,7 @@ class _Examination:
             if not self._reachable() or not self._identified():
                 return
         except RolloutError as error:
-            self._fail("reachable", f"no answer: {error}", "start the engine, or correct the address: " + _NOT_SGLANG)
+            self._fail("reachable", f"no answer: {error}", "start the engine, or correct the address")
             return
         if self._router:
             self._skip("version", "a router does not tell", _OWN_URLS)

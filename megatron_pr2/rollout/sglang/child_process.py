@@ -68,7 +68,6 @@ class ChildProcess:
     """
 
     # The tests replace it by one that forks a process with SGLang imported.
-
     popen: ClassVar[Callable[..., subprocess.Popen[bytes]]] = subprocess.Popen
 
     def __init__(

@@ -194,14 +194,17 @@ class WeightChannel:
 
     def _wait_for_broadcast(self) -> None:
         """A reply that comes before the end of the broadcast means that the server does not take part."""
+        work, reply = self._work, self._reply
+        if work is None:  # by another thread
+            raise RolloutError("the channel was closed")
         deadline = time.monotonic() + self.target.timeout_s
-        while not self._work.is_completed():
-            if self._reply.done() and not self._work.is_completed():
-                check_reply(_UPDATE, self._reply.result(), self._where)
+        while not work.is_completed():
+            if reply.done() and not work.is_completed():
+                check_reply(_UPDATE, reply.result(), self._where)
             if time.monotonic() > deadline:
                 raise RolloutError(f"not within {self.target.timeout_s:g} s")
             time.sleep(_POLL_S)
-        self._work.wait()
+        work.wait()
 
     def _refusal(self, error: Exception) -> str:
         """Says what the server's reply says, where there is one: a broken connection alone does not tell why it broke."""

@@ -121,7 +121,8 @@ class DiskPush:
 
     def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Writes this process's part, that of rank 0; see :meth:`DiskSender.push`."""
-        assert self._target is not None
+        if self._target is None:
+            raise RolloutError(f"{WHERE}: begin() was not called, or the engine was closed meanwhile")
         return DiskSender(self._target, 0).push(weights)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:

@@ -62,18 +62,19 @@ class WeightSender:
         Raises:
             RolloutError: a target refused, died or did not take a bucket in time. The next push() opens a new channel to it.
         """
-        targets = list(self._channels)
-        if not targets:
+        # Taken once: closed meanwhile by another thread, they refuse the next bucket instead of being left out.
+        channels = list(self._channels.values())
+        if not channels:
             raise RolloutError(f"{WHERE}: there is no server to push to")
+        smallest = min(channel.target.bucket_bytes for channel in channels)
         sent = 0
-        for bucket in buckets(weights, min(target.bucket_bytes for target in targets), torch.device(targets[0].device)):
-            self._send(bucket)
+        for bucket in buckets(weights, smallest, torch.device(channels[0].target.device)):
+            self._send(bucket, channels)
             sent += bucket.flat.numel()
             del bucket  # before the next one is packed
         return sent
 
-    def _send(self, bucket: Bucket) -> None:
-        channels = list(self._channels.values())
+    def _send(self, bucket: Bucket, channels: list[WeightChannel]) -> None:
         for channel in channels:
             channel.open()
         try:
