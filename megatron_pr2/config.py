@@ -63,9 +63,10 @@ class PR2Config:
         hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers in
             the last rollout batches, on sampled tokens that nothing learned from; 0 (exactly `r3`) until a gain is measured.
             `false` is the paper: beta = 1 always.
-        held_out_share: share of the sampled tokens on which that is measured. Raise it for small models and batches, where a few
-            hundred tokens say little; up to 1 for `momentum` alone.
-        hold_back_decay: weight of a rollout batch in that measurement, relative to the next one's: 0.9 remembers ten to twenty.
+        held_out_share: share of the sampled tokens on which `hold_back` measures a prediction. Raise it for small models and
+            batches, where a few hundred tokens say little; up to 1 for `momentum` alone.
+        hold_back_decay: weight of a rollout batch in `hold_back`'s measurement, relative to the next one's: 0.9 remembers ten to
+            twenty.
         hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is used. Lower values use
             predictions earlier, and wrong ones more often.
         sample_fraction: share of the loss-bearing tokens of each sequence whose router inputs are kept as features, in (0, 1].
@@ -77,7 +78,7 @@ class PR2Config:
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
         min_agreement: smallest share of an engine's routes that the actor's own router must agree with in the old-log-prob pass, on
             the sampled tokens; fewer mean that routes lie on other tokens' rows, and the step fails. 0 disables the check.
-        strict: above max_missing_share: `true` raises RouteError, `false` warns, and those tokens use the model's own router.
+        strict: above `max_missing_share`: `true` raises RouteError, `false` warns, and those tokens use the model's own router.
         seed: seeds the choice of sampled tokens. `megatron-pr2 train` uses its own `seed` unless this is set.
     """
 

@@ -101,7 +101,10 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a complete Hugging Face directory and renames it into place; a failure leaves what was there unchanged.
+    """Writes a complete Hugging Face directory and renames it into place; an error leaves what was there unchanged.
+
+    Two renames put it in the place of an older directory: a process that is killed between them leaves the older one beside, as
+    `.NAME.*.old`.
 
     Args:
         path: directory to create or replace.

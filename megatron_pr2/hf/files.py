@@ -112,7 +112,7 @@ def write_checkpoint(
                 path.rename(old)
             fresh.rename(path)
         except BaseException:
-            if old.exists():
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
         _sync(path.parent)

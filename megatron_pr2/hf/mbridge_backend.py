@@ -59,6 +59,10 @@ class MBridge:
         if not wrap_with_ddp:
             return chunks
         settings = DistributedDataParallelConfig(**ddp_config)
+        if settings.overlap_grad_reduce and settings.bucket_size is None:
+            # As Megatron-LM sets it; the default of the class leaves out context parallelism.
+            ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+            settings.bucket_size = max(40_000_000, 1_000_000 * ranks)
         # The communication of later chunks is overlapped with the computation of others anyway.
         return [DistributedDataParallel(self.config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 

@@ -77,6 +77,7 @@ class Panel:
         zero: the y axis starts at zero, unless it is logarithmic.
         log: "always", "wide" (if all values are positive and span more than a factor of 30) or "bytes"; not positive values are
             left out under "always" and "bytes".
+        floor: smallest top of a y axis that starts at zero.
         ticks: format of the y axis' ticks; `percent` is that of shares.
         paint: draws what is no line.
     """
@@ -84,6 +85,7 @@ class Panel:
     y: str
     lines: Sequence[Line] = ()
     zero: bool = False
+    floor: float = 0.0
     log: str = ""
     percent: bool = False
     ticks: Form | None = None
@@ -144,7 +146,7 @@ def _draw(axes: Axes, x: X, panel: Panel) -> None:
         log_scale(axes, formats.scientific)
     elif panel.zero:
         # Room above; an all-zero series stays visible at the bottom instead of a meaningless zoom.
-        top = float(everything.max()) if everything.size else 0.0
+        top = max(panel.floor, float(everything.max()) if everything.size else 0.0)
         axes.set_ylim(0, 1.08 * top if top > 0 else 1.0)
     if panel.percent:
         percent_axis(axes.yaxis)
@@ -300,6 +302,7 @@ def changed_rows(rows: Rows, note: str, name: str, title: str, caption: str) -> 
     ends = [f"{formats.percent(shares[0], 1)}{note}" for _, shares in rows]
     figure, axes = stacked_rows([(row, shares[1:]) for row, shares in rows], CHANGED, ends)
     percent_axis(axes.xaxis)
+    axes.set_xlabel("share of (token, layer) pairs")
     return finish(figure, name, title, caption)
 
 

@@ -151,7 +151,6 @@ def scalars(record: Record) -> dict[str, float]:
 def replace_atomically(path: Path, content: bytes) -> None:
     """Writes `content` next to `path` and moves it there, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -231,7 +231,7 @@ def engine(data: RunData) -> Plots:
     share = data.column("routes", "missing_share", reduce=np.nanmax)
     style = {"drawstyle": "steps-mid", "clip_on": False, "linewidth": 2.2}
     caption = "Tokens that arrived without a usable route and fell back to the current router: look into anything above zero."
-    panel = Panel("missing", [Line(share, "red", style=style)], zero=True, percent=True)
+    panel = Panel("missing", [Line(share, "red", style=style)], zero=True, floor=0.001, percent=True)
     yield chart(x, [panel], "missing", "Missing routes", caption) if data.total("routes", "tokens") else None
 
 

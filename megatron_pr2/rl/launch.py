@@ -91,6 +91,9 @@ def _alone(directory: Path) -> Iterator[None]:
             raise ConfigError(f"run={directory}: another process is training in it; choose another directory, or end it") from error
         except OSError:
             logger.debug("%s lies on a file system without locks", directory)
+        lock = directory / LOCK_FILE
+        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise ConfigError(f"run={directory}: another process has just moved it aside; start again")
         yield
 
 

@@ -115,13 +115,13 @@ class Comparison:
         else:
             parts.append(pipes(contents["settings"][0]["verdicts"]))
         for setting in contents["settings"]:
-            parts.append(f"## {setting['label']}")
+            parts += [f"## {setting['label']}", *([setting["note"]] if setting["note"] else [])]
             shown = KEY_PLOTS if setting is not contents["settings"][-1] else (*KEY_PLOTS, *STALEST_PLOTS)
             drawn_plots = {plot.name: plot for plot in (*setting["plots"], *setting["more"])}
             for plot in (drawn_plots.get(f"{setting['anchor']}-{name}") for name in shown):
                 if plot is not None:
                     replace_atomically(folder / f"{plot.name}.svg", standalone(plot).encode())
-                    parts.append(f"![{plot.title}, {setting['label']}]({folder.name}/{plot.name}.svg)")
+                    parts.append(f"![{plot.title}, {setting['label']}]({folder.name}/{plot.name}.svg)\n\n*{plot.caption}*")
         self.write_summary(folder / "summary.csv")
         self.write_mini_steps(folder / "mini_steps.csv")
         parts += ["## The paper's figures", pipes(contents["paper"])]
