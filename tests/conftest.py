@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from tests.helpers.distributed import close_pools
 
 settings.register_profile("megatron_pr2", deadline=None, max_examples=60)
 settings.load_profile("megatron_pr2")
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that: tests of Ctrl-C would see nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
