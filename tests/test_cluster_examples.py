@@ -25,6 +25,8 @@ from megatron_pr2.integrations.megatron_lm import add_pr2_args, pr2_config_from_
 from megatron_pr2.plan.models import MODELS
 from megatron_pr2.plan.verl import DEFAULTS, MEGATRON, PR2, ROLLOUT, read_verl
 
+pytestmark = pytest.mark.slow
+
 CLUSTERS = Path(__file__).resolve().parents[1] / "examples/clusters"
 NAMES = tuple(sorted(path.stem for path in CLUSTERS.glob("*.yaml") if path.stem != "ray_job"))
 GIB = 1 << 30

@@ -54,7 +54,7 @@ TESTS = (
     "tests/parallel/test_shapes.py",
     "tests/test_docs.py::test_the_minimal_example_is_short_and_runs",
 )
-QUICK = "not slow and not exhaustive and not gpu"
+QUICK = "not exhaustive and not gpu"
 OUTCOMES = ("passed", "failed", "skipped")
 # Between releases, of the largest entry: as between layouts in tests/parallel/compare.py.
 ROUNDING = 1e-5

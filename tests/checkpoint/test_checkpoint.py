@@ -28,6 +28,8 @@ from tests.helpers.distributed import pool
 from tests.helpers.loop import train, train_job
 from tests.helpers.rounding import rounding
 
+pytestmark = pytest.mark.slow
+
 OTHERS = {"epoch": 3, "values": [1, 2.5, "x", None]}
 
 

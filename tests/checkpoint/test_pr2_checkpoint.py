@@ -19,6 +19,8 @@ from tests.parallel import batch
 from tests.parallel.batch import Split
 from tests.parallel.replay import Case
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "one": Case(old=Split(3), new=Split(2)),
     "dp2": Case(2, new=Split(2)),

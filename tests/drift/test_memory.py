@@ -32,7 +32,7 @@ from megatron_pr2.replay.micro_batch import MicroBatch
 from tests.helpers import toy
 from tests.helpers.distributed import pool
 
-pytestmark = pytest.mark.usefixtures("host_platform")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("host_platform")]
 
 L, E, H, K = toy.LAYERS, toy.EXPERTS, toy.HIDDEN, toy.TOPK
 FEATURE = L * (H * 2 + E * 4)  # bytes of one sampled token: h_old in bf16, p_old in fp32

@@ -21,6 +21,8 @@ from tests.helpers.distributed import pool
 from tests.helpers.rounding import assert_near
 from tests.host.models import SIZES, make_checkpoint, reference_logits, tiny_config
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 EP2 = {"expert": 2}
 YARN = {

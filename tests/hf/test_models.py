@@ -29,6 +29,8 @@ from tests.helpers.distributed import pool
 from tests.helpers.loop import Monitor, parity
 from tests.host.models import SIZES, make_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "bridges.md"
 Tensors = dict[str, Tensor]
 EPS = torch.finfo(torch.float32).eps

@@ -17,6 +17,8 @@ from tests.helpers import toy
 from tests.helpers.distributed import pool
 from tests.host.models import make_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 TP2_EP2 = {"tensor": 2, "expert": 2, "expert_tensor": 1}
 

@@ -21,6 +21,8 @@ from tests.helpers.distributed import pool
 from tests.hf.test_owned_export import check_union, experts_of, export_job
 from tests.host.models import make_checkpoint, tiny_config
 
+pytestmark = pytest.mark.slow
+
 needs_megatron_bridge = pytest.mark.skipif(
     importlib.util.find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed"
 )

@@ -18,6 +18,8 @@ from tests.helpers.distributed import WorkerError, pool
 from tests.helpers.releases import HAS_TRAINING
 from tests.integrations.test_megatron_lm import actions
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/pretrain_gpt_pr2.py"
 History = list[dict[str, float]]

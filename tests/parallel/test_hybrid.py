@@ -23,6 +23,8 @@ from tests.parallel.hybrid import add_mamba, hybrid_model, load_hybrid
 from tests.parallel.replay import run_case
 from tests.parallel.test_matrix import BLOCK, BUDGET, MOE, OVERLAP, PARTS, PP2, REVERSED, TWO, UNIFORM, VPP, case, recomputes
 
+pytestmark = pytest.mark.slow
+
 HIDDEN = 32
 # A dense layer first: 8 layers, experts in those with the numbers 3, 5 and 7, which are Hugging Face's 1, 2 and 3.
 PATTERN, MOE_LAYERS = "*-*E*E*E", (1, 2, 3)

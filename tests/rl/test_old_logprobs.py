@@ -25,7 +25,7 @@ from tests.helpers.distributed import pool
 from tests.helpers.loop import digest, train_job
 from tests.helpers.rounding import LOGPROB, assert_near, rounding
 
-pytestmark = pytest.mark.usefixtures("host_platform")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("host_platform")]
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
 

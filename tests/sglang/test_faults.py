@@ -75,6 +75,7 @@ def assert_honest(batch: RolloutBatch, asked: list[RolloutRequest]) -> None:
 class TestFake:
     """Against a server whose honest answers are known."""
 
+    @pytest.mark.slow
     def test_the_batch_completes_although_hundreds_of_route_payloads_were_corrupted(
         self, proxy: MisbehavingProxy, client: SGLangEngine
     ) -> None:
@@ -113,6 +114,7 @@ class TestFake:
         engine.close()
         assert len(proxy.records) == 3
 
+    @pytest.mark.slow
     def test_wrong_fields_are_sampled_anew(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
         proxy.plan = FaultPlan(BAD_FIELDS, seed=3, share=0.5, per_request=8)
         asked = requests(200, seed=1)
@@ -130,6 +132,7 @@ class TestFake:
         assert len(proxy.faults()) > 20
         assert batch.stats.extra["rerolls"] == len(proxy.faults())
 
+    @pytest.mark.slow
     def test_broken_connections_and_passing_refusals_are_tried_again(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
         proxy.plan = FaultPlan(BROKEN_LINKS, seed=5, share=0.4, per_request=8)
         asked = requests(150, seed=2)
@@ -162,6 +165,7 @@ class TestFake:
         with pytest.raises(RolloutError, match="sampled from weights of version"):
             client.generate(requests(3), SAMPLING, return_routes=True)
 
+    @pytest.mark.slow
     def test_everything_at_once(self, proxy: MisbehavingProxy, client: SGLangEngine) -> None:
         kinds = [*BAD_ROUTES, *BAD_FIELDS, *BROKEN_LINKS, "delay", "duplicate"]
         Random(7).shuffle(kinds)

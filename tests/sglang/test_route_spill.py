@@ -58,6 +58,14 @@ def mappings(directory: Path) -> int:
     return sum(str(directory) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def collection_is_quick() -> Iterator[None]:
+    """The session's objects need not be looked through after each test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
     """Where files go; nothing may remain in it, not even open."""

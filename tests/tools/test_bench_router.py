@@ -18,7 +18,10 @@ GATES = ("qwen3-30b", "mixtral", "deepseek-v3")
 REPLAYING = {"replay", "replay+drift", "learn", "learn+hold-back", "momentum"}
 VARIANTS = {"plain", "mcore-record", "mcore-replay", "live", "record", *REPLAYING}
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures in tests/gpu; the sizes here are a CPU's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures in tests/gpu; the sizes here are a CPU's"),
+]
 
 
 @pytest.fixture(scope="module")
