@@ -109,9 +109,7 @@ class PR2:
         self._mode = "replay" if config.replays else "live"  # of passes after the old-log-prob pass
 
     def follow(self, optimizer: Any) -> None:
-        """Tells which optimizer trains the policy; predictor="momentum" reads from it how the gates move, after every update.
-
-        Those that are known are in prediction.optimizer_moments. Other strategies need none and ignore it.
+        """Tells which optimizer (prediction.optimizer_moments) trains the policy; predictor="momentum" reads how gates move.
 
         Raises:
             AttachError: it does not train the gates.
@@ -255,12 +253,9 @@ class PR2:
         with self._passes.run("replay", self._passes.agreed(micro_batches), self._mode) as session:
             yield session
 
-    @contextmanager
-    def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
+    def record(self, micro_batches: Sequence[MicroBatch]) -> AbstractContextManager[ReplaySession]:
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): the router's own routes, recorded."""
-        self._passes.require_closed("record")
-        with self._passes.record(micro_batches) as session:
-            yield session
+        return self._passes.record(micro_batches)
 
     def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
         """Tables of a :meth:`record` session, by sequence id."""
@@ -347,8 +342,7 @@ class _Callable(ModuleType):
     def __call__(self, model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
         return attach(model_chunks, config)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # cloudpickle (Ray) knows plain modules only.
+    def __reduce__(self) -> tuple[Any, ...]:  # cloudpickle (Ray) knows plain modules only
         return import_module, (self.__name__,)
 
 

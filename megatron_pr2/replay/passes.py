@@ -146,6 +146,7 @@ class Passes:
     @contextmanager
     def record(self, micro_batches: Sequence[MicroBatch]) -> Iterator[ReplaySession]:
         """A session over any micro-batches, in which the model's own routes are recorded."""
+        self.require_closed("record")
         session = ReplaySession(self._sites, self._chunks, listed(micro_batches), mode="record", localize=self._ranks.rows)
         with self._opened(session):
             yield session
