@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def run_with_head(path: Path, case: Case) -> Result:
         layer = f"layers.{bridge.config.num_layers}"
         if name in HEAD:
             return [f"model.{layer}.{HEAD[name]}"]
-        name = name.replace("mtp.layers.0.transformer_layer", f"decoder.{layer}")
+        # Its decoder layer has another name from Megatron-Core 0.17 on.
+        name = re.sub(r"mtp\.layers\.0\.(transformer_layer|mtp_model_layer)", f"decoder.{layer}", name)
         if "self_attention" in name or "input_layernorm" in name:
             return bridge._weight_name_mapping_attention(name)
         return bridge._weight_name_mapping_mlp(name)
