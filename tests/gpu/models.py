@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -298,7 +300,9 @@ def replay(spec: str, config: TransformerConfig, *, padding: bool = False) -> Re
         config.moe_router_padding_for_quantization = True
     pr2, tables = begin(model, toy.preset("r3", max_missing_share=1.0))
     items = items_of()
-    with observed(model) as calls, pr2.actor_update([item["micro_batch"] for item in items], 1) as session:
+    # From 0.19 on the multiple is 0 without FP8.
+    multiple = mock.patch.object(token_dispatcher, "get_align_size_for_quantization", return_value=16)
+    with multiple, observed(model) as calls, pr2.actor_update([item["micro_batch"] for item in items], 1) as session:
         losses = run(session, model, items)
     return Replayed(losses, [p.main_grad.clone() for p in model.parameters()], *wrong_routes(calls, items, tables))
 
