@@ -9,6 +9,8 @@ import pytest
 
 import megatron_pr2
 
+pytestmark = pytest.mark.slow
+
 
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -32,6 +32,8 @@ from megatron_pr2.rollout.sglang.routes import decode_table
 from tests.helpers import toy
 from tests.helpers.distributed import pool
 
+pytestmark = pytest.mark.slow
+
 # ---- measured --------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from megatron_pr2.report import theme
 from megatron_pr2.report.html import write_report
 from tests.report.synthetic import run
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "pr2:\n  routes: engine\n  note: '<script>alert(1)</script> & \"quotes\"'\n"
 HOLD_BACK_PLOTS = {"beta", "expected-lift"}
 ROUTE_PLOTS = {"lift", "mismatch", "agreement", "changed", "kl", "coverage", "layer-profile", "layer-agreement", "layer-lift"}

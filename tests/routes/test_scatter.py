@@ -21,6 +21,8 @@ from tests.helpers import toy
 from tests.helpers.distributed import pool
 from tests.helpers.ids import random_ids
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = {3: 11, 1: 24, 8: 5, 4: 17}
 LAYERS, TOPK = 5, 3
 CPU = torch.device("cpu")
