@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -175,3 +177,10 @@ def _check_type(name: str, value: Any, kind: type) -> None:
     if not right:
         shown = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"pr2.{name}={shown!r}: expected {expected}")
+
+
+def setting_texts(kind: type) -> dict[str, str]:
+    """What each field of a dataclass of settings means, from "Attributes:" of its docstring, as a sentence."""
+    section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
+    return {name: text[:1].upper() + " ".join(text.split())[1:] for name, text in entries}

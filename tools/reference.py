@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_pr2.cli import app  # noqa: E402
-from megatron_pr2.config import PR2Config  # noqa: E402
+from megatron_pr2.config import PR2Config, setting_texts  # noqa: E402
 from megatron_pr2.rl import config  # noqa: E402
 from megatron_pr2.rollout.sglang.config import SGLangConfig  # noqa: E402
 
@@ -47,13 +46,6 @@ SECTIONS: tuple[tuple[str, str, type, str], ...] = (
 )
 
 
-def meanings(kind: type) -> dict[str, str]:
-    """Texts of the docstring's "Attributes:" by field."""
-    _, _, text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", text, flags=re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in found}
-
-
 def cell(text: str) -> str:
     """Text in a table: no bars, and pages of docs/ as links."""
     return re.sub(r"\bdocs/(\w+)\.md", r"[\1.md](\1.md)", text.replace("|", "\\|"))
@@ -72,13 +64,13 @@ def settings() -> str:
     """Every table of settings."""
     parts = []
     for title, prefix, kind, note in SECTIONS:
-        texts = meanings(kind)
+        texts = setting_texts(kind)
         lines = ["| Setting | Default | Meaning, and when to change it |", "| --- | --- | --- |"]
         for field in dataclasses.fields(kind):
             if dataclasses.is_dataclass(field.default_factory) or (kind is config.TrainConfig and field.name == "pr2"):
                 continue
             meaning = texts.get(field.name) or sys.exit(f"{kind.__name__}.{field.name}: the docstring says nothing of it")
-            lines.append(f"| `{prefix}{field.name}` | `{default(field)}` | {cell(meaning[0].upper() + meaning[1:])} |")
+            lines.append(f"| `{prefix}{field.name}` | `{default(field)}` | {cell(meaning)} |")
         parts += [f"## {title}", *([note] if note else []), "\n".join(lines)]
     return "\n\n".join(parts)
 

@@ -10,12 +10,11 @@ The flags are made from the fields of PR2Config and their descriptions. A flag t
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 from dataclasses import fields
 from typing import Any
 
-from megatron_pr2.config import CHOICES, PRESETS, PR2Config
+from megatron_pr2.config import CHOICES, PRESETS, PR2Config, setting_texts
 from megatron_pr2.errors import AttachError, ConfigError
 
 
@@ -35,10 +34,10 @@ def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Method that the other --pr2- flags start from: grpo (live routes), r2 (routing replay), r3 (rollout routing replay), "
         "pr2 (with predicted routes); they differ in --pr2-routes and --pr2-predictor. Default: pr2.",
     )
-    descriptions = setting_descriptions()
+    texts = setting_texts(PR2Config)
     for field in fields(PR2Config):
         default = "by --pr2-preset" if field.name in PRESETS["pr2"] else _shown(field.default)
-        text = f"{descriptions.get(field.name, '')} Default: {default}."
+        text = f"{texts.get(field.name, '')} Default: {default}."
         # argparse takes % as the start of a placeholder.
         group.add_argument(flag(field.name), default=None, help=text.replace("%", "%%"), **_kind(field.name, field.default))
     return parser
@@ -127,13 +126,6 @@ def pr2_layer_spec(args: argparse.Namespace, config: Any = None, *, vp_stage: in
 def flag(name: str) -> str:
     """The flag of a field of PR2Config."""
     return "--pr2-" + name.replace("_", "-")
-
-
-def setting_descriptions() -> dict[str, str]:
-    """What each field of PR2Config means, from its docstring."""
-    section = inspect.cleandoc(PR2Config.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
-    return {name: text[:1].upper() + " ".join(text.split())[1:] for name, text in entries}
 
 
 def _config_from(args: argparse.Namespace) -> Any:

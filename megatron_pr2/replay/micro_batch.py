@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_pr2.errors import ReplayError
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel import grid
 from megatron_pr2.parallel.grid import TokenGrid
 from megatron_pr2.routes.scatter import RouteSlice
 
@@ -39,7 +39,7 @@ class MicroBatch:
             ConfigError: a sequence is longer than `padded_length`.
         """
         ids, lengths = _plain(ids), _plain(lengths)
-        return cls(tuple(ids) if key is None else key, layout.padded(ids, lengths, int(padded_length)))
+        return cls(tuple(ids) if key is None else key, grid.padded(ids, lengths, int(padded_length)))
 
     @classmethod
     def packed(
@@ -58,7 +58,7 @@ class MicroBatch:
         """
         ids, lengths = _plain(ids), _plain(lengths)
         slots = None if padded_lengths is None else _plain(padded_lengths)
-        return cls(tuple(ids) if key is None else key, layout.packed(ids, lengths, slots))
+        return cls(tuple(ids) if key is None else key, grid.packed(ids, lengths, slots))
 
 
 def listed(micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:

@@ -19,7 +19,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_pr2.attach import PR2
 from megatron_pr2.errors import ConfigError, EnvironmentFailed
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel.grid import padded
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import share
@@ -193,9 +193,9 @@ class MegatronEngine:
     ) -> tuple[list[npt.NDArray[np.float64]], list[RouteTable]]:
         """Log-probs of tokens 1.. of each sequence and, if asked, the routes of all its input tokens, from one forward."""
         tokens_BS = self._padded(sequences)
-        grid = layout.padded(range(len(sequences)), [len(s) for s in sequences], tokens_BS.shape[1])
+        grid = padded(range(len(sequences)), [len(s) for s in sequences], tokens_BS.shape[1])
         if not sequences:  # a rank without work still runs its experts
-            grid = layout.padded([0], [0], tokens_BS.shape[1])
+            grid = padded([0], [0], tokens_BS.shape[1])
         micro_batch = MicroBatch("rollout", grid)
         tables: dict[int, RouteTable] = {}
         if record:

@@ -7,6 +7,7 @@ model that the directory started from, name by name, because SGLang would silent
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -98,6 +99,11 @@ class DiskPush:
         self._shard_bytes = shard_bytes
         self._target: DiskTarget | None = None
 
+    @functools.cached_property
+    def _required(self) -> set[str]:
+        # Once for all pushes: it opens every file of the model.
+        return _required_names(self._model_path)
+
     def begin(self, sessions: Sequence[PushSession] = (), targets: Sequence[PushTarget] = ()) -> DiskTarget:
         """Makes a new directory; the servers are not involved before finish().
 
@@ -137,7 +143,7 @@ class DiskPush:
         """
         if self._target is None:
             raise RolloutError(f"{WHERE}: begin() was not called")
-        _write_index(Path(self._target.directory), _required_names(self._model_path))
+        _write_index(Path(self._target.directory), self._required)
         for session in sessions:
             session.load_directory(self._target.directory)
         for session in sessions:
