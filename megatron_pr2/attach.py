@@ -89,6 +89,7 @@ class PR2:
                 raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
             self.token_group = token_group(model.sequence_parallel)
             self.replica = find_replica([site.column for site in self.sites], model.sequence_parallel)
+            undo.callback(self.replica.release)
             self.predictor: RoutePredictor | None = make_predictor(config, model, len(self.sites), device)
             self.horizon = Horizon(config, model, self.sites, self.predictor, self.token_group, device)
             self.measurement = Measurement(config, model, self.sites, self.predictor, self.replica, self.token_group, device)

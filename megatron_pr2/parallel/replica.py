@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_pr2.parallel.grid import TokenGrid, cut
-from megatron_pr2.parallel.groups import gathered
+from megatron_pr2.parallel.groups import communication_device, gathered
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,18 @@ def _joined(tokens: dist.ProcessGroup, stages: dist.ProcessGroup) -> dist.Proces
     """
     first = min(min(part) for part in gathered(dist.get_process_group_ranks(tokens), stages))
     firsts = gathered(first, dist.group.WORLD)
+    timeout = timeout_of(stages)
     groups = {}
     for each in sorted(set(firsts)):
-        groups[each] = dist.new_group([rank for rank, its in enumerate(firsts) if its == each])
+        ranks = [rank for rank, its in enumerate(firsts) if its == each]
+        groups[each] = dist.new_group(ranks, timeout=timeout, group_desc="PR2_REPLICA_GROUP")
     return groups[first]
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of a group may take: what Megatron-Core was given as distributed_timeout_minutes."""
+    timeout: timedelta = group._get_backend(communication_device()).options._timeout
+    return timeout
 
 
 def _introduced(me: Member, group: dist.ProcessGroup, cp_size: int, tp_size: int) -> RankGroup:
