@@ -71,8 +71,9 @@ class PR2Config:
             twenty.
         hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is used. Lower values use
             predictions earlier, and wrong ones more often.
-        sample_fraction: share of the loss-bearing tokens of each sequence whose router inputs are kept as features, in (0, 1].
-            Raise it for small models; it costs `2 hidden + 4 experts` bytes per token and layer.
+        sample_fraction: share of the loss-bearing tokens of each sequence that features are kept of, in (0, 1]: `4 experts` bytes
+            of router logits per token and layer, from which drift is measured, and `2 hidden` of router inputs where a predictor
+            learns from them or `hold_back` judges it. Raise it for small models.
         feature_bytes: byte budget of the features on this rank; beyond it whole sequences, spread over the batch, are dropped,
             counted and warned of. Tokens that a mini-step computes on another rank than the log-prob pass did come on top, and
             with `feature_device=cpu` 256 MiB of transfers.
@@ -155,6 +156,11 @@ class PR2Config:
     def learns(self) -> bool:
         """Whether a predictor is trained."""
         return "learned" in self.predictor
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether features hold router inputs beside logits: a predictor learns from them, or is judged on them."""
+        return self.learns or (self.predicts and self.hold_back)
 
     @property
     def follows(self) -> bool:

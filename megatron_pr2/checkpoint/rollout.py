@@ -10,7 +10,7 @@ formed in the old order.
     pr2.rollout.tokens                     [T, 3] uint8: has a route, is sampled, is held out; one sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
-    pr2.rollout.layers.<layer>.h_old       [S, H] bf16
+    pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
     pr2.rollout.layers.<layer>.p_old       [S, E] fp32
     pr2.rollout.layers.<layer>.pushed, .pushed_momentum   [E, H] fp32: the W_p that the routes were predicted with
 
@@ -210,6 +210,8 @@ def _read_table(
 def _held(pr2: Contents, reader: files.RowReader, sampled: npt.NDArray[np.bool_]) -> tuple[IntArray, IntArray | None]:
     """Tokens with features for every layer of this rank, ascending; and who held them, if tp_cp had as many ranks as now."""
     (held,) = np.nonzero(sampled)
+    if pr2.features.hidden and any(reader.shape(_key(site.hidden_layer, "h_old")) is None for site in pr2.sites):
+        held = held[:0]  # written by a run whose predictor, if any, needed no router inputs
     members = np.zeros(len(sampled), dtype=np.int64)
     sizes = {pr2.replica.tp_cp.size}
     for site in pr2.sites:
@@ -232,6 +234,8 @@ def _read_features(pr2: Contents, reader: files.RowReader, segment: Segment) -> 
             slots = torch.from_numpy(np.searchsorted(segment.tokens, tokens_S[run]))
             wanted = torch.from_numpy(run - run[0])
             for name, target in (("h_old", segment.h_LSH[site.local]), ("p_old", segment.p_LSE[site.local])):
+                if not target.shape[1]:
+                    continue
                 part = reader.read(_key(site.hidden_layer, name), int(run[0]), int(run[-1]) + 1)[wanted]
                 target.index_copy_(0, slots.to(target.device), part.to(target.device, target.dtype))
 

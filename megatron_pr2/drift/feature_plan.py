@@ -196,6 +196,8 @@ class FeaturePlan:
             for layer in range(len(segment.h_LSH)):
                 h, p = self._store.read(layer, where, self._device)
                 for source, target in ((h, segment.h_LSH[layer]), (p, segment.p_LSE[layer])):
+                    if not source.shape[1]:
+                        continue
                     received = _moved(source.index_select(0, back), *splits, self._tp_cp.handle)
                     target.index_copy_(0, slots, received.to(target.device))
         except BaseException:

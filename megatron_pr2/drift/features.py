@@ -29,7 +29,7 @@ class Segment:
 
     Attributes:
         tokens: [S] flat token indices.
-        h_LSH: bf16. p_LSE: fp32.
+        h_LSH: bf16, or [L, S, 0] where router inputs are not kept. p_LSE: fp32.
     """
 
     tokens: IntArray
@@ -63,18 +63,20 @@ class FeatureStore:
     """(h_old, p_old) of this rank's sampled tokens of one rollout batch, for its MoE layers.
 
     Attributes:
+        hidden: columns of h_old.
         device: where features are kept.
         peak_bytes: most bytes held at once since begin().
     """
 
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, device: torch.device, h_dtype: torch.dtype) -> None:
-        self._layers, self._experts, self._hidden = num_layers, num_experts, hidden
+        """Args: `hidden` is 0 where only p_old is kept."""
+        self._layers, self._experts, self.hidden = num_layers, num_experts, hidden
         self.device, self._h_dtype = device, h_dtype
         self.begin(0)
 
     def bytes_of(self, layers: int) -> int:
         """Bytes of one sampled token over so many layers."""
-        return layers * (self._hidden * self._h_dtype.itemsize + self._experts * 4)
+        return layers * (self.hidden * self._h_dtype.itemsize + self._experts * 4)
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +103,7 @@ class FeatureStore:
             tokens: [S] flat indices, ascending, none of them held already.
         """
         count = len(tokens)
-        h_LSH = torch.zeros(self._layers, count, self._hidden, dtype=self._h_dtype, device=self.device)
+        h_LSH = torch.zeros(self._layers, count, self.hidden, dtype=self._h_dtype, device=self.device)
         p_LSE = torch.zeros(self._layers, count, self._experts, dtype=torch.float32, device=self.device)
         segment = Segment(tokens, h_LSH, p_LSE)
         self._segment_of[tokens] = len(self._segments)
@@ -140,7 +142,7 @@ class FeatureStore:
         return Located(rows_S, tokens_T[ordered], tuple(parts), len(ordered))
 
     def write(self, layer: int, where: Located, h_SH: Tensor, p_SE: Tensor) -> None:
-        """Keeps the features of one layer of one micro-batch."""
+        """Keeps the features of one layer of one micro-batch; h_SH is [S, hidden]."""
         start = 0
         for segment, slots in where.parts:
             share = slice(start, start := start + len(slots))
@@ -170,10 +172,10 @@ class FeatureStore:
         self._staged = 0
 
     def read(self, layer: int, where: Located, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(h_old [S, H], p_old [S, E]) of one layer on `device`, in the order of `where.rows`."""
+        """(h_old [S, hidden], p_old [S, E]) of one layer on `device`, in the order of `where.rows`."""
         h = [segment.h_LSH[layer].index_select(0, slots) for segment, slots in where.parts]
         p = [segment.p_LSE[layer].index_select(0, slots) for segment, slots in where.parts]
-        h.append(torch.empty(0, self._hidden, dtype=self._h_dtype, device=self.device))
+        h.append(torch.empty(0, self.hidden, dtype=self._h_dtype, device=self.device))
         p.append(torch.empty(0, self._experts, dtype=torch.float32, device=self.device))
         return _joined(h).to(device, non_blocking=True), _joined(p).to(device, non_blocking=True)
 

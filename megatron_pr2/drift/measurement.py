@@ -5,6 +5,7 @@ Both happen in observers that a ReplaySession calls once per router and micro-ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class Measurement:
         self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
         kept_on = device if config.feature_device == "device" else torch.device("cpu")
-        self.features = FeatureStore(len(sites), self._experts, model_config.hidden_size, device=kept_on, h_dtype=H_DTYPE)
+        hidden = model_config.hidden_size if config.keeps_inputs else 0
+        self.features = FeatureStore(len(sites), self._experts, hidden, device=kept_on, h_dtype=H_DTYPE)
         # The pipeline stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
         self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
@@ -213,6 +215,8 @@ class Measurement:
                 horizon.update()
                 update["weight_norm"] = self._predictor.weight_norm()
         absent, drift = self.features_absent, self.drift.read(self._token_group)
+        if self._predictor is not None and not self._config.keeps_inputs:
+            drift["kl_predicted"] = [math.nan] * len(self._sites)
         held: dict[str, list[float]] = {}
         if self.hold_back is not None:
             self.hold_back.read(self._token_group)
@@ -240,7 +244,7 @@ class Measurement:
         if not where.count:
             return
         p_SE = p_TE.index_select(0, where.rows)
-        self.features.write(site.local, where, h_TH.index_select(0, where.rows), p_SE)
+        self.features.write(site.local, where, h_TH[:, : self.features.hidden].index_select(0, where.rows), p_SE)
         if bound.routes_TLK is not None:
             replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
             self.agreement.add(select_experts(site.router, p_SE.float()), replayed_SK, p_SE.shape[1])
@@ -259,7 +263,7 @@ class Measurement:
         if bound.routes_TLK is not None:
             replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
         q_hat_SE = p_old_SE
-        if self._predictor is not None:
+        if self._predictor is not None and self._config.keeps_inputs:
             h_old_SH = h_old_SH.float()
             if rows.horizon_S1 is not None:
                 # W_p (s h) = s W_p h: a token that is s times as far away as the average.

@@ -110,7 +110,8 @@ class Plan:
         self._senders, self._receivers = scatter * self._owner, scatter * (self._all - self._owner)
         # [(first data-parallel index, replicas)]: the first replica pushes weights, the first ones may train a sequence more.
         self._kinds = _kinds(work.batch, layout.data)
-        store = FeatureStore(0, model.num_experts, model.hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
+        hidden = model.hidden if config.keeps_inputs else 0
+        store = FeatureStore(0, model.num_experts, hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
         self._feature_D = np.array([store.bytes_of(int(layers)) for layers in self._layers_D], dtype=np.int64)
         # The stage with most layers decides for all of them.
         self._room = config.feature_bytes // store.bytes_of(int(self._layers_D.max()))

@@ -48,5 +48,4 @@ def needs_snapshot_pass(source: str, replay: PR2Config) -> bool:
     It is where log-probs are recomputed, the actor records its routes, and features are kept of what a predictor learns from or is
     judged by. Without it there are no drift metrics, and `min_agreement` is not checked.
     """
-    features = replay.learns or (replay.predicts and replay.hold_back)
-    return source == "recompute" or replay.routes == "actor" or features
+    return source == "recompute" or replay.routes == "actor" or replay.keeps_inputs

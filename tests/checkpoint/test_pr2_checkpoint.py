@@ -145,6 +145,21 @@ def test_routes_that_the_actor_recorded(model: Path, straight: Straight) -> None
         assert_continued(resumed, expected)
 
 
+def test_replay_without_a_predictor_continues_without_router_inputs(model: Path, straight: Straight) -> None:
+    """They were never kept. A run that needs them goes on and counts the tokens that it has none of."""
+    directory, expected = straight("cp2", predictor="none")
+    for case, settings in ((CASES["one"], {"predictor": "none"}), (CASES["tp2"], {})):
+        resumed = pool(case.processes).run(jobs.resumed_job, model, case, directory, expected[0].logprobs, **settings)
+        for outcome in resumed:
+            if not settings:
+                assert (outcome.held, outcome.report["drift"]["tokens"]) == (0, [0.0] * 4)
+                assert outcome.report["features_absent"] > 0
+                continue
+            assert (outcome.held > 0, outcome.report["features_absent"]) == (True, 0)
+            for name, values in outcome.report["drift"].items():
+                assert values == pytest.approx(expected[0].report["drift"][name], abs=rounding(64)), name
+
+
 def test_a_stage_without_routers_takes_part(tmp_path: Path) -> None:
     dense_first = make_checkpoint(tmp_path / "model", model_config(mlp_only_layers=[0, 1]))
     expected = pool(2).run(jobs.straight_job, dense_first, CASES["pp2"], tmp_path / "saved")

@@ -329,6 +329,38 @@ def test_what_a_rollout_batch_costs() -> None:
     assert gone - empty < 100
 
 
+@pytest.mark.parametrize(
+    ("preset", "settings", "inputs"),
+    [
+        ("grpo", {}, False),
+        ("r2", {}, False),
+        ("r3", {}, False),
+        ("pr2", {"predictor": "momentum", "hold_back": False}, False),
+        ("pr2", {"predictor": "momentum", "hold_back": True}, True),
+        ("pr2", {"hold_back": False}, True),
+    ],
+)
+def test_router_inputs_are_kept_only_for_a_predictor(preset: str, settings: dict[str, Any], inputs: bool) -> None:
+    """Without one that learns from them or is judged on them features are the logits: drift is measured all the same."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, toy.preset(preset, sample_fraction=1.0, **settings))
+    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
+    lengths = {0: 20, 1: 30}
+    tables = toy.random_tables(lengths, chunk.config) if pr2.config.routes == "engine" else None
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    data = toy.batches(lengths, 1)
+    toy.old_logprobs(pr2, chunk, data)
+    sampled = 17 + 27
+    assert pr2.features.nbytes == pr2.features.peak_bytes == sampled * L * (4 * E + inputs * 2 * H)
+    toy.drift(chunk)
+    toy.update(pr2, chunk, data, 2)
+    drift = pr2.step(0.1)["drift"]
+    assert drift["tokens"] == [sampled] * L
+    assert min(drift["agreement"] + drift["frozen_agreement"] + drift["kl_frozen"]) > 0.0
+    # Of momentum that nothing judges, the distribution that it predicted is not known.
+    assert np.isnan(drift["kl_predicted"]).all() == (pr2.config.predicts and not inputs)
+
+
 # ---- the byte budget -------------------------------------------------------------------------------------------------
 
 

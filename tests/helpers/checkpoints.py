@@ -89,8 +89,8 @@ def drift(pr2: PR2, seed: int) -> None:
 
 
 def weights(pr2: PR2) -> dict[int, Tensor]:
-    assert pr2.predictor is not None
-    return {site.layer: pr2.predictor.weight_LEH[site.local].clone() for site in pr2.sites}
+    predictor = pr2.predictor
+    return {} if predictor is None else {site.layer: predictor.weight_LEH[site.local].clone() for site in pr2.sites}
 
 
 def judged(pr2: PR2) -> dict[int, Tensor]:

@@ -72,6 +72,13 @@ CASES = {
     "one rank": Case(1, {}, Workload(batch=5, seq=13, mini_steps=2, micro_batch=2), {"predictor": "learned"}),
     "no predictor": Case(1, {}, Workload(batch=3, seq=9), {"predictor": "none"}),
     "momentum, padded": Case(1, {}, Workload(batch=6, seq=11, padded=True, micro_batch=3), {"predictor": "momentum"}),
+    "momentum, held back": Case(1, {}, Workload(batch=3, seq=9), {"predictor": "momentum", "hold_back": True}),
+    "logits only, packed otherwise in the training passes": Case(
+        2,
+        {"tensor": 2},
+        Workload(batch=7, seq=21, mini_steps=2, micro_batch=2, log_prob_micro_batch=3),
+        {"sample_fraction": 0.5, "predictor": "none"},
+    ),
     "both, not held back": Case(
         1, {}, Workload(batch=4, seq=10, mini_steps=2), {"predictor": "learned+momentum", "hold_back": False}
     ),
@@ -430,7 +437,9 @@ def test_ranks_add_up_to_the_totals(made: Plan) -> None:
         assert total.moved["features_received"] == 0
     samples = min(work.seq - work.prompt, max(1, round((work.seq - work.prompt) * made.config.sample_fraction)))
     kept = work.batch - made.dropped_sequences
-    assert total.memory["features"] == kept * samples * len(spec.moe_layers) * (2 * spec.hidden + 4 * spec.num_experts)
+    config = made.config
+    inputs = 2 * spec.hidden * ("learned" in config.predictor or (config.predictor == "momentum" and config.hold_back))
+    assert total.memory["features"] == kept * samples * len(spec.moe_layers) * (inputs + 4 * spec.num_experts)
     replicated = layout.tensor * layout.context * layout.data
     one = len(spec.moe_layers) * spec.num_experts * spec.hidden * 4 * replicated
     assert total.memory["weight"] == (one if "learned" in made.config.predictor else 0)
