@@ -29,20 +29,13 @@ from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
 from megatron_pr2.hf.owned_export import owned_engine_weights
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.rl.batch import Sample, micro_batches
-from megatron_pr2.rl.checkpoint import Shards
+from megatron_pr2.rl.checkpoint import load_optimizer, model_shards, optimizer_shards, optimizer_template, read
 from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
-from megatron_pr2.rl.corrections import decoupled_loss, diagnose
-from megatron_pr2.rl.losses import LOSS_COLUMNS
+from megatron_pr2.rl.losses import LOSS_COLUMNS, decoupled_loss, diagnose
 from megatron_pr2.rl.old_logprobs import needs_snapshot_pass
 from megatron_pr2.rl.proximal import ProximalPolicy
-from megatron_pr2.rl.sharding import (
-    load_model_shards,
-    load_optimizer_shards,
-    model_shards,
-    optimizer_shards,
-    optimizer_template,
-)
 
 logger = logging.getLogger(__name__)
 # Opens a replay session over micro-batches: pr2.old_logprobs or pr2.replay.
@@ -143,7 +136,7 @@ class Actor:
 
         Returns:
             mini_step, loss, clip_fraction, grad_norm, ratio_mean, ratio_std, ratio_min, ratio_max, approx_kl and PR2's report;
-            with a correction also "importance" (megatron_pr2.rl.corrections.diagnose).
+            with a correction also "importance" (losses.diagnose).
         """
         algorithm = self._config.algorithm
         if self.proximal is not None:
@@ -162,33 +155,32 @@ class Actor:
         if self.proximal is not None:
             self.proximal.update()
         report = self.pr2.step(self.lr)
+        group = mpu.get_data_parallel_group()
         sums = torch.stack([r["sums"] for r in results]).sum(0).double()
         lows, highs = torch.stack([r["extremes"] for r in results]).double().unbind(1)
-        group = mpu.get_data_parallel_group()
-        dist.all_reduce(sums, group=group)
         extremes = torch.stack([-lows.min(), highs.max()])
+        dist.all_reduce(sums, group=group)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        value = dict(zip(LOSS_COLUMNS, sums.tolist(), strict=True))
-        tokens = max(value["tokens"], 1.0)
-        mean = value["ratio"] / tokens
+        tokens, *rest = sums.tolist()
+        mean = {name: value / max(tokens, 1.0) for name, value in zip(LOSS_COLUMNS[1:], rest, strict=True)}
         if corrected:
             diagnostics = torch.stack([r["diagnostics"] for r in results]).sum(0)
             dist.all_reduce(diagnostics, group=group)
             report = {"importance": diagnose(diagnostics), **report}
-            if not value["tokens"]:
+            if not tokens:
                 logger.warning(
                     "mini-step %d: importance=mis dropped every token, so nothing was learned; widen its bounds", mini_step
                 )
         return {
             "mini_step": mini_step,
-            "loss": value["loss"] / tokens,
-            "clip_fraction": value["clipped"] / tokens,
+            "loss": mean["loss"],
+            "clip_fraction": mean["clipped"],
             "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
-            "ratio_mean": mean,
-            "ratio_std": math.sqrt(max(0.0, value["ratio_squared"] / tokens - mean**2)),
+            "ratio_mean": mean["ratio"],
+            "ratio_std": math.sqrt(max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2)),
             "ratio_min": -extremes[0].item(),
             "ratio_max": extremes[1].item(),
-            "approx_kl": value["approx_kl"] / tokens,
+            "approx_kl": mean["approx_kl"],
             **report,
         }
 
@@ -214,18 +206,23 @@ class Actor:
             **self._proximal_shards(model),
         }
 
-    def load_state_dict(self, saved: Shards) -> None:
-        """Restores :meth:`state_dict`, in whatever layout it was written; collective.
+    def load(self, path: Path) -> None:
+        """Restores :meth:`state_dict` under "actor" of a run's checkpoint, in whatever layout it was written; collective.
 
         Raises:
             CheckpointError: on every rank, if any rank cannot read its part, or it is of another model.
         """
         model = model_shards(self.chunks)
-        optimizer = optimizer_template(self.optimizer, model)
-        pr2 = pr2_checkpoint.sharded_state_dict(self.pr2, load_from=saved.directory)
-        loaded = saved.read({"model": model, "optimizer": {"shards": optimizer}, "pr2": pr2, **self._proximal_shards(model)})
-        load_model_shards(self.chunks, loaded["model"])
-        load_optimizer_shards(self.optimizer, optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
+        template = {
+            "model": model,
+            "optimizer": {"shards": optimizer_template(self.optimizer, model)},
+            "pr2": pr2_checkpoint.sharded_state_dict(self.pr2, load_from=path),
+            **self._proximal_shards(model),
+        }
+        loaded = read(path, {"actor": template})["actor"]
+        for i, chunk in enumerate(self.chunks):
+            unwrapped(chunk).load_state_dict(loaded["model"][str(i)])
+        load_optimizer(self.optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
         pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
         if self.proximal is not None:
             self.proximal.load_state_dict(loaded["proximal"])
@@ -267,10 +264,7 @@ def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor
 def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     loss, sums, extremes, diagnostics = decoupled_loss(
         logprobs_BS,
-        item["old_logprobs"],
-        item["rollout_logprobs"],
-        item["advantages"],
-        item["mask"],
+        *(item[name] for name in ("old_logprobs", "rollout_logprobs", "advantages", "mask")),
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         kind=algorithm.importance,
@@ -278,5 +272,4 @@ def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: 
         floor=algorithm.importance_floor,
         level=algorithm.importance_level,
     )
-    tokens = sums[LOSS_COLUMNS.index("tokens")].to(torch.int)
-    return loss, tokens, {"sums": sums, "extremes": extremes, "diagnostics": diagnostics}
+    return loss, sums[0].to(torch.int), {"sums": sums, "extremes": extremes, "diagnostics": diagnostics}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_pr2.attach import PR2, RolloutReport
 from megatron_pr2.drift.metrics import COLUMNS
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rollout.base import RolloutStats
@@ -18,38 +20,67 @@ MEANS = (*PER_LAYER, "outside_mass")
 CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
 
 
-def _reduced(values: Sequence[float], group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
+def _reduced(values: Mapping[str, float], group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(tensor, op=op, group=group)
-    return tensor.tolist()
+    return dict(zip(values, tensor.tolist(), strict=True))
 
 
-def step_summary(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
-    """Reward mean and spread, response length, share of truncated responses, and the number of tokens, over all ranks."""
-    rewards = np.array([s.reward for s in samples])
-    lengths = [len(s.response.response_ids) for s in samples]
-    truncated = sum(s.response.finish_reason == "length" for s in samples)
-    count, reward, squared, length, cut, tokens = _reduced(
-        [len(samples), rewards.sum(), (rewards**2).sum(), sum(lengths), truncated, sum(s.length for s in samples)], group
+def rollout_summary(samples: Sequence[Sample], step: int, stats: RolloutStats, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Rewards and responses; in "rollout" the share of tokens from older weights, turns, and what the engine counted."""
+    responses = [sample.response for sample in samples]
+    rewards = np.array([sample.reward for sample in samples])
+    versions = np.concatenate([response.weight_versions[response.loss_mask] for response in responses])
+    total = _reduced(
+        {
+            "samples": len(samples),
+            "reward": rewards.sum(),
+            "reward_squared": (rewards**2).sum(),
+            "length": sum(len(response.response_ids) for response in responses),
+            "truncated": sum(response.finish_reason == "length" for response in responses),
+            "tokens": sum(sample.length for sample in samples),
+            "sampled": versions.size,
+            "older": (versions < step).sum(),
+            "turns": sum(response.turns for response in responses),
+        },
+        group,
     )
-    mean = reward / count
+    count, mean = total["samples"], total["reward"] / total["samples"]
     return {
         "reward": mean,
-        "reward_std": float(np.sqrt(max(0.0, squared / count - mean**2))),
-        "response_length": length / count,
-        "truncated": cut / count,
-        "tokens": tokens,
+        "reward_std": float(np.sqrt(max(0.0, total["reward_squared"] / count - mean**2))),
+        "response_length": total["length"] / count,
+        "truncated": total["truncated"] / count,
+        "tokens": int(total["tokens"]),
+        "rollout": {**stats.extra, "older_tokens": total["older"] / max(total["sampled"], 1.0), "turns": total["turns"] / count},
     }
 
 
-def rollout_summary(samples: Sequence[Sample], step: int, stats: RolloutStats, group: dist.ProcessGroup) -> dict[str, float]:
-    """How responses were sampled: share of tokens from weights older than the step's, turns, and what the engine counted."""
-    versions = [s.response.weight_versions[s.response.loss_mask] for s in samples]
-    older = sum(int((v < step).sum()) for v in versions)
-    count, tokens, old, turns = _reduced(
-        [len(samples), sum(v.size for v in versions), older, sum(s.response.turns for s in samples)], group
-    )
-    return {**stats.extra, "older_tokens": old / max(tokens, 1.0), "turns": turns / max(count, 1.0)}
+def replay_summary(
+    report: RolloutReport, pr2: PR2, mini_steps: Sequence[dict[str, Any]], group: dist.ProcessGroup
+) -> dict[str, Any]:
+    """Tokens with and without routes and features ("routes"), and what they take in memory ("bytes")."""
+    plan = pr2.feature_plan
+    counts = {**asdict(report), "sampled": plan.sampled_tokens, "dropped_sequences": plan.dropped_sequences}
+    total = _reduced({**counts, "feature_bytes": pr2.features.nbytes}, group)
+    routes: dict[str, Any] = {name: int(value) for name, value in total.items()}
+    num_bytes = {"routes": routes.pop("route_bytes"), "features": routes.pop("feature_bytes")}
+    routes["missing_share"] = routes["missing"] / max(1, routes["tokens"])
+    # Engine and actor hold the same weights then, up to the prediction.
+    if pr2.engine_agreement is not None:
+        routes["agreement"] = pr2.engine_agreement
+    routes["features_absent"] = sum(step["features_absent"] for step in mini_steps)
+    return {"routes": routes, "bytes": num_bytes}
+
+
+def update_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the mini-steps of what the actor reported."""
+    names = {"policy_loss": "loss", "clip_fraction": "clip_fraction", "grad_norm": "grad_norm"}
+    out: dict[str, Any] = {ours: float(np.mean([step[name] for step in mini_steps])) for ours, name in names.items()}
+    corrections = [step["importance"] for step in mini_steps if "importance" in step]
+    if corrections:
+        out["importance"] = {name: float(np.mean([each[name] for each in corrections])) for name in corrections[0]}
+    return out | drift_summary(mini_steps) | {"predictor": mini_steps[-1]["predictor"]}
 
 
 def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
@@ -60,9 +91,10 @@ def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str
     with_old = [(s.old_logprobs, s.response) for s in samples if s.old_logprobs is not None]
     gaps = [(old.astype(np.float64) - response.logprobs)[response.loss_mask] for old, response in with_old]
     gap = np.concatenate([np.zeros(0), *gaps])
-    count, absolute, kl = _reduced([gap.size, np.abs(gap).sum(), (np.exp(gap) - 1.0 - gap).sum()], group)
-    (largest,) = _reduced([float(np.abs(gap).max(initial=0.0))], group, dist.ReduceOp.MAX)
-    return {"mean": absolute / max(count, 1.0), "max": largest, "kl": kl / max(count, 1.0)}
+    total = _reduced({"tokens": gap.size, "mean": np.abs(gap).sum(), "kl": (np.exp(gap) - 1.0 - gap).sum()}, group)
+    tokens = max(total.pop("tokens"), 1.0)
+    largest = _reduced({"max": np.abs(gap).max(initial=0.0)}, group, dist.ReduceOp.MAX)
+    return {name: value / tokens for name, value in total.items()} | largest
 
 
 def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

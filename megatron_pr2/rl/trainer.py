@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_pr2.attach import PR2, RolloutReport
+from megatron_pr2.attach import RolloutReport
 from megatron_pr2.errors import RolloutError
+from megatron_pr2.parallel.consensus import attempt, failures_of_all
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.batch import Sample, mini_batch_order
@@ -29,7 +30,7 @@ from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
-from megatron_pr2.rl.summary import drift_summary, logprob_gap, rollout_summary, step_summary
+from megatron_pr2.rl.summary import logprob_gap, replay_summary, rollout_summary, update_summary
 from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.rollout.handshake import handshake, require_routes
@@ -82,9 +83,10 @@ class Trainer:
 
     def resume(self) -> int:
         """Continues from the newest checkpoint of the run, if there is one; returns the step that comes next."""
-        state = checkpoint.load_latest(self._directory)
-        if state is not None:
-            self._actor.load_state_dict(state["actor"])
+        path = checkpoint.latest(self._directory)
+        if path is not None:
+            self._actor.load(path)
+            state = checkpoint.read(path)
             self._prompts.load_state_dict(state["sampler"])
             self._step = int(state["step"])
             logger.info("resumed at step %d", self._step)
@@ -157,16 +159,11 @@ class Trainer:
     def _handshake(self) -> None:
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
         ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)[:_PROBE_TOKENS]
-        failure: str | None = None
-        try:
-            report = handshake(self._engine, self._reference, ids, self._config.model.dtype)
-        except RolloutError as error:
-            failure = str(error)
         # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-        if told := [each for each in failures if each is not None]:
-            raise RolloutError(told[0])
+        report, failure = attempt(lambda: handshake(self._engine, self._reference, ids, self._config.model.dtype))
+        if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
+            raise RolloutError(failures[min(failures)])
+        assert report is not None
         self._handshake_report = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
@@ -203,18 +200,18 @@ class Trainer:
 
         Nothing is lost: no response of this step was used yet, and requests carry their seeds.
         """
-        for attempt in range(self._config.rollout.restarts + 1):
+        for restarts in range(self._config.rollout.restarts + 1):
             try:
-                if attempt:
+                if restarts:
                     self.monitor.phase("restarting the rollout engine")
                     self._pushed = -1
                     self._engine.restart()
                 self._push()
                 return action()
             except RolloutError as error:
-                if attempt == self._config.rollout.restarts:
+                if restarts == self._config.rollout.restarts:
                     raise
-                logger.warning("rollout failed (%s); restarting the engine, attempt %d", error, attempt + 1)
+                logger.warning("rollout failed (%s); restarting the engine, attempt %d", error, restarts + 1)
         raise AssertionError("unreachable")
 
     def _record(
@@ -226,35 +223,21 @@ class Trainer:
         seconds: float,
     ) -> dict[str, Any]:
         group = mpu.get_data_parallel_group()
-        summary = step_summary(samples, group)
-        routes, route_bytes, feature_bytes = _sum_reports(report, self._actor.pr2, group)
-        # Engine and actor hold the same weights then, up to the prediction.
-        if self._actor.pr2.engine_agreement is not None:
-            routes["agreement"] = self._actor.pr2.engine_agreement
-        routes["features_absent"] = sum(m["features_absent"] for m in mini_steps)
-        tokens = int(summary.pop("tokens"))
-        corrections = [m["importance"] for m in mini_steps if "importance" in m]
-        importance = {"importance": {name: _mean(corrections, name) for name in corrections[0]}} if corrections else {}
-        return {
+        record = {
             "step": self._step,
             "seed": self._config.seed,
             "preset": self._config.preset,
             "wall_seconds": seconds,
-            **summary,
-            "policy_loss": _mean(mini_steps, "loss"),
-            "clip_fraction": _mean(mini_steps, "clip_fraction"),
-            "grad_norm": _mean(mini_steps, "grad_norm"),
             "lr": self._actor.lr,
-            "tokens_per_second": tokens / seconds,
-            **drift_summary(mini_steps),
+            **rollout_summary(samples, self._step, stats, group),
+            **update_summary(mini_steps),
+            **replay_summary(report, self._actor.pr2, mini_steps, group),
             "logprob_gap": logprob_gap(samples, group),
-            **importance,
-            "routes": routes,
-            "predictor": mini_steps[-1]["predictor"],
-            "rollout": rollout_summary(samples, self._step, stats, group),
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
-            "bytes": {"routes": route_bytes, "features": feature_bytes, "weights": self._weight_bytes},
         }
+        record["tokens_per_second"] = record.pop("tokens") / seconds
+        record["bytes"]["weights"] = self._weight_bytes
+        return record
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -262,23 +245,3 @@ class Trainer:
         started = time.monotonic()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
-
-
-def _mean(reports: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([report[name] for report in reports]))
-
-
-def _sum_reports(report: RolloutReport, pr2: PR2, group: dist.ProcessGroup) -> tuple[dict[str, Any], int, int]:
-    plan = pr2.feature_plan
-    counts = {
-        **asdict(report),
-        "sampled": plan.sampled_tokens,
-        "dropped_sequences": plan.dropped_sequences,
-        "feature_bytes": pr2.features.nbytes,
-    }
-    values = torch.tensor(list(counts.values()), dtype=torch.int64)
-    dist.all_reduce(values, group=group)
-    total = dict(zip(counts, values.tolist(), strict=True))
-    route_bytes, feature_bytes = total.pop("route_bytes"), total.pop("feature_bytes")
-    total["missing_share"] = total["missing"] / max(1, total["tokens"])
-    return total, route_bytes, feature_bytes

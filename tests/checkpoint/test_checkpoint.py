@@ -48,11 +48,12 @@ def state(step: int, rows: int = 12) -> dict[str, Any]:
 
 def newest(directory: Path, rows: int = 12) -> tuple[int, Tensor, Any] | None:
     """(step, this rank's rows, what is the same on all ranks)"""
-    found = checkpoint.load_latest(directory)
-    if found is None:
+    path = checkpoint.latest(directory)
+    if path is None:
         return None
-    loaded = found["weights"].read(shards(torch.zeros(rows // dist.get_world_size(), 4)))
-    return found["step"], loaded["rows"][:, 0].clone(), found["others"]
+    loaded = checkpoint.read(path, {"weights": shards(torch.zeros(rows // dist.get_world_size(), 4))})
+    assert {name: loaded[name] for name in ("step", "others")} == checkpoint.read(path)
+    return loaded["step"], loaded["weights"]["rows"][:, 0].clone(), loaded["others"]
 
 
 def round_trip_job(directory: Path) -> tuple[Any, list[int], list[str], Any]:

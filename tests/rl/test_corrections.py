@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl import corrections
+from megatron_pr2.rl import losses
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
 from megatron_pr2.rl.old_logprobs import KINDS, LEVELS
 from tests.helpers.rounding import assert_near, rounding
@@ -45,7 +45,7 @@ def loop(data: dict[str, Tensor], kind: str, level: str) -> dict[str, Any]:
     x = {name: tensor.double().numpy() for name, tensor in data.items()}
     rows, columns = x["mask"].shape
     gradient = np.zeros((rows, columns))
-    out: dict[str, Any] = dict.fromkeys((*corrections.DIAGNOSTIC_COLUMNS, "loss", "kept"), 0.0)
+    out: dict[str, Any] = dict.fromkeys((*losses.DIAGNOSTIC_COLUMNS, "loss", "kept"), 0.0)
     for b in range(rows):
         bearing = [t for t in range(columns) if x["mask"][b, t]]
         log_ratios = {t: x["prox_logprobs"][b, t] - x["rollout_logprobs"][b, t] for t in bearing}
@@ -79,13 +79,13 @@ def test_loss_gradient_and_diagnostics_are_the_loops(kind: str, level: str, seed
     data = tokens(seed, rows, columns)
     expected = loop(data, kind, level)
     data["logprobs"].requires_grad_(True)
-    loss, sums, _, diagnostics = corrections.decoupled_loss(**data, **CLIP, kind=kind, level=level, cap=CAP, floor=FLOOR)
+    loss, sums, _, diagnostics = losses.decoupled_loss(**data, **CLIP, kind=kind, level=level, cap=CAP, floor=FLOOR)
     loss.backward()
     bound = rounding(rows * columns, factor=32)
     assert loss.item() == pytest.approx(expected["loss"], rel=bound, abs=bound * max(1.0, expected["weight_squared"]))
     np.testing.assert_allclose(data["logprobs"].grad, expected["gradient"], rtol=bound, atol=bound)
     assert sums[LOSS_COLUMNS.index("tokens")] == expected["kept"]
-    for name, value in zip(corrections.DIAGNOSTIC_COLUMNS, diagnostics.tolist(), strict=True):
+    for name, value in zip(losses.DIAGNOSTIC_COLUMNS, diagnostics.tolist(), strict=True):
         assert value == pytest.approx(expected[name], rel=bound, abs=bound), name
 
 
@@ -98,13 +98,13 @@ def test_where_behaviour_is_proximal_it_is_the_plain_loss_bit_by_bit(
     data["rollout_logprobs"] = data["prox_logprobs"].clone()
     plain, decoupled = data["logprobs"].clone().requires_grad_(True), data["logprobs"].clone().requires_grad_(True)
     expected = policy_loss(plain, data["prox_logprobs"], data["advantages"], data["mask"], **CLIP)
-    actual = corrections.decoupled_loss(**{**data, "logprobs": decoupled}, **CLIP, kind=kind, level=level, cap=cap, floor=floor)
+    actual = losses.decoupled_loss(**{**data, "logprobs": decoupled}, **CLIP, kind=kind, level=level, cap=cap, floor=floor)
     for one, other in zip(expected, actual, strict=False):
         assert torch.equal(one, other)
     expected[0].backward()
     actual[0].backward()
     assert torch.equal(plain.grad, decoupled.grad)
-    said = corrections.diagnose(actual[3])
+    said = losses.diagnose(actual[3])
     if data["mask"].any():
         assert said == {"weight": 1.0, "outside": 0.0, "kl": 0.0, "effective_sample_size": 1.0}
 
@@ -115,10 +115,12 @@ def test_where_behaviour_is_proximal_it_is_the_plain_loss_bit_by_bit(
 )
 def test_weights_of_one_ratio(ratio: float, truncated: float, masked: float) -> None:
     hair = rounding(2)
-    log_ratio = torch.tensor([math.log2(ratio)]) * math.log(2.0)
-    assert corrections.truncated_weights(log_ratio, 2.0).item() == pytest.approx(truncated, rel=hair)
+    log_ratio = torch.tensor([[math.log2(ratio)]]) * math.log(2.0)
+    weights = losses.behaviour_weights(log_ratio, torch.ones(1, 1), kind="tis", cap=2.0).weights
+    assert weights.item() == pytest.approx(truncated, rel=hair)
     # A bound that is met exactly is within: log and exp in fp32 are not exact, so the bounds give way by a hair.
-    assert corrections.masked_weights(log_ratio, 0.5 - hair, 2.0 + hair).item() == pytest.approx(masked, rel=hair)
+    weights = losses.behaviour_weights(log_ratio, torch.ones(1, 1), kind="mis", floor=0.5 - hair, cap=2.0 + hair).weights
+    assert weights.item() == pytest.approx(masked, rel=hair)
 
 
 def test_the_expected_gradient_under_behaviour_is_the_proximal_policys() -> None:
@@ -133,7 +135,7 @@ def test_the_expected_gradient_under_behaviour_is_the_proximal_policys() -> None
     def gradient(kind: str, cap: float) -> Tensor:
         theta = logits.clone().requires_grad_(True)
         log_theta = torch.log_softmax(theta, -1)
-        loss, *_ = corrections.decoupled_loss(
+        loss, *_ = losses.decoupled_loss(
             log_theta, log_theta.detach(), mu, mu.exp() * value, torch.ones(1, 8), **CLIP, kind=kind, cap=cap
         )
         loss.backward()
@@ -156,11 +158,11 @@ def test_no_gradient_goes_through_a_weight() -> None:
     for name in ("logprobs", "rollout_logprobs"):
         data[name].requires_grad_(True)
     # Even where the proximal policy is the trained one itself, as in a trainer that forgot to detach it.
-    log_ratio = corrections.behaviour_log_ratio(data["logprobs"], data["rollout_logprobs"], data["mask"])
+    log_ratio = losses.behaviour_log_ratio(data["logprobs"], data["rollout_logprobs"], data["mask"])
     for kind, level in SETTINGS:
-        weighted = corrections.behaviour_weights(log_ratio, data["mask"], kind=kind, level=level)
+        weighted = losses.behaviour_weights(log_ratio, data["mask"], kind=kind, level=level)
         assert not any(t.requires_grad for t in (weighted.weights, weighted.mask, weighted.outside))
-    loss, *_ = corrections.decoupled_loss(**data, **CLIP, kind="tis")
+    loss, *_ = losses.decoupled_loss(**data, **CLIP, kind="tis")
     loss.backward()
     assert data["rollout_logprobs"].grad is None
     weights = data["logprobs"].detach().clone().requires_grad_(True)
@@ -172,10 +174,10 @@ def test_no_gradient_goes_through_a_weight() -> None:
 def test_a_sequence_goes_by_its_geometric_mean_over_the_tokens_that_bear_loss() -> None:
     log_ratio = torch.log(torch.tensor([[4.0, 1.0, 100.0], [8.0, 8.0, 1.0], [1.0, 1.0, 1.0]]))
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    log_ratio = corrections.behaviour_log_ratio(log_ratio, torch.zeros(3, 3), mask)
-    means = corrections.sequence_log_ratio(log_ratio, mask).exp()
+    log_ratio = losses.behaviour_log_ratio(log_ratio, torch.zeros(3, 3), mask)
+    means = losses.behaviour_weights(log_ratio, mask, kind="tis", level="sequence", cap=9.0).weights
     torch.testing.assert_close(means, torch.tensor([[2.0, 2.0, 1.0], [4.0, 4.0, 4.0], [1.0, 1.0, 1.0]]))
-    kept = corrections.behaviour_weights(log_ratio, mask, kind="mis", level="sequence", cap=3.0, floor=0.5)
+    kept = losses.behaviour_weights(log_ratio, mask, kind="mis", level="sequence", cap=3.0, floor=0.5)
     assert kept.mask.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
     assert kept.outside.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
 
@@ -185,13 +187,13 @@ def test_a_sequence_goes_by_its_geometric_mean_over_the_tokens_that_bear_loss() 
 def test_a_ratio_beyond_fp32_spoils_nothing(kind: str, gap: float) -> None:
     prox = torch.tensor([[-1.0, -1.0]])
     logprobs = torch.tensor([[-1.1, -0.9]], requires_grad=True)
-    loss, sums, _, diagnostics = corrections.decoupled_loss(
+    loss, sums, _, diagnostics = losses.decoupled_loss(
         logprobs, prox, prox - torch.tensor([[gap, 0.0]]), torch.ones(1, 2), torch.ones(1, 2), **CLIP, kind=kind
     )
     loss.backward()
     assert logprobs.grad.isfinite().all()
     assert sums.isfinite().all()
-    said = corrections.diagnose(diagnostics)
+    said = losses.diagnose(diagnostics)
     assert said["weight"] == pytest.approx({"none": 1.0, "tis": 1.5 if gap > 0 else 0.5, "mis": 0.5}[kind])
     assert 0.0 < said["effective_sample_size"] <= 1.0
 
@@ -199,20 +201,20 @@ def test_a_ratio_beyond_fp32_spoils_nothing(kind: str, gap: float) -> None:
 def test_what_bears_no_loss_may_be_anything() -> None:
     mask = torch.tensor([[1.0, 0.0, 0.0]])
     prox, mu = torch.tensor([[-1.0, math.nan, 0.0]]), torch.tensor([[-1.5, -1.0, -math.inf]])
-    assert corrections.behaviour_log_ratio(prox, mu, mask).tolist() == [[0.5, 0.0, 0.0]]
+    assert losses.behaviour_log_ratio(prox, mu, mask).tolist() == [[0.5, 0.0, 0.0]]
 
 
 def test_diagnostics_add_up_over_micro_batches() -> None:
     data = tokens(3, 4, 8)
-    log_ratio = corrections.behaviour_log_ratio(data["prox_logprobs"], data["rollout_logprobs"], data["mask"])
+    log_ratio = losses.behaviour_log_ratio(data["prox_logprobs"], data["rollout_logprobs"], data["mask"])
 
     def sums(rows: slice) -> Tensor:
-        weighted = corrections.behaviour_weights(log_ratio[rows], data["mask"][rows], kind="tis", cap=CAP)
-        return corrections.diagnostic_sums(log_ratio[rows], weighted, data["mask"][rows])
+        weighted = losses.behaviour_weights(log_ratio[rows], data["mask"][rows], kind="tis", cap=CAP)
+        return losses.diagnostic_sums(log_ratio[rows], weighted, data["mask"][rows])
 
     whole = sums(slice(0, 4))
     torch.testing.assert_close(sums(slice(0, 1)) + sums(slice(1, 4)), whole)
-    said = corrections.diagnose(whole)
+    said = losses.diagnose(whole)
     bearing = data["mask"] > 0
     weights = log_ratio[bearing].double().exp().clamp(max=CAP)
     assert said["weight"] == pytest.approx(weights.mean().item(), rel=rounding(32))
@@ -226,13 +228,13 @@ def test_diagnostics_add_up_over_micro_batches() -> None:
 def test_nothing_left_is_said_as_nothing() -> None:
     log_ratio = torch.full((1, 3), 5.0)
     mask = torch.ones(1, 3)
-    weighted = corrections.behaviour_weights(log_ratio, mask, kind="mis")
-    said = corrections.diagnose(corrections.diagnostic_sums(log_ratio, weighted, mask))
+    weighted = losses.behaviour_weights(log_ratio, mask, kind="mis")
+    said = losses.diagnose(losses.diagnostic_sums(log_ratio, weighted, mask))
     assert (said["weight"], said["outside"], said["effective_sample_size"]) == (0.0, 1.0, 0.0)
-    assert corrections.diagnose(torch.zeros(len(corrections.DIAGNOSTIC_COLUMNS)))["weight"] == 0.0
+    assert losses.diagnose(torch.zeros(len(losses.DIAGNOSTIC_COLUMNS)))["weight"] == 0.0
 
 
 @pytest.mark.parametrize("settings", [{"kind": "vtrace"}, {"kind": "tis", "level": "turn"}])
 def test_unknown_corrections_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="expected one of none, tis, mis and of token, sequence"):
-        corrections.behaviour_weights(torch.zeros(1, 1), torch.ones(1, 1), **settings)
+        losses.behaviour_weights(torch.zeros(1, 1), torch.ones(1, 1), **settings)

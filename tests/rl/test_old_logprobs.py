@@ -14,7 +14,7 @@ from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import AttachError, ConfigError, RolloutError
-from megatron_pr2.rl import checkpoint, corrections
+from megatron_pr2.rl import checkpoint, losses
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.old_logprobs import SOURCES, check_source, needs_snapshot_pass
@@ -96,10 +96,10 @@ def test_a_partial_rollout_keeps_what_each_token_was_sampled_with() -> None:
     """Two tokens of weights that are one push older: the weights of their tokens, and of no others, say so."""
     newest = np.array([-1.0, -2.0, -0.5, -0.7], dtype=np.float32)
     continued = sample([-1.3, -1.9, -0.5, -0.7], versions=[2, 2, 3, 3])
-    log_ratio = corrections.behaviour_log_ratio(
+    log_ratio = losses.behaviour_log_ratio(
         torch.from_numpy(newest)[None], torch.from_numpy(continued.rollout_logprobs())[None], torch.ones(1, 4)
     )
-    weighted = corrections.behaviour_weights(log_ratio, torch.ones(1, 4), kind="tis", cap=1.2)
+    weighted = losses.behaviour_weights(log_ratio, torch.ones(1, 4), kind="tis", cap=1.2)
     np.testing.assert_allclose(weighted.weights[0], [1.2, np.exp(-0.1), 1.0, 1.0], rtol=rounding(2))
     assert continued.rollout_logprobs().tolist() == continued.response.logprobs.tolist()
 
@@ -361,9 +361,7 @@ def average_job(path: Path, directory: Path, ranks: int, load: bool) -> dict[str
     actor = Actor(load_config(None, [*EWMA, f"parallel.processes={ranks}", f"parallel.expert={ranks}"]), path, 0)
     assert actor.proximal is not None
     if load:
-        state = checkpoint.load_latest(directory)
-        assert state is not None
-        actor.load_state_dict(state["actor"])
+        actor.load(directory / "step_000001")
     else:
         actor.optimizer.step()  # without gradients: it makes the moments that a checkpoint has
         for parameter in actor.model.parameters():
