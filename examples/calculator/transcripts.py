@@ -29,8 +29,8 @@ def main(
 
     from megatron_pr2.rl.calculator import Calculator
     from megatron_pr2.rl.rewards import exact_match
-    from megatron_pr2.rl.supervised import sample_responses
     from megatron_pr2.rl.task import TaskConfig, make_problems
+    from megatron_pr2.rl.warmstart import sample_responses
 
     logging.disable_progress_bar()
     console = Console(highlight=False)

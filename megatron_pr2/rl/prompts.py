@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -11,24 +12,25 @@ import numpy as np
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
-from megatron_pr2.rl.data import Example, PromptSampler, encode
+from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rollout.base import Environment, RolloutRequest
 
 
 class PromptQueue:
     """Makes the requests of a rollout batch. The same on every rank.
 
-    A prompt's responses are a group, numbered over the whole run; what a response samples depends on (seed, number of the response)
-    alone, whenever it is asked for.
+    Prompts come in epochs: each visits every example once, in an order that (seed, epoch) alone decides. A prompt's responses are a
+    group, numbered over the whole run; what a response samples depends on (seed, number of the response) alone, whenever it is
+    asked for.
     """
 
     def __init__(self, config: TrainConfig, examples: Sequence[Example], tokenizer: Any) -> None:
         self._config, self._examples, self._tokenizer = config, examples, tokenizer
-        self._sampler = PromptSampler(len(examples), config.seed)
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
         self._next_group = 0
-        # (number of the group, index of its example)
-        self._waiting: list[tuple[int, int]] = []
-        self._asked: list[tuple[int, int]] = []
+        # Numbers of groups.
+        self._waiting: list[int] = []
+        self._asked: list[int] = []
         self._make_environment = load_environment(config.rollout.environment)
         if tokenizer.eos_token_id is None:
             raise ConfigError("the model's tokenizer has no eos_token: no response would end; add it to tokenizer_config.json")
@@ -50,10 +52,9 @@ class PromptQueue:
         rollout = self._config.rollout
         if not self._asked:
             count = max(0, math.ceil(rollout.prompts * rollout.oversample) - len(self._waiting))
-            new = self._sampler.take(count) if count else []
-            self._asked = self._waiting + [(self._next_group + i, example) for i, example in enumerate(new)]
+            self._asked = [*self._waiting, *range(self._next_group, self._next_group + count)]
             self._next_group += count
-        return [self._request(group, example, j) for group, example in self._asked for j in range(rollout.responses)]
+        return [self._request(group, j) for group in self._asked for j in range(rollout.responses)]
 
     def settle(self, finished: Sequence[int]) -> list[tuple[int, Example]]:
         """Takes which requests were answered; the rest is asked for again in the next batch.
@@ -62,31 +63,39 @@ class PromptQueue:
             Number of the response over the whole run, and its example, per answered request.
         """
         responses = self._config.rollout.responses
-        answered = []
-        for index in finished:
-            group, example = self._asked[index // responses]
-            answered.append((group * responses + index % responses, self._examples[example]))
-        places = {index // responses for index in finished}
-        self._waiting = [asked for place, asked in enumerate(self._asked) if place not in places]
+        groups = [self._asked[index // responses] for index in finished]
+        self._waiting = [group for group in self._asked if group not in set(groups)]
         self._asked = []
-        return answered
+        return [(group * responses + i % responses, self._example(group)) for group, i in zip(groups, finished, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands between two batches."""
-        return {**self._sampler.state_dict(), "next_group": self._next_group, "waiting": list(self._waiting)}
+        return {"num_examples": len(self._examples), "next_group": self._next_group, "waiting": list(self._waiting)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-        self._sampler.load_state_dict(state)
-        # Checkpoints of version 0.1.0 had no over-sampling: every prompt taken so far was a group.
-        taken = self._sampler.epoch * self._sampler.num_examples + self._sampler.cursor
-        self._next_group = int(state.get("next_group", taken))
-        self._waiting = [(int(group), int(example)) for group, example in state.get("waiting", [])]
+        """Restores :meth:`state_dict`.
 
-    def _request(self, group: int, example: int, index: int) -> RolloutRequest:
-        number = group * self._config.rollout.responses + index
+        Raises:
+            ConfigError: the data set had another size, so that the run would go on with other prompts.
+        """
+        if state["num_examples"] != len(self._examples):
+            raise ConfigError(
+                f"the run was started with {state['num_examples']} examples, the data set has {len(self._examples)}; "
+                "resume with the data the run was started with"
+            )
+        self._next_group, self._waiting = state["next_group"], list(state["waiting"])
+
+    def _order_of(self, epoch: int) -> list[int]:
+        return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._examples)).tolist()
+
+    def _example(self, group: int) -> Example:
+        epoch, place = divmod(group, len(self._examples))
+        return self._examples[self._order(epoch)[place]]
+
+    def _request(self, group: int, index: int) -> RolloutRequest:
+        number, example = group * self._config.rollout.responses + index, self._example(group)
         return RolloutRequest(
-            encode(self._tokenizer, self._examples[example].prompt, f"{self._examples[example].where}: the prompt"),
+            encode(self._tokenizer, example.prompt, f"{example.where}: the prompt"),
             int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0]),
             key=str(number) if self.enough is not None else "",
             group=group,

@@ -17,8 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_pr2.errors import ConfigError
-
 SPLITS = ("warmstart", "train", "eval")
 # Every prompt belongs to exactly one split, decided by a checksum of its text: 4/10 warm-start, 5/10 train, 1/10 eval.
 _BUCKETS = ("warmstart",) * 4 + ("train",) * 5 + ("eval",)
@@ -34,13 +32,6 @@ class TaskConfig:
     min_terms: int = 3
     max_terms: int = 4
     max_digit: int = 9
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.min_terms <= self.max_terms or not 1 <= self.max_digit <= 9:
-            raise ConfigError(
-                f"TaskConfig: min_terms={self.min_terms}, max_terms={self.max_terms}, max_digit={self.max_digit}; "
-                "expected 2 <= min_terms <= max_terms and max_digit in 1..9"
-            )
 
 
 @dataclass(frozen=True)
@@ -71,18 +62,12 @@ def guess(problem: Problem, spread: int, rng: random.Random) -> str:
 
 def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list[Problem]:
     """`count` different problems of one split; the same arguments give the same problems."""
-    if split not in SPLITS:
-        raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"{seed}:{split}")
     found: dict[str, Problem] = {}
-    for _ in range(1000 + 200 * count):
-        if len(found) >= count:
-            break
+    while len(found) < count:
         problem = draw_problem(config, rng)
         if split_of(problem.prompt) == split:
             found.setdefault(problem.prompt, problem)
-    if len(found) < count:
-        raise ConfigError(f"only {len(found)} different {split} prompts found for {config}; expected {count}: allow more terms")
     return list(found.values())
 
 

@@ -1,7 +1,7 @@
 """A tiny Qwen3-MoE policy: a complete Hugging Face model directory that any engine loads, made in a second without a download.
 
-Same architecture as Qwen3-30B-A3B (grouped-query attention with q/k norms, softmax router, normalised top-k, no dense layer),
-in fp32, with the byte-level tokenizer of tokenizer.py.
+Same architecture as Qwen3-30B-A3B (grouped-query attention with q/k norms, softmax router, normalised top-k, no dense layer), in
+fp32, with a byte-level tokenizer: one token per UTF-8 byte, token id = byte value, plus bos, eos and pad.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, save_byte_tokenizer
-
 if TYPE_CHECKING:
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+NUM_BYTES = 256
+SPECIAL_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+EOS_ID, PAD_ID, VOCAB_SIZE = 257, 258, 259
 
 
 @dataclass(frozen=True)
@@ -41,29 +42,19 @@ class TinyModelConfig:
     init_std: float = 0.06
     router_std: float = 0.1
 
-    def __post_init__(self) -> None:
-        if self.vocab_size < VOCAB_SIZE:
-            raise ConfigError(f"vocab_size={self.vocab_size}: expected at least {VOCAB_SIZE}, the byte-level tokenizer's tokens")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ConfigError(f"num_experts_per_tok={self.num_experts_per_tok}: expected 1..num_experts={self.num_experts}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads={self.num_attention_heads}"
-            raise ConfigError(f"{heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}")
-
 
 def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3MoeForCausalLM:
     """An untrained model in fp32 on the CPU; `seed` decides every weight, and the global random state is left as it was."""
     import torch
     from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     sizes = {name: size for name, size in asdict(config).items() if name not in ("init_std", "router_std")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
                 **sizes,
-                **special,
+                **SPECIAL_IDS,
                 # No layer is dense, yet engines and bridges read the field.
                 intermediate_size=config.moe_intermediate_size * config.num_experts_per_tok,
                 norm_topk_prob=True,
@@ -84,7 +75,7 @@ def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3MoeForCausalLM:
             for layer in model.model.layers:
                 layer.mlp.gate.weight.normal_(0.0, config.router_std)
     # From the whole distribution, which is what importance ratios are computed against.
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **special)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **SPECIAL_IDS)
     return model
 
 
@@ -92,16 +83,44 @@ def save_tiny_model(model: Qwen3MoeForCausalLM, path: str | Path) -> Path:
     """Writes config, generation config, safetensors and tokenizer into directory `path`, which is created if needed."""
     from transformers.utils import logging as hf_logging
 
-    showed = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # the file has half a megabyte
-    try:
-        model.save_pretrained(str(path))
-    finally:
-        if showed:
-            hf_logging.enable_progress_bar()
+    model.save_pretrained(str(path))
     return save_byte_tokenizer(path, model.config.max_position_embeddings)
 
 
 def make_tiny_checkpoint(path: str | Path, config: TinyModelConfig | None = None, seed: int = 0) -> Path:
     """An untrained tiny model as a Hugging Face directory; `from_pretrained`, mbridge and SGLang read it."""
     return save_tiny_model(build_tiny_model(config or TinyModelConfig(), seed), path)
+
+
+def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
+    """The tokenizer, ready for `save_pretrained`; `AutoTokenizer.from_pretrained` reads it back.
+
+    Nothing is added to a text (neither bos nor eos), and a text that spells out a special token is encoded as its bytes, so
+    `decode(encode(text)) == text` for every text. Bytes that are not valid UTF-8 decode to U+FFFD.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # ByteLevel writes a byte as the character of that number where it is printable, else as the next one from U+0100 on.
+    symbols = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(sorted(symbol for symbol in symbols if ord(symbol) >= NUM_BYTES))
+    vocab = {chr(byte) if chr(byte) in symbols else next(others): byte for byte in range(NUM_BYTES)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {name.removesuffix("_id"): f"<|{name[:3]}|>" for name in SPECIAL_IDS}
+    backend.add_special_tokens(list(special.values()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def save_byte_tokenizer(path: str | Path, model_max_length: int = 4096) -> Path:
+    """Writes the tokenizer's files into directory `path`, which is created if needed."""
+    byte_tokenizer(model_max_length).save_pretrained(str(path))
+    return Path(path)

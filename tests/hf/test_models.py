@@ -95,7 +95,7 @@ def tokens() -> Tensor:
 
 
 def checkpoint(path: Path, model: Model) -> Path:
-    from megatron_pr2.rl.tokenizer import save_byte_tokenizer
+    from megatron_pr2.rl.tiny import save_byte_tokenizer
 
     make_checkpoint(path, tiny_config(model.family, **({"num_hidden_layers": LAYERS, "pad_token_id": 258} | model.changes)))
     save_byte_tokenizer(path, SIZES["max_position_embeddings"])

@@ -13,7 +13,7 @@ from megatron_pr2.rl.calculator import Calculator, calculate, demonstration, rep
 from megatron_pr2.rl.prompts import load_environment
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.task import TaskConfig, make_problems
-from megatron_pr2.rl.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, byte_tokenizer
+from megatron_pr2.rl.tiny import EOS_ID, SPECIAL_IDS, VOCAB_SIZE, byte_tokenizer
 from megatron_pr2.rollout.base import Environment
 
 TOKENIZER = byte_tokenizer()
@@ -65,7 +65,7 @@ def test_only_the_last_call_counts_and_special_tokens_do_not_hide_in_it() -> Non
     assert reply("[1+1]=2 [2+2]") == "=4 "
     assert reply("[[1+1]") == "=2 "
     assert reply("1+1]") == "=? "
-    for special in (BOS_ID, EOS_ID, PAD_ID):
+    for special in SPECIAL_IDS.values():
         ids = CALCULATOR.reply((), (*b"[1", special, *b"+1]"))
         assert bytes(ids or ()).decode() == "=? "
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rl.tokenizer import EOS_ID, byte_tokenizer
+from megatron_pr2.rl.tiny import EOS_ID, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "calculator"

@@ -1,17 +1,14 @@
-"""Data files: both formats load, bad lines are named; the sampler resumes where it stopped."""
+"""Data files: both formats load, bad lines are named."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_pr2.errors import ConfigError, DataError
-from megatron_pr2.rl.data import Example, PromptSampler, load_examples
+from megatron_pr2.errors import DataError
+from megatron_pr2.rl.data import Example, load_examples
 from megatron_pr2.rl.rewards import exact_match, extract_number
 
 # Lines as GSM8K has them: steps in <<>>, unescaped text with U+2019, grouped and negative gold numbers.
@@ -91,48 +88,3 @@ def test_a_bad_file_is_named(tmp_path):
         load_examples(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         load_examples(tmp_path)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 5), st.lists(st.integers(1, 30), min_size=1, max_size=6))
-def test_every_epoch_visits_every_example_once(size, seed, counts):
-    sampler = PromptSampler(size, seed)
-    taken = [index for count in counts for index in sampler.take(count)]
-    assert len(taken) == sum(counts)
-    for start in range(0, len(taken) - size + 1, size):
-        assert sorted(taken[start : start + size]) == list(range(size))
-    assert max(Counter(taken).values()) <= -(-len(taken) // size)
-    assert taken == PromptSampler(size, seed).take(len(taken))  # batch sizes do not matter
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    sampler = PromptSampler(50, 0)
-    first, second = sampler.take(50), sampler.take(50)
-    assert first != second != list(range(50)) != first
-    assert PromptSampler(50, 1).take(50) != first
-
-
-def test_resuming_continues_exactly():
-    for consumed in (0, 3, 7, 8, 21):
-        sampler = PromptSampler(7, 3)
-        if consumed:
-            sampler.take(consumed)
-        state = json.loads(json.dumps(sampler.state_dict()))
-        resumed = PromptSampler(7, 999)
-        resumed.load_state_dict(state)
-        assert resumed.take(20) == sampler.take(20)
-
-
-def test_the_sampler_refuses_what_it_cannot_do():
-    for size, seed in ((0, 0), (5, -1)):
-        with pytest.raises(ConfigError, match="PromptSampler: num_examples"):
-            PromptSampler(size, seed)
-    sampler = PromptSampler(5, 0)
-    with pytest.raises(ConfigError, match="expected at least 1"):
-        sampler.take(0)
-    with pytest.raises(ConfigError, match="of 6 examples, the data set has 5"):
-        sampler.load_state_dict({**sampler.state_dict(), "num_examples": 6})
-    with pytest.raises(ConfigError, match=r"lacks \['epoch'\]"):
-        sampler.load_state_dict({"cursor": 0, "seed": 0, "num_examples": 5})
-    with pytest.raises(ConfigError, match="out of range"):
-        sampler.load_state_dict({**sampler.state_dict(), "cursor": 6})

@@ -12,7 +12,6 @@ from megatron_pr2.rl.calculator import Calculator
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.prompts import PromptQueue
-from megatron_pr2.rl.tokenizer import prompt_bytes
 from megatron_pr2.rollout.base import RolloutRequest
 from megatron_pr2.rollout.handshake import handshake
 
@@ -63,9 +62,3 @@ def test_the_calculators_reply() -> None:
     assert Calculator(tokenizer("[]1+=2 ")).reply((1,), tuple(map(ord, "[1+1]"))) == tuple(map(ord, "=2 "))
     with pytest.raises(DataError, match="the calculator's reply"):
         Calculator(tokenizer("]")).reply((1,), (ord("]"),))
-
-
-def test_the_warm_starts_prompts() -> None:
-    assert prompt_bytes("1=") == (49, 61)
-    with pytest.raises(DataError, match="the prompt '' is 0 tokens"):
-        prompt_bytes("")

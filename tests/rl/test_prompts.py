@@ -75,14 +75,25 @@ def test_a_resumed_run_asks_for_the_same() -> None:
     assert other.requests() == straight.requests()
 
 
-def test_a_checkpoint_of_before_over_sampling_goes_on_numbering() -> None:
-    straight, other = queue(), queue()
-    for _ in range(7):  # beyond the end of the first epoch
-        straight.requests()
-        straight.settle(range(8))
-    state = straight.state_dict()
-    other.load_state_dict({name: value for name, value in state.items() if name not in ("next_group", "waiting")})
-    assert other.requests() == straight.requests()
+def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own() -> None:
+    def order(*overrides: str) -> list[tuple[int, ...]]:
+        prompts, asked = queue("rollout.responses=1", "algorithm.mini_steps=1", *overrides), []
+        while len(asked) < 60:  # batches reach across the ends of epochs
+            asked += [request.prompt_ids for request in prompts.requests()]
+            prompts.settle(range(prompts._config.rollout.prompts))
+        return asked
+
+    asked = order("rollout.prompts=6")
+    epochs = [asked[start : start + 20] for start in (0, 20, 40)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(tuple(map(ord, e.prompt)) for e in EXAMPLES)] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order()[:60] == asked[:60], "batch sizes do not matter"
+    assert order("seed=1")[:20] != epochs[0]
+
+
+def test_a_run_goes_on_with_the_data_it_was_started_with() -> None:
+    with pytest.raises(ConfigError, match="started with 21 examples, the data set has 20"):
+        queue().load_state_dict({**queue().state_dict(), "num_examples": 21})
 
 
 def test_an_environment_is_made_for_every_response(monkeypatch: pytest.MonkeyPatch) -> None:

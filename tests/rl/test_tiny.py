@@ -1,4 +1,4 @@
-"""The tiny model directory: complete, in the names that engines read, decided by the seed."""
+"""The tiny model directory: complete, in the names that engines read, decided by the seed; its tokenizer round-trips every text."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl.tiny import TinyModelConfig, build_tiny_model, make_tiny_checkpoint
-from megatron_pr2.rl.tokenizer import EOS_ID, PAD_ID, VOCAB_SIZE
+from megatron_pr2.rl.tiny import (
+    EOS_ID,
+    PAD_ID,
+    SPECIAL_IDS,
+    VOCAB_SIZE,
+    TinyModelConfig,
+    build_tiny_model,
+    byte_tokenizer,
+    make_tiny_checkpoint,
+)
 
 SMALL = TinyModelConfig(
     hidden_size=32, num_hidden_layers=2, head_dim=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16
@@ -70,14 +79,48 @@ def test_the_seed_decides_and_the_global_generator_does_not_move():
     assert 0.08 < first[gate].std() < 0.12  # router_std, not init_std
 
 
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+
+_TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def test_ids_are_bytes_and_specials_follow(tokenizer):
+    assert len(tokenizer) == VOCAB_SIZE
+    assert {name: getattr(tokenizer, name) for name in SPECIAL_IDS} == SPECIAL_IDS
+    assert tokenizer("8+7=").input_ids == list(b"8+7=")
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"vocab_size": 258}, "at least 259"),
-        ({"num_experts_per_tok": 17}, "1..num_experts"),
-        ({"num_key_value_heads": 3}, "not a multiple"),
-    ],
+    "text", ["", " 8 + 7 ", "\x00\t\r\n\n", "é 漢字 🙂 \u2028 \u00a0", "<|eos|> and <|pad|>", "a , b . c", "\ufeffx"]
 )
-def test_sizes_that_contradict_are_refused(change, words):
-    with pytest.raises(ConfigError, match=words):
-        TinyModelConfig(**change)
+def test_texts_round_trip_as_bytes(tokenizer, text):
+    for each in (_TOKENIZER, tokenizer):
+        ids = each.encode(text, add_special_tokens=False)
+        assert ids == list(text.encode())
+        assert each.decode(ids) == text
+        assert each.decode(ids, skip_special_tokens=True) == text
+        assert each.encode(text) == ids  # nothing is added
+
+
+@settings(max_examples=200)
+@given(st.text())
+def test_any_text_round_trips(text):
+    ids = _TOKENIZER.encode(text)
+    assert ids == list(text.encode())
+    assert _TOKENIZER.decode(ids, skip_special_tokens=True) == text
+
+
+def test_decoding_drops_specials_and_marks_broken_utf8(tokenizer):
+    assert tokenizer.decode([*b"42", EOS_ID, PAD_ID, PAD_ID], skip_special_tokens=True) == "42"
+    assert tokenizer.decode([0x41, 0xC3, 0x42], skip_special_tokens=True) == "A\ufffdB"
+
+
+def test_a_padded_batch_keeps_what_was_said(tokenizer):
+    batch = tokenizer(["1+2=", "10+20+30="], padding=True, padding_side="left")
+    assert batch.input_ids[0][:5] == [PAD_ID] * 5
+    assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == ["1+2=", "10+20+30="]

@@ -259,7 +259,7 @@ def test_a_line_without_answer_is_named(tiny_checkpoint: Path, tmp_path: Path) -
 def test_a_dense_checkpoint_is_refused(host_platform: None, tmp_path: Path, prompts: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megatron_pr2.rl.tokenizer import VOCAB_SIZE, save_byte_tokenizer
+    from megatron_pr2.rl.tiny import VOCAB_SIZE, save_byte_tokenizer
 
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
