@@ -35,6 +35,7 @@ TESTS = (
     "tests/replay/test_attach.py",
     "tests/replay/test_replay.py",
     "tests/test_invariants.py",
+    "tests/replay/test_lift.py",
     "tests/prediction/test_optimizer_moments.py",
     "tests/checkpoint/test_checkpoint.py",
     "tests/checkpoint/test_pr2_checkpoint.py",

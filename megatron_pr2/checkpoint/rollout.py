@@ -11,7 +11,8 @@ formed in the old order.
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
-    pr2.rollout.layers.<layer>.p_old       [S, E] fp32
+    pr2.rollout.layers.<layer>.p_old       [S, E] fp32 (fp64 for routers in fp64)
+    pr2.rollout.layers.<layer>.expert_bias [E] fp32, if the routers have one: that of the log-prob pass
     pr2.rollout.layers.<layer>.pushed, .pushed_momentum   [E, H] fp32: the W_p that the routes were predicted with
 
 Shape suffixes: T tokens of the rollout batch, S sampled tokens, L MoE layers of the whole model, K top-k, E experts, H hidden.
@@ -152,17 +153,23 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
 
 
 def _put_in_use(state: dict[str, Any], pr2: Contents) -> None:
-    if pr2.predictor is None or not pr2.sequences or not _first_of_stage():
+    if not pr2.sequences or not _first_of_stage():
         return
     if mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0:
         return
-    for name, in_use_LEH in pr2.predictor.in_use().items():
+    kept = {} if pr2.predictor is None else pr2.predictor.in_use()
+    if (biases_LE := pr2.features.expert_bias_LE) is not None:
+        kept = {**kept, "expert_bias": biases_LE}
+    for name, by_layer in kept.items():
         for site in pr2.sites:
-            _put(state, _key(site.hidden_layer, name), in_use_LEH[site.local], (0,), tuple(in_use_LEH.shape[1:]))
+            _put(state, _key(site.hidden_layer, name), by_layer[site.local], (0,), tuple(by_layer.shape[1:]))
 
 
 def _read_in_use(pr2: Contents, reader: files.RowReader) -> None:
     """What the checkpoint has not stays as begin_rollout() left it."""
+    keys = [_key(site.hidden_layer, "expert_bias") for site in pr2.sites]
+    if keys and all(reader.shape(key) is not None for key in keys):
+        pr2.features.expert_bias_LE = torch.stack([reader.read(key) for key in keys]).to(pr2.sites[0].router.weight.device)
     for name, in_use_LEH in pr2.predictor.in_use().items() if pr2.predictor is not None else ():
         for site in pr2.sites:
             if reader.shape(_key(site.hidden_layer, name)) is not None:

@@ -3,8 +3,8 @@
 Shape suffixes: S sampled tokens, L local MoE layers, E experts, H hidden, T rows of a micro-batch.
 
 Features are keyed by token (its flat index in the rollout batch), because the log-prob pass and the training pass may split
-micro-batches differently. h_old is kept in bf16, p_old in fp32: the logits cost E of E + H columns, and rounding them to bf16 alone
-moves 0.4 % of the top-k slots, as much as a small update does (docs/design.md).
+micro-batches differently. h_old is kept in bf16, p_old in fp32 (fp64 for routers in fp64): the logits cost E of E + H
+columns, and rounding them to bf16 alone moves 0.4 % of the top-k slots, as much as a small update does (docs/design.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Segment:
 
     Attributes:
         tokens: [S] flat token indices.
-        h_LSH: bf16, or [L, S, 0] where router inputs are not kept. p_LSE: fp32.
+        h_LSH: bf16, or [L, S, 0] where router inputs are not kept. p_LSE: fp32 or fp64.
     """
 
     tokens: IntArray
@@ -66,17 +66,27 @@ class FeatureStore:
         hidden: columns of h_old.
         device: where features are kept.
         peak_bytes: most bytes held at once since begin().
+        expert_bias_LE: the routers' under theta_old, fp32, or None: it may move while the rollout batch is trained on.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, hidden: int, *, device: torch.device, h_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        hidden: int,
+        *,
+        device: torch.device,
+        h_dtype: torch.dtype,
+        p_dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Args: `hidden` is 0 where only p_old is kept."""
         self._layers, self._experts, self.hidden = num_layers, num_experts, hidden
-        self.device, self._h_dtype = device, h_dtype
+        self.device, self._h_dtype, self._p_dtype = device, h_dtype, p_dtype
         self.begin(0)
 
     def bytes_of(self, layers: int) -> int:
         """Bytes of one sampled token over so many layers."""
-        return layers * (self.hidden * self._h_dtype.itemsize + self._experts * 4)
+        return layers * (self.hidden * self._h_dtype.itemsize + self._experts * self._p_dtype.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +105,7 @@ class FeatureStore:
         self._slot_of = np.zeros(num_tokens, dtype=np.int64)
         self._staged = 0
         self.peak_bytes = 0
+        self.expert_bias_LE: Tensor | None = None
 
     def add(self, tokens: IntArray) -> Segment:
         """Makes room for tokens; they can be located from now on.
@@ -104,7 +115,7 @@ class FeatureStore:
         """
         count = len(tokens)
         h_LSH = torch.zeros(self._layers, count, self.hidden, dtype=self._h_dtype, device=self.device)
-        p_LSE = torch.zeros(self._layers, count, self._experts, dtype=torch.float32, device=self.device)
+        p_LSE = torch.zeros(self._layers, count, self._experts, dtype=self._p_dtype, device=self.device)
         segment = Segment(tokens, h_LSH, p_LSE)
         self._segment_of[tokens] = len(self._segments)
         self._slot_of[tokens] = np.arange(count)
@@ -147,7 +158,7 @@ class FeatureStore:
         for segment, slots in where.parts:
             share = slice(start, start := start + len(slots))
             h = h_SH[share].to(self.device, self._h_dtype, non_blocking=True)
-            p = p_SE[share].to(self.device, torch.float32, non_blocking=True)
+            p = p_SE[share].to(self.device, self._p_dtype, non_blocking=True)
             if h_SH.device.type != self.device.type:
                 # Copies to host memory are still on their way; reading them now would read anything.
                 segment.in_flight.append((layer, slots, h, p))
@@ -176,7 +187,7 @@ class FeatureStore:
         h = [segment.h_LSH[layer].index_select(0, slots) for segment, slots in where.parts]
         p = [segment.p_LSE[layer].index_select(0, slots) for segment, slots in where.parts]
         h.append(torch.empty(0, self.hidden, dtype=self._h_dtype, device=self.device))
-        p.append(torch.empty(0, self._experts, dtype=torch.float32, device=self.device))
+        p.append(torch.empty(0, self._experts, dtype=self._p_dtype, device=self.device))
         return _joined(h).to(device, non_blocking=True), _joined(p).to(device, non_blocking=True)
 
 

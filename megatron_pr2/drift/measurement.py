@@ -81,8 +81,10 @@ class Measurement:
         self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
         kept_on = device if config.feature_device == "device" else torch.device("cpu")
-        hidden = model_config.hidden_size if config.keeps_inputs else 0
-        self.features = FeatureStore(len(sites), self._experts, hidden, device=kept_on, h_dtype=H_DTYPE)
+        self.features = FeatureStore(
+            len(sites), self._experts, model_config.hidden_size if config.keeps_inputs else 0, device=kept_on, h_dtype=H_DTYPE,
+            p_dtype=torch.float64 if model_config.moe_router_dtype == "fp64" else torch.float32,
+        )  # fmt: skip
         # The pipeline stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
         self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
@@ -154,13 +156,15 @@ class Measurement:
         shift_TE = shift_logits(h_TH, prediction_EH)
         if self._row_horizons:
             shift_TE = shift_TE * self._row_horizons[bound.micro_batch.key]
-        return (p_TE.float() + shift_TE).to(p_TE.dtype)
+        return (p_TE + shift_TE).to(p_TE.dtype)  # added in fp32, or in fp64 for routers in fp64
 
     @contextmanager
     def log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Makes room for the features of the sampled tokens that this rank is going to compute, and keeps them unless it fails."""
         rows = self._rows(micro_batches)
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
+        biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
+        self.features.expert_bias_LE = torch.stack(biases).float() if biases else None
         try:
             if self._horizon is not None:
                 for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
@@ -247,7 +251,7 @@ class Measurement:
         self.features.write(site.local, where, h_TH[:, : self.features.hidden].index_select(0, where.rows), p_SE)
         if bound.routes_TLK is not None:
             replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
-            self.agreement.add(select_experts(site.router, p_SE.float()), replayed_SK, p_SE.shape[1])
+            self.agreement.add(select_experts(site.router, p_SE), replayed_SK, p_SE.shape[1])
 
     def compare(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         """The observer of a training pass."""
@@ -256,9 +260,16 @@ class Measurement:
         if not where.count:
             return
         h_old_SH, p_old_SE = self.features.read(site.local, where, p_TE.device)
-        p_SE = p_TE.index_select(0, where.rows).float()
+        p_SE = p_TE.index_select(0, where.rows)
         current_SK = select_experts(site.router, p_SE)
-        frozen_SK = select_experts(site.router, p_old_SE)
+        p_SE = p_SE.to(p_old_SE.dtype)
+        biases_LE = self.features.expert_bias_LE
+
+        def select_old(logits: Tensor) -> Tensor:
+            """As the router did under theta_old: with its expert bias and in its dtype."""
+            return select_experts(site.router, logits.to(p_TE.dtype), None if biases_LE is None else biases_LE[site.local])
+
+        frozen_SK = select_old(p_old_SE)
         replayed_SK = frozen_SK
         if bound.routes_TLK is not None:
             replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
@@ -277,7 +288,7 @@ class Measurement:
             if self.hold_back is not None and rows.held_out is not None:
                 assert self._predictor.pushed_LEH is not None
                 judged_on = (_rows_of(x, rows.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
-                self.hold_back.add(site.local, site.router, self._predictor.pushed_LEH[site.local], *judged_on)
+                self.hold_back.add(site.local, select_old, self._predictor.pushed_LEH[site.local], *judged_on)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, columns)
 

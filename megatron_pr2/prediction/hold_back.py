@@ -14,14 +14,13 @@ and 0 where none is above zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_pr2.prediction.predictor import shift_logits
-from megatron_pr2.replay.router import select_experts
 from megatron_pr2.routes.overlap import membership
 
 # Coarse: agreement changes little between neighbours, and every step costs a top-k over the held-out tokens.
@@ -65,7 +64,7 @@ class HoldBack:
     def add(
         self,
         layer: int,
-        router: TopKRouter,
+        select: Callable[[Tensor], Tensor],
         w_EH: Tensor,
         current_SK: Tensor,
         frozen_SK: Tensor,
@@ -75,6 +74,7 @@ class HoldBack:
         """Counts one micro-batch of one layer; no host-device synchronisation.
 
         Args:
+            select: the experts that the router of the old-log-prob pass would take, from logits.
             w_EH: the W_p that was pushed before the batch was rolled out.
             current_SK: what the updated router takes.
             frozen_SK: TopK(p_old).
@@ -82,7 +82,7 @@ class HoldBack:
         tokens, topk = current_SK.shape
         candidates = (p_old_SE + self._grid * shift_logits(h_old_SH, w_EH)).flatten(0, 1)
         wanted_SE = membership(current_SK, p_old_SE.shape[1])
-        chosen_JSK = torch.cat([frozen_SK, select_experts(router, candidates)]).view(len(GRID), tokens, topk).long()
+        chosen_JSK = torch.cat([frozen_SK, select(candidates)]).view(len(GRID), tokens, topk).long()
         hits = wanted_SE.expand(len(GRID), -1, -1).gather(2, chosen_JSK)
         self._kept_LJ[layer, :-1] += hits.sum((1, 2), dtype=torch.float64)
         self._kept_LJ[layer, -1] += float(tokens * topk)

@@ -92,11 +92,15 @@ class _Selection:
 
 
 @torch.no_grad()
-def select_experts(router: TopKRouter, logits_TE: Tensor) -> Tensor:
+def select_experts(router: TopKRouter, logits_TE: Tensor, expert_bias_E: Tensor | None = None) -> Tensor:
     """Expert ids [T, K] that this router's own selection rule picks from given logits (groups, expert bias included).
 
     The rule is Megatron-Core's code, left as soon as it has chosen: ties, dtypes and score functions are decided there, and the
     gate weights and [T, E] maps that follow are never made.
+
+    Args:
+        logits_TE: in the dtype that the router computes them in: up to 0.17 Megatron-Core rounds scores to it before it selects.
+        expert_bias_E: an earlier one, in place of the present one.
     """
     if logits_TE.shape[0] == 0:
         return torch.zeros(0, router.topk, dtype=torch.long, device=logits_TE.device)
@@ -108,7 +112,7 @@ def select_experts(router: TopKRouter, logits_TE: Tensor) -> Tensor:
             num_groups=router.config.moe_router_num_groups,
             group_topk=router.config.moe_router_group_topk,
             score_function=router.score_function,
-            expert_bias=router.expert_bias,
+            expert_bias=router.expert_bias if expert_bias_E is None else expert_bias_E,
             router_replay=_Selection(),
         )
     except _Selected as selected:

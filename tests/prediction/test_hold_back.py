@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,8 @@ def test_counting_is_agreement_under_every_beta() -> None:
     p_old, shift, p = (torch.randn(50, toy.EXPERTS) for _ in range(3))
     held = hold_back()
     current, frozen = select_experts(router, p), select_experts(router, p_old)
-    held.add(0, router, torch.eye(toy.EXPERTS), current, frozen, p_old, shift)  # W_p h_old with W_p = 1
+    select = partial(select_experts, router)
+    held.add(0, select, torch.eye(toy.EXPERTS), current, frozen, p_old, shift)  # W_p h_old with W_p = 1
     wanted = [set(row) for row in current.tolist()]
     for j, beta in enumerate(GRID):
         chosen = (p_old + beta * shift).topk(toy.TOPK).indices.tolist()
