@@ -6,9 +6,13 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_pr2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CHOICES = {
     "routes": ("live", "actor", "engine"),
@@ -190,3 +194,24 @@ def setting_texts(kind: type) -> dict[str, str]:
     section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
     return {name: text[:1].upper() + " ".join(text.split())[1:] for name, text in entries}
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """The settings in a file, as they are.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping in YAML.
+    """
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of settings")
+    return loaded

@@ -33,23 +33,23 @@ def megatron_lm_flags(
 
     The model's own flags are not among them: they come with its checkpoint or its script.
     """
-    sizes: dict[str, Any] = {
+    given: dict[str, Any] = {
         **{CONFIG_NAMES[name]: getattr(layout, name) for name in _SIZES},
         "use_distributed_optimizer": True,
         "seq_length": work.seq,
         "micro_batch_size": work.micro_batch,
         "global_batch_size": work.batch // work.mini_steps,
+        **{name: transformer.get(name) for name in _TRANSFORMER},
+        "pr2_preset": preset,
+        **{f"pr2_{name}": value for name, value in pr2.items()},
     }
-    given = {name: transformer[name] for name in _TRANSFORMER if transformer.get(name) is not None}
-    ours = {"pr2_preset": preset, **{f"pr2_{name}": value for name, value in pr2.items()}}
-    return [flag for name, value in {**sizes, **given, **ours}.items() for flag in _flag(name, value)]
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    spelled = "--" + _RENAMED.get(name, name.replace("_", "-"))
-    if isinstance(value, bool):
-        # PR2's switches can be turned off, Megatron-LM's are off where they are absent.
-        return [spelled] if value else [f"--no-{spelled[2:]}"] if name.startswith("pr2_") else []
-    if value is None:
-        return []
-    return [f"{spelled} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"]
+    flags = []
+    for name, value in given.items():
+        flag = _RENAMED.get(name, name.replace("_", "-"))
+        if value is True:
+            flags.append(f"--{flag}")
+        elif value is False and name.startswith("pr2_"):  # Megatron-LM's switches are off where they are absent
+            flags.append(f"--no-{flag}")
+        elif value is not None and value is not False:
+            flags.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    return flags

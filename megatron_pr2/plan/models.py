@@ -48,21 +48,11 @@ MODELS: dict[str, ModelSpec] = {
 
 # Options of `megatron-pr2 plan` and their names as arguments of make_layout.
 LAYOUT_OPTIONS = {
-    "tp": "tensor",
-    "pp": "pipeline",
-    "ep": "expert",
-    "cp": "context",
-    "dp": "data",
-    "etp": "expert_tensor",
-    "world": "world",
-    "vpp": "virtual_pipeline",
-    "sequence_parallel": "sequence_parallel",
-    "first_stage": "layers_in_first",
-    "last_stage": "layers_in_last",
-    "count_embedding": "account_for_embedding",
-    "count_loss": "account_for_loss",
+    "tp": "tensor", "pp": "pipeline", "ep": "expert", "cp": "context", "dp": "data", "etp": "expert_tensor", "world": "world",
+    "vpp": "virtual_pipeline", "sequence_parallel": "sequence_parallel", "first_stage": "layers_in_first",
+    "last_stage": "layers_in_last", "count_embedding": "account_for_embedding", "count_loss": "account_for_loss",
     "pipeline_layout": "pipeline_layout",
-}
+}  # fmt: skip
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -83,14 +73,12 @@ def load_spec(model: str) -> ModelSpec:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(file))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--model {file}: not a Hugging Face config that Transformers can read: {error}") from error
-    try:
+        config = AutoConfig.from_pretrained(str(file)).get_text_config()
         shape = model_shape(config)
     except ConfigError as error:
         raise ConfigError(f"--model {file}: {error}") from None
-    config = config.get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {file}: not a Hugging Face config that Transformers can read: {error}") from error
     heads = getattr(config, "num_attention_heads", None)
     # Grouped sigmoid routing (DeepSeek-V3, GLM-4.5) does not always name its score function.
     sigmoid = config.model_type in ("deepseek_v3", "glm4_moe")
@@ -121,9 +109,9 @@ def make_layout(
             wrongly.
     """
     tp, pp, cp = (sizes.get(name, 1) for name in ("tensor", "pipeline", "context"))
+    given = {**sizes, "data": data, "world": world}
     for option in ("tp", "pp", "ep", "cp", "dp", "etp", "world"):
-        size = {**sizes, "data": data, "world": world}.get(LAYOUT_OPTIONS[option])
-        if size is not None and size < 1:
+        if (size := given.get(LAYOUT_OPTIONS[option])) is not None and size < 1:
             raise ConfigError(f"{option}={size}: expected at least 1")
     if world is not None and data is not None and world != tp * pp * cp * data:
         raise ConfigError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -66,8 +66,7 @@ class RankPlan:
     """One rank, or the sum of all.
 
     Attributes:
-        rank: its number; None for the sum.
-        place: its coordinates; None for the sum.
+        rank, place: its number and coordinates; None for the sum.
         memory, moved: bytes by the names of MEMORY and MOVED.
     """
 
@@ -90,40 +89,34 @@ def plan(model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Co
 
 
 class Plan:
-    """Memory and traffic of every rank, as arrays over kinds of ranks.
+    """Memory and traffic of every rank.
 
     Attributes:
         model, layout, work, config: what was planned.
         tokens: per kind of replica.
-        memory, moved: bytes [G, D, P] by the names of MEMORY and MOVED.
+        distinct_ranks: ranks that were computed; every other one is identical to one of them.
     """
 
     def __init__(self, model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Config) -> None:
         self.model, self.layout, self.work, self.config = model, layout, work, config
-        self._layers_D = np.array([len(layout.moe_columns(pp)) for pp in range(layout.pipeline)], dtype=np.int64)
-        # 1 on all ranks, on the first one of a replica, on those that are given tables, send routes and receive them; [D, P] each.
-        self._all = np.ones((layout.pipeline, layout.context * layout.tensor), dtype=np.int64)
-        self._owner = np.zeros_like(self._all)
-        self._owner[0, 0] = 1
-        scatter = config.route_delivery == "scatter"
-        self._given = self._owner if scatter else self._all
-        self._senders, self._receivers = scatter * self._owner, scatter * (self._all - self._owner)
-        # [(first data-parallel index, replicas)]: the first replica pushes weights, the first ones may train a sequence more.
-        self._kinds = _kinds(work.batch, layout.data)
         hidden = model.hidden if config.keeps_inputs else 0
-        store = FeatureStore(0, model.num_experts, hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
-        self._feature_D = np.array([store.bytes_of(int(layers)) for layers in self._layers_D], dtype=np.int64)
+        self._store = FeatureStore(0, model.num_experts, hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
+        self._layers_D1 = np.array([[len(layout.moe_columns(pp))] for pp in range(layout.pipeline)], dtype=np.int64)
         # The stage with most layers decides for all of them.
-        self._room = config.feature_bytes // store.bytes_of(int(self._layers_D.max()))
-        made: dict[int, ReplicaTokens] = {}
-        for dp, _ in self._kinds:
-            if (count := work.sequences(dp, layout.data)) not in made:
-                made[count] = replica_tokens(layout, work, config, count, self._room)
-        self.tokens = [made[work.sequences(dp, layout.data)] for dp, _ in self._kinds]
-        self._table = RouteTable.missing(work.seq, len(layout.moe_layers), model.topk, model.num_experts)
-        self.memory = {name: np.stack([rows[name] for rows in map(self._memory, self.tokens)]) for name in MEMORY}
-        moved = [self._moved(tokens, dp) for tokens, (dp, _) in zip(self.tokens, self._kinds, strict=True)]
-        self.moved = {name: np.stack([rows[name] for rows in moved]) for name in MOVED}
+        self._room = config.feature_bytes // self._store.bytes_of(int(self._layers_D1.max()))
+        # The first data-parallel index of each kind: the first replica pushes weights, the first ones may train a sequence more.
+        self._firsts = sorted({0, min(1, layout.data - 1), work.batch % layout.data})
+        self.replicas = [end - first for first, end in zip(self._firsts, [*self._firsts[1:], layout.data], strict=True)]
+        made = cache(lambda count: replica_tokens(layout, work, config, count, self._room))
+        self.tokens: list[ReplicaTokens] = [made(work.sequences(first, layout.data)) for first in self._firsts]
+        self._shape = (len(self._firsts), layout.pipeline, layout.context * layout.tensor)
+        kinds = [self._bytes(tokens, first) for tokens, first in zip(self.tokens, self._firsts, strict=True)]
+        # A column per distinct rank, in the order of [G, D, P].
+        one = np.ones(self._shape[1:], dtype=np.int64)
+        self._columns = {name: np.concatenate([(kind[name] * one).ravel() for kind in kinds]) for name in kinds[0]}
+        self._copies = np.repeat(self.replicas, one.size)
+        self._sums = np.sum([self._columns[name] for name in MEMORY], axis=0)
+        self.distinct_ranks = self._sums.size
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
@@ -134,33 +127,26 @@ class Plan:
             ConfigError: the world has no such rank.
         """
         place = self.layout.coordinates(rank)
-        kind = max(i for i, (first, _) in enumerate(self._kinds) if first <= place.dp)
-        at = kind, place.pp, place.cp * self.layout.tensor + place.tp
-        memory, moved = ({name: int(each[at]) for name, each in part.items()} for part in (self.memory, self.moved))
-        return RankPlan(rank, place, memory, moved)
+        kind = max(i for i, first in enumerate(self._firsts) if first <= place.dp)
+        column = np.ravel_multi_index((kind, place.pp, place.cp * self.layout.tensor + place.tp), self._shape)
+        return self._part(rank, place, {name: int(values[column]) for name, values in self._columns.items()})
 
     @cached_property
     def total(self) -> RankPlan:
         """The sum over all ranks."""
-        replicas = np.array(self.replicas, dtype=np.int64)
-        memory, moved = (
-            {name: int(each.sum(axis=(1, 2)) @ replicas) for name, each in part.items()} for part in (self.memory, self.moved)
-        )
-        return RankPlan(None, None, memory, moved)
+        return self._part(None, None, {name: int(values @ self._copies) for name, values in self._columns.items()})
 
     @cached_property
     def typical(self) -> RankPlan:
         """The rank with the median of memory."""
-        flat = self._sums.reshape(len(self._kinds), -1)
-        order = np.argsort(flat, axis=None, kind="stable")
-        weights = np.repeat(self.replicas, flat.shape[1])[order]
-        middle = order[int(np.searchsorted(np.cumsum(weights), (weights.sum() + 1) // 2))]
-        return self._at(int(middle))
+        order = np.argsort(self._sums, kind="stable")
+        below = np.cumsum(self._copies[order])
+        return self._first_of(order[np.searchsorted(below, (below[-1] + 1) // 2)])
 
     @cached_property
     def largest(self) -> RankPlan:
         """The rank with most memory, the first one of equals."""
-        return self._at(int(np.argmax(self._sums)))
+        return self._first_of(np.argmax(self._sums))
 
     @property
     def dropped_sequences(self) -> int:
@@ -173,16 +159,6 @@ class Plan:
         wanted = max(each.wanted for each in self.tokens)
         return min(1.0, self.config.sample_fraction * self._room / wanted) if wanted else 1.0
 
-    @property
-    def replicas(self) -> list[int]:
-        """How many replicas are of each kind."""
-        return [count for _, count in self._kinds]
-
-    @property
-    def distinct_ranks(self) -> int:
-        """Ranks that were computed; every other one is identical to one of them."""
-        return self._sums.size
-
     def device_of(self, name: str) -> str:
         """Where an entry of MEMORY is held: "device" or "host"."""
         where = MEMORY[name][0]
@@ -194,81 +170,68 @@ class Plan:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _sums(self) -> IntArray:
-        return np.sum([self.memory[name] for name in MEMORY], axis=0, dtype=np.int64)
+    def _part(self, rank: int | None, place: Coordinates | None, values: dict[str, int]) -> RankPlan:
+        return RankPlan(rank, place, *({name: values[name] for name in names} for names in (MEMORY, MOVED)))
 
-    def _at(self, index: int) -> RankPlan:
-        kind, stage, place = (int(i) for i in np.unravel_index(index, self._sums.shape))
+    def _first_of(self, column: np.intp) -> RankPlan:
+        kind, stage, place = (int(i) for i in np.unravel_index(column, self._shape))
         tensor = self.layout.tensor
-        return self.rank(self.layout.rank(Coordinates(place % tensor, place // tensor, self._kinds[kind][0], stage)))
+        return self.rank(self.layout.rank(Coordinates(place % tensor, place // tensor, self._firsts[kind], stage)))
 
-    def _route_bytes(self, tokens_P: IntArray) -> IntArray:
-        """Compact ids of tokens in a stage's layers, [D, P]."""
-        return self._layers_D[:, None] * tokens_P * self.model.topk * expert_dtype(self.model.num_experts).itemsize
+    def _bytes(self, tokens: ReplicaTokens, dp: int) -> dict[str, IntArray]:
+        """Every quantity, on the stages and places of a replica [D, P] or what broadcasts to it."""
+        model, layout, work, config = self.model, self.layout, self.work, self.config
+        layers_D1, replica_tokens = self._layers_D1, tokens.sequences * work.seq
+        scatter = config.route_delivery == "scatter"
+        # 1 on the first rank of a replica, on those that are given tables, on those that receive routes.
+        owner = np.zeros(self._shape[1:], dtype=np.int64)
+        owner[0, 0] = 1
+        given = owner if scatter else np.ones_like(owner)
+        receivers = scatter * (1 - owner)
+        table = RouteTable.missing(work.seq, len(layout.moe_layers), model.topk, model.num_experts)
 
-    def _sent_by_owner(self, tokens_P: IntArray) -> IntArray:
-        """[D, P], everybody's routes but its own."""
-        shares = self._route_bytes(tokens_P)
-        return self._senders * (shares.sum() - shares[0, 0])
+        def predictor(strategy: str) -> dict[str, IntArray]:
+            bytes_of = partial(predictor_bytes, num_experts=model.num_experts, hidden=model.hidden, hold_back=config.hold_back)
+            sizes = [bytes_of(int(layers), predictor=strategy) for layers in layers_D1[:, 0]]
+            return {name: np.array([[size[name]] for size in sizes]) for name in sizes[0]}
 
-    def _predictor(self, strategy: str) -> dict[str, IntArray]:
-        """Bytes of a predictor's tensors, [D, P]."""
-        model, hold_back = self.model, self.config.hold_back
-        sizes_D = [
-            predictor_bytes(int(n), model.num_experts, model.hidden, strategy, hold_back=hold_back) for n in self._layers_D
-        ]
-        return {name: self._all * np.array([[size[name]] for size in sizes_D]) for name in sizes_D[0]}
+        def routes(tokens_P: IntArray) -> IntArray:
+            return layers_D1 * tokens_P * model.topk * expert_dtype(model.num_experts).itemsize
 
-    def _memory(self, tokens: ReplicaTokens) -> dict[str, IntArray]:
-        feature_D1 = self._feature_D[:, None]
-        features = feature_D1 * tokens.sampled_P
-        replica_tokens = tokens.sequences * self.work.seq
-        return {
-            **self._predictor(self.config.predictor),
-            "features": features,
-            "features_fetched": feature_D1 * tokens.held_P,
-            "features_under_way": np.minimum(features, STAGING_BYTES) * (self.config.feature_device == "cpu"),
-            "tables": self._given * (tokens.sequences * self._table.nbytes),
-            "slices": self._route_bytes(tokens.rows_P),
-            # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
-            "routes_under_way": self._receivers * 8 * tokens.opened_P + self._sent_by_owner(tokens.opened_P),
-            "token_ids": self._all * torch.int32.itemsize * (replica_tokens + 1),
-            "index": self._all * INDEX_BYTES * replica_tokens,
-        }
+        def sent(tokens_P: IntArray) -> IntArray:  # everybody's but its own
+            return scatter * owner * (routes(tokens_P).sum() - routes(tokens_P)[0, 0])
 
-    def _moved(self, tokens: ReplicaTokens, dp: int) -> dict[str, IntArray]:
-        feature_D1 = self._feature_D[:, None]
-        layout, learning = self.layout, self.work.mini_steps - 1
-        holders = layout.data * layout.context
-        learners = holders * (layout.tensor if layout.sequence_parallel else 1)
-        layers_D1 = self._layers_D[:, None]
-        pushed = np.zeros_like(self._all)
-        if dp == 0:
-            pushed[:, :1] = layers_D1 * self.model.num_experts * self.model.hidden * GATE_BYTES
+        def features(tokens_P: IntArray) -> IntArray:
+            return np.array([[self._store.bytes_of(int(n))] for n in layers_D1[:, 0]]) * tokens_P
+
+        own, holders = predictor(config.predictor), layout.data * layout.context
         # A gate's update per layer, and of how many elements it is (optimizer_moments.next_updates).
-        followed = (self._predictor("momentum")["momentum"] + 4 * layers_D1) * self.config.follows
-        gradient = self._predictor(self.config.predictor)["gradient"]
-        # replay.intake: a bit per token.
-        validity = math.ceil(tokens.sequences * self.work.seq / 8)
+        followed = (predictor("momentum")["momentum"] + 4 * layers_D1) * config.follows
+        learners = holders * (layout.tensor if layout.sequence_parallel else 1)
+        pushers = (np.arange(owner.shape[1]) == 0) & (dp == 0)
         return {
-            "engine_routes": self._owner * (tokens.sequences * sglang_route_bytes(self.work.seq, self.model)),
-            "compact_routes": self._given * (tokens.sequences * self._table.encoded_size),
-            "validity_received": self._receivers * validity,
-            "routes_sent": self._sent_by_owner(tokens.routed_P),
-            "routes_received": self._receivers * self._route_bytes(tokens.routed_P),
-            "features_sent": feature_D1 * tokens.sent_P,
-            "features_received": feature_D1 * tokens.fetched_P,
-            "gradient_reduced": learning * ring_bytes(gradient, learners),
-            "momentum_reduced": self.work.mini_steps * ring_bytes(followed, holders),
-            "gates_pushed": pushed,
+            **own,
+            "features": features(tokens.sampled_P),
+            "features_fetched": features(tokens.held_P),
+            "features_under_way": np.minimum(features(tokens.sampled_P), STAGING_BYTES) * (config.feature_device == "cpu"),
+            "tables": given * tokens.sequences * table.nbytes,
+            "slices": routes(tokens.rows_P),
+            # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
+            "routes_under_way": receivers * 8 * tokens.opened_P + sent(tokens.opened_P),
+            "token_ids": np.array(torch.int32.itemsize * (replica_tokens + 1)),
+            "index": np.array(INDEX_BYTES * replica_tokens),
+            "engine_routes": owner * tokens.sequences * sglang_route_bytes(work.seq, model),
+            "compact_routes": given * tokens.sequences * table.encoded_size,
+            # replay.intake: a bit per token.
+            "validity_received": receivers * math.ceil(replica_tokens / 8),
+            "routes_sent": sent(tokens.routed_P),
+            "routes_received": receivers * routes(tokens.routed_P),
+            "features_sent": features(tokens.sent_P),
+            "features_received": features(tokens.fetched_P),
+            "gradient_reduced": (work.mini_steps - 1) * ring_bytes(own["gradient"], learners),
+            "momentum_reduced": work.mini_steps * ring_bytes(followed, holders),
+            "gates_pushed": pushers * layers_D1 * model.num_experts * model.hidden * GATE_BYTES,
         }
-
-
-def _kinds(batch: int, data: int) -> list[tuple[int, int]]:
-    """(first data-parallel index, replicas) of identical replicas."""
-    firsts = sorted({0, *((1,) if data > 1 else ()), *((batch % data,) if 0 < batch % data < data else ())})
-    return [(first, end - first) for first, end in zip(firsts, [*firsts[1:], data], strict=True)]
 
 
 def ring_bytes(payload: IntArray, ranks: int) -> IntArray:

@@ -50,13 +50,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _rank_as_json(plan: Plan, part: RankPlan) -> dict[str, Any]:
     place = {} if part.place is None else {"rank": part.rank, **part.place._asdict()}
-    return {
-        **place,
-        "device_bytes": plan.held(part, "device"),
-        "host_bytes": plan.held(part, "host"),
-        "memory": part.memory,
-        "moved": part.moved,
-    }
+    held = {f"{device}_bytes": plan.held(part, device) for device in WHERE}
+    return {**place, **held, "memory": part.memory, "moved": part.moved}
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -105,31 +100,23 @@ def print_run(run: Mapping[str, Any], console: Console | None = None) -> None:
 
 
 def _table(plan: Plan, title: str, words: Mapping[str, str], part: str) -> Table:
-    typical, largest = plan.typical, plan.largest
+    memory, parts = part == "memory", (plan.typical, plan.largest, plan.total)
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
-    if part == "memory":
+    if memory:
         table.add_column("where")
-    for heading, rank in (("typical", typical), ("largest", largest)):
-        table.add_column(f"{heading}: rank {rank.rank}\n{_place(rank)}", justify="right")
-    table.add_column("all ranks", justify="right")
-    shown = (typical, largest, plan.total)
+    for heading, each in zip(("typical", "largest", "all ranks"), parts, strict=True):
+        place = "" if each.place is None else " ".join(f"{kind}{index}" for kind, index in each.place._asdict().items())
+        table.add_column(f"{heading}: rank {each.rank}\n{place}" if place else heading, justify="right")
     for name, meaning in words.items():
-        values = [getattr(each, part)[name] for each in shown]
-        if any(values):
-            where = [WHERE[plan.device_of(name)]] if part == "memory" else []
-            table.add_row(meaning, *where, *map(_size, values))
-    if part == "memory":
+        if any(values := [getattr(each, part)[name] for each in parts]):
+            table.add_row(meaning, *([WHERE[plan.device_of(name)]] if memory else []), *map(_size, values))
+    if memory:
         table.add_section()
-        for device, name in WHERE.items():
-            table.add_row("together", name, *(_size(plan.held(each, device)) for each in shown))
+        for device, where in WHERE.items():
+            table.add_row("together", where, *(_size(plan.held(each, device)) for each in parts))
     return table
 
 
 def _size(num_bytes: int) -> str:
     return size(num_bytes) if num_bytes else "-"
-
-
-def _place(part: RankPlan) -> str:
-    assert part.place is not None
-    return " ".join(f"{kind}{index}" for kind, index in part.place._asdict().items())

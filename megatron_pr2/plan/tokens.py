@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +65,8 @@ class Workload:
 
     def training_parts(self, count: int) -> list[list[Part]]:
         """Micro-batches of every mini-step of a replica that trains `count` sequences."""
-        ends = [count * (i + 1) // self.mini_steps for i in range(self.mini_steps)]
-        return [_parts(start, stop, self.micro_batch) for start, stop in zip([0, *ends], ends, strict=False)]
+        ends = [count * i // self.mini_steps for i in range(self.mini_steps + 1)]
+        return [_parts(start, stop, self.micro_batch) for start, stop in pairwise(ends)]
 
     def log_prob_parts(self, count: int) -> list[Part]:
         """Micro-batches of the old-log-prob pass."""
@@ -77,23 +79,12 @@ def _parts(start: int, stop: int, size: int) -> list[Part]:
     return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A micro-batch of so many sequences on the places of a stage.
-
-    Attributes:
-        place_BN: which place computes a token.
-        tokens_P: tokens on each place.
-        rows_P: rows of its routers, padding included.
-    """
+class Cut(NamedTuple):
+    """A micro-batch on the places of a stage: which place computes a token [B, N]; tokens and rows, padding included, of each."""
 
     place_BN: npt.NDArray[np.int32]
     tokens_P: IntArray
     rows_P: IntArray
-
-
-# By the number of sequences.
-CutOf = Callable[[int], Cut]
 
 
 @dataclass(frozen=True)
@@ -129,35 +120,41 @@ def replica_tokens(layout: ParallelLayout, work: Workload, config: PR2Config, co
     Args:
         room: tokens whose features a rank may keep.
     """
-    cut_of: CutOf = cache(lambda size: cut_micro_batch(layout, work, size))
+    cut_of = cache(lambda size: cut_micro_batch(layout, work, size))
     mini_steps, log_prob = work.training_parts(count), work.log_prob_parts(count)
-    places = layout.context * layout.tensor
-    zero = np.zeros(places, dtype=np.int64)
     # A micro-batch that both passes cut in the same way gets its routes once.
     distinct = {part for parts in [log_prob, *mini_steps] for part in parts}
-    cuts = [cut_of(stop - start) for start, stop in distinct]
-    opened = sum((cut_of(stop - start).tokens_P for start, stop in log_prob), zero)
-    counts = np.zeros((count, places), dtype=np.int64)
-    for sequence, place_N in _by_sequence(log_prob, cut_of):
-        counts[sequence] = np.bincount(place_N[_sample(work, config, sequence)], minlength=places)
-    sampled, kept = _kept(counts, room)
+    cuts, opened = ([cut_of(stop - start) for start, stop in parts] for parts in (distinct, log_prob))
+    zero = np.zeros(layout.context * layout.tensor, dtype=np.int64)
+    # Of each sequence the places of its sampled tokens.
+    holder = {
+        sequence: place_N[_sample(work, config, sequence)] for sequence, place_N in _by_sequence(log_prob, cut_of)
+    }
+    counts_BP = np.array([np.bincount(holder[i], minlength=len(zero)) for i in range(count)]).reshape(count, len(zero))
+    sampled, kept = _kept(counts_BP, room)
     fetched, sent, held = zero.copy(), zero.copy(), zero.copy()
     # Nothing moves where the log-prob pass had the same micro-batches.
-    if distinct != set(log_prob):
-        holder = dict(_by_sequence(log_prob, cut_of))
-        for parts in mini_steps:
-            arrived = zero.copy()
-            for sequence, place_N in _by_sequence(parts, cut_of):
-                if kept[sequence]:
-                    tokens = _sample(work, config, sequence)
-                    before, after = holder[sequence][tokens], place_N[tokens]
-                    arrived += np.bincount(after[before != after], minlength=places)
-                    sent += np.bincount(before[before != after], minlength=places)
-            fetched += arrived
-            held = np.maximum(held, arrived)
-    routed, rows = sum((cut.tokens_P for cut in cuts), zero), sum((cut.rows_P for cut in cuts), zero)
-    wanted = int(counts.sum(axis=0).max())
-    return ReplicaTokens(count, int(kept.sum()), wanted, routed, rows, opened, sampled, fetched, sent, held)
+    for parts in mini_steps if distinct != set(log_prob) else []:
+        arrived = zero.copy()
+        for sequence, place_N in _by_sequence(parts, cut_of):
+            if kept[sequence]:
+                before, after = holder[sequence], place_N[_sample(work, config, sequence)]
+                arrived += np.bincount(after[before != after], minlength=len(zero))
+                sent += np.bincount(before[before != after], minlength=len(zero))
+        fetched += arrived
+        held = np.maximum(held, arrived)
+    return ReplicaTokens(
+        sequences=count,
+        kept_sequences=int(kept.sum()),
+        wanted=int(counts_BP.sum(axis=0).max()),
+        routed_P=sum((cut.tokens_P for cut in cuts), zero),
+        rows_P=sum((cut.rows_P for cut in cuts), zero),
+        opened_P=sum((cut.tokens_P for cut in opened), zero),
+        sampled_P=sampled,
+        fetched_P=fetched,
+        sent_P=sent,
+        held_P=held,
+    )
 
 
 def cut_micro_batch(layout: ParallelLayout, work: Workload, size: int) -> Cut:
@@ -176,11 +173,10 @@ def cut_micro_batch(layout: ParallelLayout, work: Workload, size: int) -> Cut:
     return Cut(place_BN, tokens, rows)
 
 
-def _by_sequence(parts: list[Part], cut_of: CutOf) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+def _by_sequence(parts: list[Part], cut_of: Callable[[int], Cut]) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
     """Every sequence with the places [N] of its tokens."""
     for start, stop in parts:
-        for column, sequence in enumerate(range(start, stop)):
-            yield sequence, cut_of(stop - start).place_BN[column]
+        yield from zip(range(start, stop), cut_of(stop - start).place_BN, strict=True)
 
 
 def _sample(work: Workload, config: PR2Config, sequence: int) -> IntArray:
@@ -188,13 +184,11 @@ def _sample(work: Workload, config: PR2Config, sequence: int) -> IntArray:
     return sample_positions(config.seed, sequence, np.arange(work.prompt - 1, work.seq - 1), config.sample_fraction)
 
 
-def _kept(counts_QP: IntArray, room: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+def _kept(counts_BP: IntArray, room: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Tokens on every place, and which sequences are kept: whole ones while no place exceeds its room (FeaturePlan)."""
-    load = np.zeros(counts_QP.shape[1], dtype=np.int64)
-    kept = np.zeros(len(counts_QP), dtype=bool)
-    for sequence in spread_order(range(len(counts_QP))).tolist():
-        tokens_P = counts_QP[sequence]
-        if (load + tokens_P <= room).all():
-            load += tokens_P
+    load, kept = np.zeros(counts_BP.shape[1], dtype=np.int64), np.zeros(len(counts_BP), dtype=bool)
+    for sequence in spread_order(range(len(counts_BP))).tolist():
+        if (load + counts_BP[sequence] <= room).all():
+            load += counts_BP[sequence]
             kept[sequence] = True
     return load, kept

@@ -8,17 +8,15 @@ read; whether verl knows every key is checked where verl is installed (tests/tes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_pr2.config import PRESETS
+from megatron_pr2.config import PRESETS, read_yaml
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.parallel.layout import CONFIG_NAMES
+from megatron_pr2.parallel.layout import CONFIG_NAMES, data_size
 from megatron_pr2.plan.models import LAYOUT_OPTIONS, MODELS
 from megatron_pr2.rollout.sglang.refusals import refusals
 
@@ -57,8 +55,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class VerlRun:
+class VerlRun(NamedTuple):
     """A configuration as a plan takes it.
 
     Attributes:
@@ -87,24 +84,22 @@ def read_verl(path: Path) -> VerlRun:
     tree = _Tree(path)
     world = tree.count("trainer.nnodes") * tree.count("trainer.n_gpus_per_node")
     sizes = {option: tree.count(f"{MEGATRON}.{_setting(option)}") for option in ("tp", "pp", "cp", "ep")}
-    model_size = sizes["tp"] * sizes["pp"] * sizes["cp"]
-    if world % model_size:
-        raise tree.error(
-            f"trainer.nnodes x trainer.n_gpus_per_node = {world} is not a multiple of {MEGATRON}.tensor_model_parallel_size="
-            f"{sizes['tp']} x pipeline_model_parallel_size={sizes['pp']} x context_parallel_size={sizes['cp']} = {model_size}"
-        )
+    try:
+        data = data_size(world, sizes["tp"], sizes["pp"], sizes["cp"])
+    except ConfigError as error:
+        raise tree.error(f"trainer.nnodes x trainer.n_gpus_per_node: {error}") from None
     transformer = tree.mapping(f"{MEGATRON}.override_transformer_config")
     pr2 = tree.mapping(PR2)
     preset = pr2.pop("preset", None)
     options = {
-        "model": _model_name(str(tree.get("actor_rollout_ref.model.path", ""))),
+        "model": _model_name(str(tree.get("actor_rollout_ref.model.path") or "")),
         **sizes,
         "world": world,
         **{option: tree.count(f"{MEGATRON}.{_setting(option)}", optional=True) for option in ("etp", "vpp")},
         **{option: transformer.get(_setting(option)) for option in ("first_stage", "last_stage", "pipeline_layout")},
         **{option: bool(transformer.get(_setting(option))) for option in ("count_embedding", "count_loss")},
         "padded": not tree.get(f"{MEGATRON}.use_remove_padding"),
-        **_batch(tree, world // model_size, sizes["cp"]),
+        **_batch(tree, data, sizes["cp"]),
         # Under verl every rank of a replica is given the routes.
         "route_delivery": pr2.get("route_delivery", "local"),
     }
@@ -134,11 +129,9 @@ def _batch(tree: _Tree, data: int, context: int) -> dict[str, int]:
     seq = prompt + tree.count("data.max_response_length")
     of_replica = mini * responses // data
     if tree.get(f"{ACTOR}.use_dynamic_bsz"):
-        train_key = f"{ACTOR}.ppo_max_token_len_per_gpu"
-        tokens = tree.count(train_key)
-        micro = _sequences(tree, train_key, tokens, context, seq)
-        log_key = f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
-        log_prob = _sequences(tree, log_key, tree.count(log_key, optional=True) or tokens, context, seq)
+        train_key, log_key = f"{ACTOR}.ppo_max_token_len_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
+        micro = _sequences(tree, train_key, context, seq)
+        log_prob = micro if tree.get(log_key) is None else _sequences(tree, log_key, context, seq)
     else:
         train_key = f"{ACTOR}.ppo_micro_batch_size_per_gpu"
         micro = tree.count(train_key)
@@ -155,8 +148,9 @@ def _batch(tree: _Tree, data: int, context: int) -> dict[str, int]:
     }
 
 
-def _sequences(tree: _Tree, key: str, tokens: int, context: int, seq: int) -> int:
+def _sequences(tree: _Tree, key: str, context: int, seq: int) -> int:
     """Sequences of full length in a micro-batch that is filled up to a number of tokens."""
+    tokens = tree.count(key)
     if tokens * context < seq:
         raise tree.error(
             f"{key}={tokens} x context_parallel_size={context} = {tokens * context} tokens: a sequence of "
@@ -213,19 +207,19 @@ class _Tree:
         try:
             self._settings = OmegaConf.merge(*_parts(path))
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+            raise self.error(str(error).splitlines()[0]) from error
 
     def error(self, message: str) -> ConfigError:
         """An error that names the file."""
         return ConfigError(f"{self._path}: {message}")
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str) -> Any:
         """A value, verl's default where the file has none."""
         try:
             found = OmegaConf.select(self._settings, key)
         except OmegaConfBaseException as error:
             raise self.error(f"{key}: {str(error).splitlines()[0]}") from error
-        return DEFAULTS.get(key, default) if found is None else found
+        return DEFAULTS.get(key) if found is None else found
 
     def count(self, key: str, *, optional: bool = False) -> Any:
         """A number of things, at least 1; None where it is optional and not set."""
@@ -239,22 +233,15 @@ class _Tree:
     def mapping(self, key: str) -> dict[str, Any]:
         """A section as plain values, empty where there is none."""
         found = self.get(key)
-        values = OmegaConf.to_container(found, resolve=True) if isinstance(found, DictConfig) else found
-        if values is not None and not isinstance(values, Mapping):
+        values = OmegaConf.to_container(found, resolve=True) if isinstance(found, DictConfig) else found or {}
+        if not isinstance(values, dict):
             raise self.error(f"{key}={values!r}: expected a mapping of settings")
-        return {str(name): value for name, value in (values or {}).items()}
+        return {str(name): value for name, value in values.items()}
 
 
 def _parts(path: Path) -> Iterator[DictConfig]:
     """The files in the order in which they override each other."""
-    try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of settings, as verl's configurations are")
+    loaded = read_yaml(path)
     for entry in loaded.pop("defaults", None) or ():
         group, name = next(iter(entry.items())) if isinstance(entry, Mapping) else ("", str(entry))
         beside = path.parent / str(group) / f"{name}.yaml"

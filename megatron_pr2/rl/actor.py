@@ -34,7 +34,6 @@ from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import load_optimizer, model_shards, optimizer_shards, optimizer_template, read
 from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
 from megatron_pr2.rl.losses import LOSS_COLUMNS, decoupled_loss, diagnose
-from megatron_pr2.rl.old_logprobs import needs_snapshot_pass
 from megatron_pr2.rl.proximal import ProximalPolicy
 
 logger = logging.getLogger(__name__)
@@ -110,10 +109,9 @@ class Actor:
 
         Fills `sample.old_logprobs`, except with old_logprobs=ewma, where :meth:`update` does.
         """
-        source = self._config.algorithm.old_logprobs
-        if needs_snapshot_pass(source, self.pr2.config):
+        if self._config.needs_snapshot_pass:
             self._take_logprobs(samples, self.pr2.old_logprobs)
-        if source == "rollout":
+        if self._config.algorithm.old_logprobs == "rollout":
             for sample in samples:
                 sample.old_logprobs = sample.rollout_logprobs()
 

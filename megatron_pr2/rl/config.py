@@ -5,51 +5,24 @@ A YAML file names what differs from the defaults; `key=value` on the command lin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_pr2.config import PR2Config
+from megatron_pr2.config import PR2Config, read_yaml
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import BRIDGES
-from megatron_pr2.rl.old_logprobs import KINDS, LEVELS, check_source
 from megatron_pr2.rl.task import LESSONS
-from megatron_pr2.rollout.sglang.config import SGLangConfig
 
-_CHOICES = {
-    "model.warm_start": LESSONS,
-    "model.bridge": BRIDGES,
-    "model.dtype": ("float32", "bfloat16"),
-    "rollout.engine": ("megatron", "sglang"),
-    "algorithm.importance": KINDS,
-    "algorithm.importance_level": LEVELS,
-    "algorithm.proximal_device": ("device", "cpu"),
-}
-_AT_LEAST = {
-    "steps": 1,
-    "checkpoint_every": 1,
-    "seed": 0,
-    "parallel.processes": 1,
-    "parallel.expert": 1,
-    "rollout.prompts": 1,
-    "rollout.responses": 1,
-    "rollout.max_new_tokens": 1,
-    "rollout.max_turns": 1,
-    "rollout.engines": 1,
-    "rollout.restarts": 0,
-    "rollout.oversample": 1,
-    "algorithm.mini_steps": 1,
-    "algorithm.micro_batch_size": 1,
-    "algorithm.clip_high": 0,
-    "algorithm.importance_cap": 1,
-    "optimizer.lr": 0,
-}
+SOURCES = ("recompute", "rollout", "ewma")
+KINDS = ("none", "tis", "mis")
+LEVELS = ("token", "sequence")
 
 
 @dataclass
@@ -222,6 +195,17 @@ class TrainConfig:
         """Whether the rollout engine has to return routes."""
         return self.replay().routes == "engine"
 
+    @property
+    def needs_snapshot_pass(self) -> bool:
+        """Whether a forward under theta_old has to be run for a rollout batch (a `pr2.old_logprobs` session).
+
+        It is where log-probs are recomputed, the actor records its routes, and features are kept of what a predictor learns from or
+        is judged by. Without it there are no drift metrics, and `min_agreement` is not checked (docs/off_policy.md).
+        """
+        replay = self.replay()
+        features = replay.learns or (replay.predicts and replay.hold_back)
+        return self.algorithm.old_logprobs == "recompute" or replay.routes == "actor" or features
+
     def replay(self) -> PR2Config:
         """The settings of predictive routing replay: the preset with its overrides."""
         return PR2Config.preset(self.preset, **{"seed": self.seed, **self.pr2})
@@ -258,48 +242,69 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     return config
 
 
-def read_yaml(path: str | Path) -> DictConfig:
-    """The settings in a file, as they are.
-
-    Raises:
-        ConfigError: it cannot be read, or is no mapping in YAML.
-    """
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not YAML ({_one_line(error)})") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of settings")
-    return loaded
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(least: int) -> Rule:
+    return lambda value: value >= least, f"at least {least}"  # NaN is not
+
+
+def _one_of(*allowed: str) -> Rule:
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+_UP_TO_ONE: Rule = (lambda value: 0.0 <= value < 1.0, "a number in [0, 1)")
+# What a setting has to be, and how that is told.
+_RULES: dict[str, Rule] = {
+    **{name: _at_least(1) for name in ("steps", "checkpoint_every", "parallel.processes", "parallel.expert")},
+    **{
+        f"rollout.{name}": _at_least(1)
+        for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines", "oversample")
+    },
+    **{f"algorithm.{name}": _at_least(1) for name in ("mini_steps", "micro_batch_size", "importance_cap")},
+    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "algorithm.clip_high", "optimizer.lr")},
+    "algorithm.clip_low": _UP_TO_ONE,
+    "algorithm.proximal_decay": _UP_TO_ONE,
+    "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
+    "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
+    "model.warm_start": _one_of(*LESSONS),
+    "model.bridge": _one_of(*BRIDGES),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "rollout.engine": _one_of("megatron", "sglang"),
+    "algorithm.old_logprobs": _one_of(*SOURCES),
+    "algorithm.importance": _one_of(*KINDS),
+    "algorithm.importance_level": _one_of(*LEVELS),
+    "algorithm.proximal_device": _one_of("device", "cpu"),
+}
 
 
 def validate(config: TrainConfig) -> None:
     """Raises ConfigError for settings that are out of range or contradict each other."""
     replay = config.replay()
     parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
-    for name, allowed in _CHOICES.items():
-        if (value := attrgetter(name)(config)) not in allowed:
-            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-    for name, least in _AT_LEAST.items():
-        if not (value := attrgetter(name)(config)) >= least:  # NaN is not
-            raise ConfigError(f"{name}={value}: expected at least {least}")
-    for name, right, expected in (
-        ("algorithm.clip_low", 0.0 <= algorithm.clip_low < 1.0, "a number in [0, 1)"),
-        ("algorithm.importance_floor", 0.0 <= algorithm.importance_floor <= 1.0, "a number in [0, 1]"),
-        ("algorithm.proximal_decay", 0.0 <= algorithm.proximal_decay < 1.0, "a number in [0, 1)"),
-        ("rollout.temperature", rollout.temperature > 0, "> 0 (greedy responses give GRPO no signal)"),
-    ):
-        if not right:
-            raise ConfigError(f"{name}={attrgetter(name)(config)}: expected {expected}")
-    check_source(algorithm.old_logprobs, algorithm.importance, replay)
+    for name, (right, expected) in _RULES.items():
+        if not right(value := attrgetter(name)(config)):
+            raise ConfigError(f"{name}={value!r}: expected {expected}")
+    source, importance = algorithm.old_logprobs, algorithm.importance
+    if source == "rollout" and replay.routes == "actor":
+        raise ConfigError(
+            "algorithm.old_logprobs=rollout contradicts pr2.routes=actor (preset=r2): the engine's log-probs belong to other "
+            "routes than those that the actor records and replays; set old_logprobs=recompute, or pr2.routes=engine (preset=r3)"
+        )
+    if source == "rollout" and importance != "none":
+        raise ConfigError(
+            f"algorithm.importance={importance} corrects old log-probs for the engine's, and with algorithm.old_logprobs=rollout "
+            "they are the same; set importance=none, or old_logprobs=recompute"
+        )
+    if source == "ewma" and importance == "none":
+        raise ConfigError(
+            "algorithm.old_logprobs=ewma needs algorithm.importance=tis or mis: nothing was sampled from the moving average, and a "
+            "ratio to it alone is off-policy without a correction"
+        )
     for name in ("urls", "sglang"):
         if getattr(rollout, name) and rollout.engine != "sglang":
             raise ConfigError(f"rollout.{name}={getattr(rollout, name)!r} needs rollout.engine=sglang, not {rollout.engine!r}")
@@ -313,28 +318,3 @@ def validate(config: TrainConfig) -> None:
             f"rollout.prompts * rollout.responses / parallel.processes = {samples} samples a rank is not a multiple of "
             f"algorithm.mini_steps={algorithm.mini_steps}"
         )
-
-
-def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:
-    """The settings of the SGLang engines: `rollout.sglang` over what the job implies.
-
-    Raises:
-        ConfigError: an unknown field, or values that SGLangConfig refuses.
-    """
-    rollout = config.rollout
-    implied: dict[str, Any] = {
-        "urls": tuple(rollout.urls),
-        "model_path": None if rollout.urls else model_path,
-        "engines": rollout.engines,
-        "router": rollout.router,
-        "dtype": config.model.dtype,
-        "log_path": None if rollout.urls else str(Path(config.run) / "sglang.log"),
-    }
-    allowed = {entry.name for entry in fields(SGLangConfig)} - {"urls", "model_path", "engines", "router"}
-    if unknown := sorted(set(rollout.sglang) - allowed):
-        raise ConfigError(f"rollout.sglang.{unknown[0]}: not a setting here; expected one of {', '.join(sorted(allowed))}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in rollout.sglang.items()}
-    try:
-        return SGLangConfig(**{**implied, **given})
-    except TypeError as error:
-        raise ConfigError(f"rollout.sglang: a value has a wrong type ({error}); see docs/sglang.md") from error

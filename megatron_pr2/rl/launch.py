@@ -7,16 +7,19 @@ import itertools
 import logging
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from megatron_pr2.config import read_yaml
 from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
-from megatron_pr2.rl.config import TrainConfig, read_yaml
+from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.preflight import check, examples_model
 from megatron_pr2.rl.task import training_problems, write_problems
 
@@ -127,17 +130,32 @@ def _run_ranks(config: TrainConfig, model_path: str, data_path: str) -> None:
 def _rank(config: TrainConfig, model_path: str, data_path: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from megatron_pr2.rl.quiet import silence_known_warnings
+    @record
+    def work() -> None:
+        _silence_known_warnings()
+        _enable_host()
+        from megatron_pr2.rl import worker
 
-    silence_known_warnings()
-    record(_work)(config, model_path, data_path)
+        worker.run(config, model_path, data_path)
+
+    work()
 
 
-def _work(config: TrainConfig, model_path: str, data_path: str) -> None:
-    _enable_host()
-    from megatron_pr2.rl import worker
+def _silence_known_warnings() -> None:
+    """Hides what torch and Megatron-Core say of each other's names on every step and rank: nobody who runs a job can act on it."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
+    # Imported by Megatron-Core itself, from a model that is not in use.
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+    for name, start in (
+        # GPTModel is what the bridges build; HybridModel, its successor, is not in all releases.
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+        ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+    ):
+        logging.getLogger(name).addFilter(partial(_says_other, start))
 
-    worker.run(config, model_path, data_path)
+
+def _says_other(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
 
 
 def _enable_host() -> None:
@@ -211,15 +229,14 @@ def warm_start(config: TrainConfig) -> Path:
 
 def _reason(error: ChildFailedError, log: Path) -> str:
     """The error of the first failed rank, in a line; every rank's traceback goes to `log`."""
+
+    def told(message: Any) -> dict[str, Any]:  # a plain text where a rank was killed
+        return message if isinstance(message, dict) else {"message": message}
+
     with log.open("a", encoding="utf-8") as file:
         for rank, failure in error.failures.items():
+            said = told(failure.message)
             file.write(f"--- rank {rank}, exit code {failure.exitcode}, {failure.timestamp_isoformat()}\n")
-            file.write(f"{_field(failure.message, 'extraInfo') or failure.message}\n")
+            file.write(f"{said.get('extraInfo', {}).get('py_callstack') or said['message']}\n")
     rank, failure = error.get_first_failure()
-    return f"rank {rank}: {_field(failure.message, 'message') or failure.message} (tracebacks: {log})"
-
-
-def _field(message: object, name: str) -> str:
-    """A field of torchelastic's error file, whose message is a dict or, where a rank was killed, a plain text."""
-    value = message.get(name, "") if isinstance(message, dict) else ""
-    return value.get("py_callstack", str(value)) if isinstance(value, dict) else str(value)
+    return f"rank {rank}: {told(failure.message)['message']} (tracebacks: {log})"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl.old_logprobs import KINDS, LEVELS
+from megatron_pr2.rl.config import KINDS, LEVELS
 
 # What policy_loss sums over the loss-bearing tokens of a micro-batch, in this order.
 LOSS_COLUMNS = ("tokens", "loss", "clipped", "ratio", "ratio_squared", "approx_kl")

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import choose_bridge
 from megatron_pr2.hf.shape import EXPERTS, model_shape
 from megatron_pr2.hf.weight_files import tensor_files
-from megatron_pr2.rl.config import TrainConfig, sglang_config
+from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, check_length, load_examples
 from megatron_pr2.rl.prompts import load_environment
 from megatron_pr2.rl.task import training_problems
@@ -52,7 +53,7 @@ def check(config: TrainConfig) -> None:
         else [Example(problem.prompt, problem.answer, generated) for problem in training_problems(config.seed)]
     )
     load_environment(config.rollout.environment)
-    model, longest = None, 0
+    model, longest = SimpleNamespace(), 0
     if config.model.path is None:
         if not examples_model(config).is_dir():  # one that is there is only read
             check_place(Path(config.model.cache), "model.cache")
@@ -76,31 +77,32 @@ def check_place(directory: Path, setting: str) -> None:
     """Refuses a directory that can neither be made nor written to."""
     # Not Path.exists(), which raises where a parent may not be searched.
     existing = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir():
-        raise ConfigError(f"{setting}={directory}: {existing} is a file; choose another directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{setting}={directory}: {existing} cannot be written to; choose another directory")
+    wrong = "is a file" if not existing.is_dir() else "" if os.access(existing, os.W_OK | os.X_OK) else "cannot be written to"
+    if wrong:
+        raise ConfigError(f"{setting}={directory}: {existing} {wrong}; choose another directory")
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNamespace:
-    """Config and weights of a Hugging Face directory.
-
-    Returns:
-        What config.json sets, of the text model; what it leaves to Transformers' defaults is not there.
-    """
+    """Config and weights of a Hugging Face directory; returns what config.json sets of the text model, without defaults."""
     file = directory / "config.json"
     if not file.is_file():
         found = "no config.json there" if directory.is_dir() else "no such directory"
         raise ConfigError(f"model.path={directory}: {found}; expected a Hugging Face model directory")
     raw = _read_json(file)
     kind, text = raw.get("model_type"), raw.get("text_config")
-    config = SimpleNamespace(**{**raw, **(text if isinstance(text, dict) else {}), "model_type": kind})
+    given = {**raw, **(text if isinstance(text, dict) else {}), "model_type": kind}
+    config = SimpleNamespace(**given)
     try:
         choose_bridge(kind, bridge)
-        _check_shape(config, expert_parallel)
+        # What is not given is left to Transformers' defaults.
+        if {"num_experts_per_tok", "num_hidden_layers", "vocab_size"} <= given.keys() and given.keys() & {*EXPERTS}:
+            shape = model_shape(config)
+            _check_experts(shape.num_experts, expert_parallel)
+            if not 1 <= shape.topk <= shape.num_experts:
+                raise ConfigError(f"top-{shape.topk} of {shape.num_experts} experts; expected 1 to all")
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     except (TypeError, ValueError, IndexError) as error:
@@ -109,47 +111,28 @@ def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNa
     return config
 
 
-def _check_shape(config: SimpleNamespace, expert_parallel: int) -> None:
-    given = vars(config)
-    needed = ("num_experts_per_tok", "num_hidden_layers", "vocab_size")
-    if not any(name in given for name in EXPERTS) or any(name not in given for name in needed):
-        return
-    shape = model_shape(config)
-    _check_experts(shape.num_experts, expert_parallel)
-    if not 1 <= shape.topk <= shape.num_experts:
-        raise ConfigError(f"top-{shape.topk} of {shape.num_experts} experts; expected 1 to all")
-
-
 def _check_experts(experts: int, expert_parallel: int) -> None:
     if experts % expert_parallel:
-        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
+        fitting = [str(size) for size in range(1, experts + 1) if experts % size == 0]
         raise ConfigError(
             f"the model's {experts} experts cannot be spread over parallel.expert={expert_parallel} processes; expected one of "
-            f"{', '.join(map(str, fitting))}"
+            f"{', '.join(fitting)}"
         )
 
 
 def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> int:
-    """Tokenizer files, and the prompts as they encode.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-        examples: whose prompts are encoded, up to a number of characters.
+    """Tokenizer files, and the prompts as they encode; `vocab_size` is the number of rows of the model's embedding.
 
     Returns:
-        The largest number of tokens of a prompt that was encoded; 0 where Transformers would have to convert the tokenizer first.
-
-    Raises:
-        ConfigError: no tokenizer, or one that cannot be read or has no end-of-sequence token.
-        DataError: a prompt has no tokens, or tokens that the model does not have.
+        The most tokens of a prompt that was encoded; 0 where Transformers would have to convert the tokenizer first.
     """
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise ConfigError(
             f"model.path={directory}: no tokenizer files there; expected tokenizer.json or what it can be made of "
             "(tokenizer.model, vocab.json and merges.txt): copy them from where the model came from"
         )
-    settings = _read_json(directory / "tokenizer_config.json", absent={})
-    special = _read_json(directory / "special_tokens_map.json", absent={})
+    named = [directory / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map")]
+    settings, special = (_read_json(file) if file.is_file() else {} for file in named)
     if settings.get("tokenizer_class") in _PLAIN_TOKENIZERS and not (settings.get("eos_token") or special.get("eos_token")):
         raise ConfigError(
             f"{directory}/tokenizer_config.json: no eos_token; expected the token that ends a response, or no response would end"
@@ -182,10 +165,7 @@ def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[
     return longest
 
 
-def _read_json(file: Path, *, absent: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in a JSON file; `absent` where there is no such file."""
-    if absent is not None and not file.is_file():
-        return absent
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -200,7 +180,8 @@ def _read_json(file: Path, *, absent: dict[str, Any] | None = None) -> dict[str,
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def _check_sglang(settings: SGLangConfig, model: SimpleNamespace | None, longest: int) -> None:
+def _check_sglang(settings: SGLangConfig, model: SimpleNamespace, longest: int) -> None:
+    """Args: `longest` is the number of tokens of the longest prompt."""
     settings.read_api_key()
     for name in ("push_directory", "spill_directory"):
         if (place := getattr(settings, name)) is not None:
@@ -212,15 +193,10 @@ def _check_sglang(settings: SGLangConfig, model: SimpleNamespace | None, longest
             socket.create_connection((str(parts.hostname), port), timeout=_CONNECT_SECONDS).close()
         except OSError as error:
             raise ConfigError(f"{url}: nothing answers there ({error}); start the server first") from error
-    if not settings.urls:
-        if model is not None:
-            _check_context(settings, model, longest)
-        find_python(settings.python)
     if settings.router == "own":
         find_python(settings.python, module="sglang_router")
-
-
-def _check_context(settings: SGLangConfig, model: SimpleNamespace, longest: int) -> None:
+    if settings.urls:
+        return
     limits = {"rollout.sglang.max_total_tokens": settings.max_total_tokens}
     scaled = getattr(model, "rope_scaling", None) or "factor" in (getattr(model, "rope_parameters", None) or {})
     if not scaled and not any(flag.startswith("--context-length") for flag in settings.extra_flags):
@@ -231,3 +207,29 @@ def _check_context(settings: SGLangConfig, model: SimpleNamespace, longest: int)
                 f"a prompt has {longest} tokens, and {name} is {limit}, for prompt and response together; use shorter prompts or a "
                 "larger limit"
             )
+    find_python(settings.python)
+
+
+def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:
+    """The settings of the SGLang engines: `rollout.sglang` over what the job implies.
+
+    Raises:
+        ConfigError: an unknown field, or values that SGLangConfig refuses.
+    """
+    rollout = config.rollout
+    implied: dict[str, Any] = {
+        "urls": tuple(rollout.urls),
+        "model_path": None if rollout.urls else model_path,
+        "engines": rollout.engines,
+        "router": rollout.router,
+        "dtype": config.model.dtype,
+        "log_path": None if rollout.urls else str(Path(config.run) / "sglang.log"),
+    }
+    allowed = {entry.name for entry in fields(SGLangConfig)} - {"urls", "model_path", "engines", "router"}
+    if unknown := sorted(set(rollout.sglang) - allowed):
+        raise ConfigError(f"rollout.sglang.{unknown[0]}: not a setting here; expected one of {', '.join(sorted(allowed))}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in rollout.sglang.items()}
+    try:
+        return SGLangConfig(**{**implied, **given})
+    except TypeError as error:
+        raise ConfigError(f"rollout.sglang: a value has a wrong type ({error}); see docs/sglang.md") from error

@@ -22,6 +22,8 @@ from megatron.core import parallel_state as mpu
 from megatron_pr2.attach import RolloutReport
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.parallel.consensus import attempt, failures_of_all
+from megatron_pr2.report.display import LiveDisplay
+from megatron_pr2.report.metrics_log import MetricsLog
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.batch import Sample, mini_batch_order
@@ -41,16 +43,26 @@ T = TypeVar("T")
 
 
 class Monitor:
-    """What shows a run's progress. This one does nothing: progress is shown on rank 0 only."""
+    """Shows and keeps a run's progress; on rank 0 only, where it is given a display and a log."""
+
+    def __init__(self, display: LiveDisplay | None = None, log: MetricsLog | None = None) -> None:
+        self._display, self._log = display, log
 
     def phase(self, name: str) -> None:
         """What is being done now."""
+        if self._display is not None:
+            self._display.phase(name)
 
     def detail(self, text: str) -> None:
         """How far it is; called from any thread."""
+        if self._display is not None:
+            self._display.detail(text)
 
     def step(self, record: dict[str, Any]) -> None:
         """The record of a finished step."""
+        if self._log is not None and self._display is not None:
+            self._log.append(record)
+            self._display.update(record)
 
 
 class Trainer:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from rich.logging import RichHandler
 from transformers import AutoConfig, AutoTokenizer
 
@@ -21,31 +22,14 @@ from megatron_pr2 import host
 from megatron_pr2.hf.shape import model_shape
 from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
-from megatron_pr2.rl import gpu
 from megatron_pr2.rl.actor import Actor
-from megatron_pr2.rl.config import TrainConfig, sglang_config
+from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import load_examples
+from megatron_pr2.rl.preflight import sglang_config
 from megatron_pr2.rl.trainer import Monitor, Trainer
 from megatron_pr2.rollout.base import RolloutEngine
 from megatron_pr2.rollout.collective import CollectiveEngine
 from megatron_pr2.rollout.embedded import MegatronEngine
-
-
-class RunMonitor(Monitor):
-    """The live display and the metrics log."""
-
-    def __init__(self, display: LiveDisplay, log: MetricsLog) -> None:
-        self._display, self._log = display, log
-
-    def phase(self, name: str) -> None:
-        self._display.phase(name)
-
-    def detail(self, text: str) -> None:
-        self._display.detail(text)
-
-    def step(self, record: dict[str, Any]) -> None:
-        self._log.append(record)
-        self._display.update(record)
 
 
 def run(config: TrainConfig, model_path: str, data_path: str) -> None:
@@ -56,11 +40,19 @@ def run(config: TrainConfig, model_path: str, data_path: str) -> None:
         data_path: JSONL file of prompts and answers.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    (gpu if torch.cuda.is_available() else host).init(expert=config.parallel.expert, seed=config.seed)
+    (init_gpu if torch.cuda.is_available() else host.init)(expert=config.parallel.expert, seed=config.seed)
     try:
         _train(config, model_path, data_path)
     finally:
         host.shutdown()
+
+
+def init_gpu(*, expert: int, seed: int) -> None:
+    """Joins the process group with this rank's GPU, from torchrun's environment, and sets up data and expert parallelism."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    mpu.initialize_model_parallel(expert_model_parallel_size=expert)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def _train(config: TrainConfig, model_path: str, data_path: str) -> None:
@@ -80,7 +72,7 @@ def _train(config: TrainConfig, model_path: str, data_path: str) -> None:
             if display.console.is_terminal:  # log lines go above the live table instead of through it
                 logging.getLogger().handlers = [RichHandler(console=display.console, show_path=False, show_time=False)]
             logging.getLogger("megatron_pr2").setLevel(logging.INFO)
-            trainer.monitor = RunMonitor(stack.enter_context(display), log)
+            trainer.monitor = Monitor(stack.enter_context(display), log)
         trainer.monitor.phase("starting the rollout engine")
         engine.start()
         trainer.run()
@@ -92,12 +84,8 @@ def _sglang_engine(config: TrainConfig, model_path: str) -> RolloutEngine:
         from megatron_pr2.rollout.sglang.engine import SGLangEngine
 
         engine = SGLangEngine(sglang_config(config, model_path), model_shape(AutoConfig.from_pretrained(model_path)))
-    return CollectiveEngine(
-        engine,
-        data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=mpu.get_data_parallel_world_size(),
-        name="sglang",
-    )
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return CollectiveEngine(engine, data_parallel_rank=rank, data_parallel_size=size, name="sglang")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

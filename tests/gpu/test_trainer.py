@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, needs(te="1.9.0", packages=("mbridge", "omegaconf
 @pytest.fixture
 def trainers_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process group as the trainer makes it, from what torchrun tells a rank."""
-    from megatron_pr2.rl import gpu
+    from megatron_pr2.rl.worker import init_gpu
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def trainers_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    gpu.init(expert=1, seed=0)
+    init_gpu(expert=1, seed=0)
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

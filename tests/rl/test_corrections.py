@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import losses
+from megatron_pr2.rl.config import KINDS, LEVELS
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss
-from megatron_pr2.rl.old_logprobs import KINDS, LEVELS
 from tests.helpers.rounding import assert_near, rounding
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}

@@ -12,12 +12,11 @@ import torch
 
 from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach
-from megatron_pr2.config import PRESETS, PR2Config
+from megatron_pr2.config import PRESETS
 from megatron_pr2.errors import AttachError, ConfigError, RolloutError
 from megatron_pr2.rl import checkpoint, losses
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rl.config import load_config
-from megatron_pr2.rl.old_logprobs import SOURCES, check_source, needs_snapshot_pass
 from megatron_pr2.rl.proximal import ProximalPolicy
 from megatron_pr2.rollout.base import RolloutResponse
 from tests.helpers import toy
@@ -41,8 +40,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("host_platform")]
 )
 def test_what_contradicts_itself_is_refused(source: str, importance: str, preset: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_source(source, importance, PR2Config.preset(preset))
-    with pytest.raises(ConfigError, match=message):
         load_config(None, [f"preset={preset}", f"algorithm.old_logprobs={source}", f"algorithm.importance={importance}"])
 
 
@@ -63,15 +60,26 @@ def test_settings_out_of_range_are_refused(override: str, message: str) -> None:
         load_config(None, [f"algorithm.{override}"])
 
 
-def test_which_combinations_need_the_snapshot() -> None:
+@pytest.mark.parametrize(
+    ("source", "overrides", "needed"),
+    [
+        *(("recompute", [f"preset={preset}"], True) for preset in PRESETS),
+        ("rollout", ["preset=grpo"], False),
+        ("rollout", ["preset=r3"], False),
+        ("rollout", ["preset=pr2"], True),
+        ("ewma", ["preset=grpo"], False),
+        ("ewma", ["preset=r2"], True),
+        ("ewma", ["preset=r3"], False),
+        ("ewma", ["preset=pr2"], True),
+        ("ewma", ["preset=pr2", "pr2.predictor=momentum", "pr2.held_out_share=1.0"], True),  # it is judged by features
+        ("ewma", ["preset=pr2", "pr2.predictor=momentum", "pr2.hold_back=false"], False),
+    ],
+)
+def test_which_combinations_need_the_snapshot(source: str, overrides: list[str], needed: bool) -> None:
     """recompute always; the others where features or the actor's routes would be absent otherwise."""
-    needed = {(source, preset): needs_snapshot_pass(source, PR2Config.preset(preset)) for source in SOURCES for preset in PRESETS}
-    assert {pair for pair, yes in needed.items() if not yes} == {
-        ("rollout", "grpo"), ("rollout", "r3"), ("ewma", "grpo"), ("ewma", "r3"),
-    }  # fmt: skip
-    momentum = {"predictor": "momentum", "held_out_share": 1.0}
-    assert needs_snapshot_pass("ewma", PR2Config.preset("pr2", **momentum)), "the prediction is judged by features"
-    assert not needs_snapshot_pass("ewma", PR2Config.preset("pr2", **momentum, hold_back=False))
+    importance = "tis" if source == "ewma" else "none"
+    given = [f"algorithm.old_logprobs={source}", f"algorithm.importance={importance}", *overrides]
+    assert load_config(None, given).needs_snapshot_pass == needed
 
 
 # ---- the engine's log-probs ------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_unknown_presets() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist"),
+        (None, "cannot be read"),
         (b"steps: [1, 2", "train.yaml"),
         (b"- steps\n- 3\n", "expected a mapping"),
         (b"steps: \xff\xfe", "train.yaml"),
