@@ -44,12 +44,9 @@ class Environment(Protocol):
 
     A response that is carried over to another call goes on with that call's environment, so that replies should depend on the
     arguments alone.
-
-    Attributes:
-        stop_token_ids: tokens besides the end of the sequence that end a turn.
     """
 
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]  # that end a turn besides the end of the sequence
 
     def reply(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> tuple[int, ...] | None:
         """Token ids to append after the policy stopped, or None if the response is complete.
@@ -64,7 +61,6 @@ class RolloutRequest:
     """One response to sample.
 
     Attributes:
-        prompt_ids: token ids of the prompt, at least one.
         seed: the random numbers of this response depend on this alone (where the engine can), so that a rerun samples the same.
         key: names the response over several calls: what an early stop leaves unfinished is continued by the next request of
             the same key. Empty: never continued.
@@ -122,13 +118,7 @@ class RolloutResponse:
 
 @dataclass(frozen=True)
 class Probe:
-    """Given tokens, scored by one engine.
-
-    Attributes:
-        name: of the engine, for errors.
-        logprobs: [len - 1] float32, of tokens 1.. at temperature 1.
-        routes: table of all tokens.
-    """
+    """Given tokens, scored by one engine: [len - 1] float32 log-probs of tokens 1.. at temperature 1, routes of all tokens."""
 
     name: str
     logprobs: npt.NDArray[np.float32]
@@ -172,8 +162,6 @@ class RolloutEngine(Protocol):
     """An engine that samples responses and, if asked, returns the experts that every input token took.
 
     Attributes:
-        name: for errors.
-        returns_routes: whether it can return routes.
         takes_owned_weights: whether every trainer rank may send what it owns (`CollectiveEngine.update_owned_weights`).
         on_progress: called now and then while generating, maybe from another thread.
     """

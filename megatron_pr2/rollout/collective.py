@@ -20,8 +20,8 @@ from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngi
 
 if TYPE_CHECKING:
     from megatron_pr2.rollout.sglang.push.disk import DiskTarget
-    from megatron_pr2.rollout.sglang.push.target import PushTarget
-    from megatron_pr2.rollout.sglang.push.update import WeightSender
+    from megatron_pr2.rollout.sglang.push.distributed import WeightSender
+    from megatron_pr2.rollout.sglang.push.session import PushTarget
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ class CollectiveEngine:
         self.on_progress: Callable[[Progress], None] | None = None
 
     def start(self) -> None:
-        """Starts the engine on rank 0."""
 
         def start(engine: RolloutEngine) -> bool:
             engine.start()
@@ -84,7 +83,6 @@ class CollectiveEngine:
         self.returns_routes = self._on_rank_0(start)
 
     def restart(self) -> None:
-        """Restarts a dead engine; its weights must be pushed again."""
         self._on_rank_0(lambda engine: engine.restart())
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -102,10 +100,8 @@ class CollectiveEngine:
     def update_owned_weights(self, owned: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank sends the engine's servers the weights that it owns; together they are what update_weights() would get.
 
-        Only where `takes_owned_weights` says so. Every rank walks its weights to the end, also after a failure.
-
-        Args:
-            owned: this rank's, e.g. of :func:`megatron_pr2.hf.owned_export.owned_engine_weights`; may be empty.
+        Only where `takes_owned_weights` says so. Every rank walks its weights (e.g. of
+        :func:`megatron_pr2.hf.owned_export.owned_engine_weights`, maybe none) to the end, also after a failure.
 
         Raises:
             RolloutError: on every rank, whichever failed; the engine refuses to sample until a push succeeds.
@@ -128,11 +124,11 @@ class CollectiveEngine:
     def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
         if self._engine is not None:
             return cast(PushEngine, self._engine).push_part(weights)
-        from megatron_pr2.rollout.sglang.push.disk import DiskSender, DiskTarget
-        from megatron_pr2.rollout.sglang.push.update import WeightSender
+        from megatron_pr2.rollout.sglang.push.disk import DiskTarget, write_part
+        from megatron_pr2.rollout.sglang.push.distributed import WeightSender
 
         if isinstance(targets, DiskTarget):
-            return DiskSender(targets, dist.get_rank()).push(weights)
+            return write_part(targets, dist.get_rank(), weights)
         if self._sender is None:
             self._sender = WeightSender()
         self._sender.retarget(targets)
@@ -169,7 +165,6 @@ class CollectiveEngine:
         return RolloutBatch(received[0], stats, finished)
 
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """The engines' responses to the handshake probe, on every rank."""
         return self._on_rank_0(lambda engine: engine.score(token_ids))
 
     def close(self) -> None:

@@ -36,8 +36,6 @@ class MegatronEngine:
     def __init__(self, model: torch.nn.Module, pr2: PR2, *, pad_id: int, max_sequences: int = 128) -> None:
         """Args:
         model: the (possibly wrapped) GPTModel chunk; called as model(tokens, position_ids, attention_mask) -> [B, S, V].
-        pr2: the handle attached to it; supplies merged gates and records routes.
-        pad_id: fills the right of shorter sequences.
         max_sequences: sequences generated side by side on one rank.
         """
         self._model, self._pr2, self._pad_id, self._max = model, pr2, pad_id, max_sequences

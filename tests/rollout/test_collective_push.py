@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.collective import CollectiveEngine
-from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.session import PushTarget
 from tests.helpers.distributed import pool
 
 KEY = "s3cret"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from megatron_pr2.errors import RolloutError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.sglang.child_process import ChildProcess
 from megatron_pr2.rollout.sglang.config import SGLangConfig
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from tests.sglang.plain_server import PlainServer
 
 SHAPE = ModelShape(num_hidden_layers=4, moe_layers=(0, 1, 2, 3), num_experts=16, topk=4, vocab_size=260)
+
+
+def ensure_alive(engine: SGLangEngine) -> None:
+    """Raises RolloutError, with the last log lines of an own server, unless every server answers."""
+    for replica in engine.replicas:
+        reason = replica.why_dead()
+        if reason is not None:
+            raise RolloutError(reason)
 
 
 @dataclass

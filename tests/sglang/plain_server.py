@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_pr2.rollout.sglang.http import HttpClient
-from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.session import PushTarget
 from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server

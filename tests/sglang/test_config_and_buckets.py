@@ -15,8 +15,9 @@ from megatron_pr2.rollout.sglang.child_process import log_tail
 from megatron_pr2.rollout.sglang.config import SGLangConfig, server_environment
 from megatron_pr2.rollout.sglang.push.buckets import buckets
 from megatron_pr2.rollout.sglang.python import package_path
+from megatron_pr2.rollout.sglang.refusals import parse_release
 from megatron_pr2.rollout.sglang.server import LOG_NOISE, SGLangServer
-from megatron_pr2.rollout.sglang.wire import parse_release, parse_version
+from megatron_pr2.rollout.sglang.wire import parse_version
 
 
 @pytest.mark.parametrize(

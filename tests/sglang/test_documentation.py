@@ -15,7 +15,7 @@ from megatron_pr2.cli import app
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rollout.sglang import refusals as sglang_refusals
 from megatron_pr2.rollout.sglang.config import SGLangConfig
-from megatron_pr2.rollout.sglang.info import TESTED_RELEASES, release_text
+from megatron_pr2.rollout.sglang.refusals import TESTED_RELEASES, release_text
 from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import SHAPE
 from tests.sglang.fake_server import FakeServer, serve
@@ -47,7 +47,7 @@ def test_every_flag_that_is_set_is_explained(cuda: bool, monkeypatch: pytest.Mon
 
 def test_every_refusal_is_documented() -> None:
     documented = " ".join(cells[0] for cells in table("Settings under which routes are wrong"))
-    for name in [rule.name for rule in sglang_refusals._RULES] + list(sglang_refusals.RUNNERS_PAST_CAPTURE) + ["dp_size"]:
+    for name in [rule[0] for rule in sglang_refusals._RULES] + list(sglang_refusals.RUNNERS_PAST_CAPTURE) + ["dp_size"]:
         assert f"`{name}`" in documented, name
 
 

@@ -14,7 +14,7 @@ from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from tests.helpers.rounding import LOGPROB
-from tests.sglang.conftest import SHAPE, TinyModel
+from tests.sglang.conftest import SHAPE, TinyModel, ensure_alive
 
 pytestmark = pytest.mark.sglang
 
@@ -198,7 +198,7 @@ def test_weights_of_a_wrong_shape_are_refused(fresh: SGLangEngine, tiny: TinyMod
 def test_ids_outside_the_vocabulary_never_reach_the_server(fresh: SGLangEngine) -> None:
     with pytest.raises(RolloutError, match=r"request 1.*0\.\.259"):
         fresh.generate([RolloutRequest((3,), 0), RolloutRequest((3, 260), 0)], SamplingParams(1), return_routes=True)
-    fresh.ensure_alive()
+    ensure_alive(fresh)
 
 
 def test_too_long_prompt_is_refused_by_name(fresh: SGLangEngine) -> None:

@@ -14,7 +14,6 @@ from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
 from megatron_pr2.rollout.sglang.episode import Episode
 from megatron_pr2.rollout.sglang.plugin import decode_rid
-from megatron_pr2.rollout.sglang.splice import RouteSplice
 from megatron_pr2.rollout.sglang.wire import Sampled
 from megatron_pr2.routes.table import RouteTable
 from tests.helpers.ids import random_ids
@@ -109,15 +108,15 @@ def test_an_unusable_reply_is_refused() -> None:
 
 def test_rows_that_do_not_follow_are_refused() -> None:
     ids = random_ids(10, 2, 2, 8, 0)
-    splice = RouteSplice(SHAPE)
-    splice.append(0, part(ids, 0, 4), "here")
-    with pytest.raises(RouteError, match="rows from token 4 on cannot follow 3 known rows"):
-        splice.append(4, part(ids, 4, 6), "here")
-    with pytest.raises(RouteError, match="rows from token 2 on"):
-        splice.append(2, part(ids, 2, 6), "here")
-    with pytest.raises(RouteError, match="was no input"):
-        splice.append(3, RouteTable.from_ids(ids[3:6], 8), "here")
-    with pytest.raises(RouteError, match=r"\(3, 2, 8\), expected \(2, 2, 8\)"):
-        splice.append(3, RouteTable.missing(2, 3, 2, 8), "here")
-    with pytest.raises(RouteError, match="3 rows for 6 tokens"):
-        splice.table(6, "here")
+    episode = Episode(RolloutRequest(PROMPT, 0), SamplingParams(9), SHAPE, return_routes=True)
+    episode.extend(sampled(1, "abort", part(ids, 0, 5)), "here")
+    for rows in (part(ids, 3, 6), RouteTable.missing(2, 3, 2, 8)):
+        with pytest.raises(RouteError, match=r"of an attempt, expected \(2, 2, 2\)"):
+            episode.extend(sampled(1, "stop", rows), "here")
+    with pytest.raises(RouteError, match="without the last one"):
+        episode.extend(sampled(1, "stop", RouteTable.from_ids(ids[4:6], 8)), "here")
+    episode.extend(sampled(1, "stop", part(ids, 4, 6)), "here")
+    episode.take_turn((1, 2), "here")
+    episode.resume(RolloutRequest(PROMPT, 0), SamplingParams(1))
+    with pytest.raises(RouteError, match="5 rows for 8 tokens"):
+        episode.response("here")

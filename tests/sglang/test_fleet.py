@@ -15,7 +15,7 @@ from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
-from tests.sglang.conftest import SHAPE, TinyModel, own_server
+from tests.sglang.conftest import SHAPE, TinyModel, ensure_alive, own_server
 from tests.sglang.test_engine import assert_matches, make_requests
 
 pytestmark = [
@@ -91,10 +91,10 @@ def test_an_engine_that_dies_in_the_middle_costs_no_response(pair: SGLangEngine,
     assert [r.response_ids for r in batch.responses] == [r.response_ids for r in before.responses]
     assert_matches(batch.responses, tiny, merged)
     with pytest.raises(RolloutError, match="killed by signal 9"):
-        pair.ensure_alive()
+        ensure_alive(pair)
     # The next push restarts it first.
     pair.update_weights(tiny.gates().items(), 4)
-    pair.ensure_alive()
+    ensure_alive(pair)
     after = pair.generate(make_requests(32, seed=3), SamplingParams(8), return_routes=True)
     assert after.stats.extra["engines_lost"] == 0
     assert_matches(after.responses, tiny)

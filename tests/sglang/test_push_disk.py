@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskSender, DiskTarget
+from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskTarget, write_part
 from megatron_pr2.rollout.sglang.push.session import PushSession
 from tests.sglang.conftest import TinyModel
 from tests.sglang.plain_server import PlainServer, other_model
@@ -55,7 +55,7 @@ def model(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def send(target: DiskTarget, weights: dict[str, torch.Tensor], parts: int = 2) -> int:
     items = list(weights.items())
-    return sum(DiskSender(target, part).push(iter(items[part::parts])) for part in range(parts))
+    return sum(write_part(target, part, iter(items[part::parts])) for part in range(parts))
 
 
 def test_parts_become_one_model(model: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_is_not_the_model_reaches_no_server(model: tuple[Path, dict[str, to
     push = DiskPush(path, tmp_path)
     target = push.begin()
     send(target, weights, 1)
-    DiskSender(target, 1).push([(first, weights[first])])
+    write_part(target, 1, [(first, weights[first])])
     with pytest.raises(RolloutError, match="1 there twice"):
         push.finish([], "7", flush_cache=True)
     push.abandon()
@@ -112,7 +112,7 @@ def test_failures_name_the_place(model: tuple[Path, dict[str, torch.Tensor]], tm
     with pytest.raises(RolloutError, match="begin"):
         DiskPush(path, tmp_path).finish([], "7", flush_cache=True)
     with pytest.raises(RolloutError, match=r"gone/part-00000-00000.safetensors could not be written"):
-        DiskSender(DiskTarget(str(tmp_path / "gone"), 1 << 20), 0).push(weights.items())
+        write_part(DiskTarget(str(tmp_path / "gone"), 1 << 20), 0, weights.items())
     push = DiskPush(path, tmp_path)
     send(push.begin(), weights)
     with pytest.raises(RolloutError, match="no, thanks"):

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.http import HttpClient
-from megatron_pr2.rollout.sglang.push.session import PushSession
-from megatron_pr2.rollout.sglang.push.target import PushTarget
-from megatron_pr2.rollout.sglang.push.update import WeightSender
+from megatron_pr2.rollout.sglang.push.distributed import WeightSender
+from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget
 from tests.helpers.distributed import pool
 from tests.sglang.conftest import TinyModel
 from tests.sglang.plain_server import PlainServer, other_model

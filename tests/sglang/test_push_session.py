@@ -14,9 +14,9 @@ from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient
 from megatron_pr2.rollout.sglang.push.buckets import Bucket
-from megatron_pr2.rollout.sglang.push.session import PushSession
-from megatron_pr2.rollout.sglang.push.target import PushTarget, own_address, push_target
-from megatron_pr2.rollout.sglang.push.update import WeightSender
+from megatron_pr2.rollout.sglang.push.channel import own_address
+from megatron_pr2.rollout.sglang.push.distributed import WeightSender
+from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, push_target
 from tests.sglang.fake_server import Answer, FakeServer, serve
 
 OK = (200, {"success": True, "message": "fine"})

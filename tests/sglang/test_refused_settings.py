@@ -11,8 +11,8 @@ import pytest
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.sglang.config import SGLangConfig
-from megatron_pr2.rollout.sglang.info import check_server_info, weight_group_size
-from megatron_pr2.rollout.sglang.refusals import RUNNERS_PAST_CAPTURE, refusals, settings_from_flags
+from megatron_pr2.rollout.sglang.push.session import weight_group_size
+from megatron_pr2.rollout.sglang.refusals import RUNNERS_PAST_CAPTURE, check_server_info, refusals, settings_from_flags
 from megatron_pr2.rollout.sglang.server import SGLangServer
 from tests.sglang.conftest import TinyModel, own_server
 from tests.sglang.fake_server import FakeServer

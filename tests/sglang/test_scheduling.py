@@ -224,7 +224,7 @@ def test_answers_wait_for_room(fake: FakeServer) -> None:
 def test_routes_beyond_the_budget_lie_in_a_file(fake: FakeServer, tmp_path: Any) -> None:
     engine = engine_on(fake, route_bytes=200, spill_directory=str(tmp_path))
     batch = engine.generate(REQUESTS, SAMPLING, return_routes=True)
-    assert engine.spill.counts().memory_bytes <= 200
+    assert engine.spill.memory_bytes <= 200
     assert batch.stats.extra["spilled_bytes"] > 0
     for response in batch.responses:
         assert response.routes is not None

@@ -24,8 +24,8 @@ import pytest
 
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
-from megatron_pr2.rollout.sglang.info import TESTED_RELEASES
 from megatron_pr2.rollout.sglang.python import package_environment
+from megatron_pr2.rollout.sglang.refusals import TESTED_RELEASES
 from tests.helpers.rounding import LOGPROB
 from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.test_engine import assert_matches, make_requests

@@ -9,8 +9,7 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpSe
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.integrations.verl_sglang.decoder import RouteDecoder, model_dimensions
-from megatron_pr2.rollout.sglang.info import check_release
-from megatron_pr2.rollout.sglang.refusals import refusals
+from megatron_pr2.rollout.sglang.refusals import check_release, refusals
 
 
 class PR2SGLangHttpServer(SGLangHttpServer):

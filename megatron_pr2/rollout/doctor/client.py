@@ -44,8 +44,6 @@ class EngineClient:
 
     Args:
         url: base URL; other hosts than this one are allowed, because the doctor sends nothing but probes.
-        api_key: presented as a bearer token; None for a server without one.
-        timeout_s: for one request.
 
     Attributes:
         private: whether nobody on a network can read along.
@@ -70,11 +68,7 @@ class EngineClient:
         self._client.close()
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
-        """Sends one request.
-
-        Raises:
-            RolloutError: no complete response: refused, broken off, timed out, or longer than 64 MiB.
-        """
+        """Sends one request; raises RolloutError without a complete response, or for one longer than 64 MiB."""
         began = time.monotonic()
         try:
             with self._client.stream(method, self.url + path, json=body) as response:
@@ -96,7 +90,7 @@ class EngineClient:
 
         Args:
             score: ask for the prompt's log-probs too, for which the engine recomputes all of it.
-            through_rid: additionally ask for routes through the request id (sglang/plugin.py), which passes a router.
+            through_rid: additionally ask for routes through the request id, which passes a router.
         """
         body: dict[str, Any] = {
             "input_ids": list(token_ids),

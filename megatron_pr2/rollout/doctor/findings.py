@@ -1,4 +1,4 @@
-"""What the doctor finds: one finding per check, and all of them about one URL."""
+"""What the doctor finds about one URL: one finding per check."""
 
 from __future__ import annotations
 
@@ -32,18 +32,6 @@ class Diagnosis:
 
     url: str
     findings: list[Finding] = field(default_factory=list)
-
-    def ok(self, check: str, detail: str) -> None:
-        self.findings.append(Finding(check, Status.OK, detail))
-
-    def warn(self, check: str, detail: str, fix: str) -> None:
-        self.findings.append(Finding(check, Status.WARN, detail, fix))
-
-    def fail(self, check: str, detail: str, fix: str) -> None:
-        self.findings.append(Finding(check, Status.FAIL, detail, fix))
-
-    def skip(self, check: str, detail: str, fix: str) -> None:
-        self.findings.append(Finding(check, Status.SKIP, detail, fix))
 
     @property
     def failed(self) -> bool:

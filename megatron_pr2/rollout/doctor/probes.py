@@ -6,7 +6,7 @@ Axes in names: T tokens of the probe, L layers, K top-k.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import Probe
 from megatron_pr2.rollout.doctor import reference
 from megatron_pr2.rollout.doctor.client import EngineClient
-from megatron_pr2.rollout.doctor.findings import Diagnosis
+from megatron_pr2.rollout.doctor.findings import Finding, Status
 from megatron_pr2.rollout.handshake import compare
-from megatron_pr2.rollout.sglang.info import TESTED
+from megatron_pr2.rollout.sglang.refusals import TESTED
 from megatron_pr2.rollout.sglang.routes import decode_ids, parse_body
 from megatron_pr2.rollout.sglang.wire import parse_score, parse_version
 from megatron_pr2.routes.table import replayable
@@ -38,7 +38,7 @@ _LOG = "look at the server's log"
 
 
 class Probes:
-    """Sends probes and adds findings; flushes the prefix cache only while the server is idle.
+    """Sends probes; flushes the prefix cache only while the server is idle.
 
     Args:
         shape: of the server's model, None if it is not known.
@@ -46,17 +46,12 @@ class Probes:
 
     Attributes:
         label: weight version of the last response.
-        routes_fit: whether routes came back that can be compared.
     """
 
-    def __init__(self, client: EngineClient, diagnosis: Diagnosis, shape: ModelShape | None, *, router: bool) -> None:
-        self._client = client
-        self._ok, self._warn, self._fail, self._skip = diagnosis.ok, diagnosis.warn, diagnosis.fail, diagnosis.skip
-        self._shape = shape
-        self._router = router
+    def __init__(self, client: EngineClient, shape: ModelShape | None, *, router: bool) -> None:
+        self._client, self._shape, self._router = client, shape, router
         self._busy = 0
         self.label: Any = None
-        self.routes_fit = False
         # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones.
         vocabulary = shape.vocab_size if shape is not None else 100
         self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
@@ -84,29 +79,26 @@ class Probes:
         reply = self._client.request("POST", "/flush_cache", {})
         return None if reply.status == 200 else f"/flush_cache answers {reply.status}: other requests are running"
 
-    def routes(self) -> None:
+    def routes(self) -> Finding:
         """Whether routes come back, in the shape of the model, and whether a router can replay them."""
         _, meta = self._ask(through_rid=False)
         if self._router and not meta.get("routed_experts"):
             _, meta = self._ask(through_rid=True)
             if not meta.get("routed_experts"):
                 fix = "install megatron-pr2, whose plugin reads the request id, with the engines, or give the engines' own URLs"
-                self._fail("routes", "the router drops the request for routes, and no plugin restores it", fix)
-                return
+                return Finding("routes", Status.FAIL, "the router drops the request for routes, and no plugin restores it", fix)
         if not meta.get("routed_experts"):
-            self._fail("routes", "/generate returns none", "start the engine with --enable-return-routed-experts")
-            return
+            fix = "start the engine with --enable-return-routed-experts"
+            return Finding("routes", Status.FAIL, "/generate returns none", fix)
         problem, fix = self._problem_of(meta)
         if problem:
-            self._fail("routes", problem, fix)
-            return
-        self.routes_fit = True
+            return Finding("routes", Status.FAIL, problem, fix)
         through = ", asked for in the request id (the engines have the plugin)" if self._router else ""
         if self._shape is None:
             size = f"{_ids_of(meta).size // _ROWS} ids per token (layers x top-k); --model would check them"
         else:
             size = f"{_ROWS} tokens x {self._shape.num_hidden_layers} layers x top-{self._shape.topk}, all valid"
-        self._ok("routes", size + through)
+        return Finding("routes", Status.OK, size + through)
 
     def _problem_of(self, meta: Mapping[str, Any]) -> tuple[str, str]:
         """What is wrong with the routes of a probe, and what to do; "" if nothing is."""
@@ -125,44 +117,43 @@ class Probes:
             "is --model the checkpoint that the engine runs? If so: --moe-runner-backend triton, or another release"
         )
 
-    def repetition(self) -> None:
+    def repetition(self) -> Iterator[Finding]:
         """Whether a flush empties the prefix cache, and whether routes come back the same with and without it."""
         idle = "run the doctor while the engine is idle"
-        kept = self._flush()
-        if kept is not None:
-            self._skip("prefix cache", f"not flushed: {kept}", idle)
+        if (kept := self._flush()) is not None:
+            yield Finding("prefix cache", Status.SKIP, f"not flushed: {kept}", idle)
             return
         _, first = self._ask(through_rid=self._router)
         _, cached = self._ask(through_rid=self._router)
         kept = self._flush()
         _, again = self._ask(through_rid=self._router)
-        from_cache = int(again.get("cached_tokens") or 0)
         if kept is not None:
-            self._skip("prefix cache", f"not flushed: {kept}", idle)
-        elif from_cache:
+            yield Finding("prefix cache", Status.SKIP, f"not flushed: {kept}", idle)
+        elif from_cache := int(again.get("cached_tokens") or 0):
             fix = f"routes would outlive a weight push: {_USE_TESTED}"
-            self._fail("prefix cache", f"{from_cache} tokens came from it after a flush", fix)
+            yield Finding("prefix cache", Status.FAIL, f"{from_cache} tokens came from it after a flush", fix)
         else:
             held = cached.get("cached_tokens") or 0
-            self._ok("prefix cache", f"a flush empties it; before it held {held} tokens of the probe")
+            yield Finding("prefix cache", Status.OK, f"a flush empties it; before it held {held} tokens of the probe")
         equal = min(_equal_share(first, other) for other in (cached, again))
         share = f"{equal:.1%} of a repeated prompt's routes are the same"
         if equal == 1.0:
-            self._ok("repetition", "the same routes for the same prompt, from the prefix cache and recomputed")
+            detail = "the same routes for the same prompt, from the prefix cache and recomputed"
+            yield Finding("repetition", Status.OK, detail)
         elif equal >= _LEAST_REPEATED:
             fix = "kernels depend on the rest of the batch: --enable-deterministic-inference if reruns must repeat"
-            self._warn("repetition", share, fix)
+            yield Finding("repetition", Status.WARN, share, fix)
         else:
-            self._fail("repetition", f"only {share}", f"the engine returns other routes than it took: {_USE_TESTED}")
+            fix = f"the engine returns other routes than it took: {_USE_TESTED}"
+            yield Finding("repetition", Status.FAIL, f"only {share}", fix)
 
-    def handshake(self, model: Path, dtype_name: str) -> None:
+    def handshake(self, model: Path, dtype_name: str) -> Finding:
         """Compares routes and log-probs with Transformers on a checkpoint, by the trainer's thresholds for SGLang's dtype name."""
         assert self._shape is not None
         dtype = torch.float32 if dtype_name in ("float32", "float") else torch.bfloat16
         lacking = reference.missing_memory(model, dtype)
         if lacking is not None:
-            self._skip("handshake", lacking, "run the doctor where the model fits")
-            return
+            return Finding("handshake", Status.SKIP, lacking, "run the doctor where the model fits")
         self._flush()
         answer, _ = self._ask(through_rid=self._router, score=True)
         fix = _OTHER_MODEL
@@ -173,28 +164,25 @@ class Probes:
                 fix = f"weights of version {self.label} were pushed: compare with a checkpoint of them"
             report = compare(Probe("the engine", logprobs, routes), expected, "float32" if dtype is torch.float32 else "bfloat16")
         except (RouteError, ConfigError, RolloutError) as error:
-            self._fail("handshake", str(error), fix)
-        else:
-            agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, log-probs to {report.logprob_mean:.1e}"
-            self._ok("handshake", agreement)
+            return Finding("handshake", Status.FAIL, str(error), fix)
+        agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, log-probs to {report.logprob_mean:.1e}"
+        return Finding("handshake", Status.OK, agreement)
 
-    def latency(self) -> None:
+    def latency(self) -> Finding:
         """Median time of short responses, and tokens per second of a long one; one request at a time."""
         ids = self._ids[:16]
         short = [self._client.generate(ids, _SHORT_TOKENS, routes=False) for _ in range(_SHORT_REPEATS)]
         if refused := [reply for reply in short if reply.status != 200]:
-            self._fail("latency", f"/generate answers {refused[0]}", _LOG)
-            return
+            return Finding("latency", Status.FAIL, f"/generate answers {refused[0]}", _LOG)
         long = self._client.generate(ids, _LONG_TOKENS, routes=False)
         sampled = len(long.parsed().get("output_ids") or ())
         median = statistics.median(reply.seconds for reply in short)
         detail = f"{_SHORT_TOKENS} tokens in {median * 1e3:.0f} ms (median of {_SHORT_REPEATS})"
         if not sampled:
-            self._warn("latency", f"{detail}; a long response failed: {long}", _LOG)
-            return
+            return Finding("latency", Status.WARN, f"{detail}; a long response failed: {long}", _LOG)
         speed = f"{sampled} tokens in {long.seconds:.2f} s = {sampled / long.seconds:.0f} tokens/s for one request"
         beside = f", beside {self._busy} others" if self._busy else ""
-        self._ok("latency", f"{detail}; {speed}{beside}")
+        return Finding("latency", Status.OK, f"{detail}; {speed}{beside}")
 
 
 def _problem_of_ids(ids_TLK: npt.NDArray[np.int32], shape: ModelShape) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import logging
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,11 +26,10 @@ from typing import ClassVar
 
 from megatron_pr2.errors import RolloutError
 
-logger = logging.getLogger(__name__)
-
 PARENT_VARIABLE = "MEGATRON_PR2_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 20
+_POLL_S = 0.1
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -91,15 +90,23 @@ class ChildProcess:
         return self._process is not None and not self._ended.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits for its end, at most `timeout_s`; whether it has ended."""
+        """Waits for its end; whether it has ended."""
         return self._ended.wait(timeout_s)
 
+    def await_ready(self, ready: Callable[[], bool], deadline: float, late: Callable[[], str]) -> None:
+        """Returns when it is ready; raises RolloutError, with the last log lines, if it ends before or not until a deadline."""
+        while time.monotonic() < deadline:
+            if self.wait(_POLL_S):
+                raise RolloutError(self.describe_end())
+            if ready():
+                return
+        raise RolloutError(f"{late()}.{self.describe_log()}")
+
     def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """Starts the process; returns as soon as it exists.
+        """Starts the process with that whole environment; returns as soon as it exists.
 
         Args:
             command: visible to every user of the machine: no secrets.
-            env: its whole environment.
 
         Raises:
             RolloutError: it cannot be started, or it already runs.
@@ -133,7 +140,7 @@ class ChildProcess:
             started.set_result(None)
             # Not reaped until its group is swept: while the leader is a zombie its group id cannot be given to anybody else.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            _signal_group(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
             process.wait()
             ended.set()
 
@@ -158,7 +165,7 @@ class ChildProcess:
             self._ended.wait(grace_s)
         finally:  # also when the user does not want to wait
             if not self._ended.is_set():
-                _signal_group(process.pid, signal.SIGKILL)
+                _kill_group(process.pid)
                 self._ended.wait(grace_s)
 
     def describe_end(self) -> str:
@@ -183,23 +190,20 @@ class ChildProcess:
             self.log_path = None
 
 
-def _signal_group(pgid: int, number: signal.Signals) -> None:
-    """Signals our own child's process group; its leader is alive or not yet reaped, so the id is still ours."""
-    try:
-        os.killpg(pgid, number)
-    except ProcessLookupError:
-        logger.debug("process group %d has already ended", pgid)
+def _kill_group(pgid: int) -> None:
+    """Kills our own child's process group; its leader is alive or not yet reaped, so the id is still ours."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pgid, signal.SIGKILL)
 
 
 def log_tail(path: Path, lines: int, noise: Sequence[str] = ()) -> str:
-    """Last `lines` lines of a file that hold something and none of `noise`, each cut at 400 characters; "" if there are none."""
+    """Last lines of a file that hold something and none of `noise`, each cut at 400 characters; "" if there are none."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 64 * 1024))
-            text = file.read().decode("utf-8", errors="replace")
+            text = _COLOUR.sub("", file.read().decode("utf-8", errors="replace"))
     except OSError:
         return ""
-    text = _COLOUR.sub("", text)
     telling = [line for line in text.splitlines() if line.strip() and not any(word in line for word in noise)]
     return "\n".join(line[:400] for line in telling[-lines:])

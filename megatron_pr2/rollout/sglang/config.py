@@ -159,16 +159,12 @@ class SGLangConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        positive = (
-            "tp_size", "ep_size", "max_running_requests", "weight_bucket_bytes", "concurrency",
-            "start_timeout_s", "request_timeout_s", "retry_backoff_s", "engines", "deadline_s", "answer_bytes", "route_bytes",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected a positive number")
-        for name in ("retries", "rerolls", "first_gpu"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"sglang.{name}={getattr(self, name)}: expected 0 or more")
+        for name, value in vars(self).items():
+            if name in ("retries", "rerolls", "first_gpu"):
+                if value < 0:
+                    raise ConfigError(f"sglang.{name}={value}: expected 0 or more")
+            elif isinstance(value, int | float) and not isinstance(value, bool) and name != "max_total_tokens" and value <= 0:
+                raise ConfigError(f"sglang.{name}={value}: expected a positive number")
         for flag in self.extra_flags:
             name = flag.split("=")[0]
             # argparse takes abbreviations: "--hos" would be a second --host. Those of secrets are refused by SGLangServer.
@@ -177,11 +173,7 @@ class SGLangConfig:
                 raise ConfigError(f"sglang.extra_flags: {name} is set by the engine; use the field of SGLangConfig")
 
     def resolved_device(self) -> str:
-        """Where the own server runs: "cpu" or "cuda".
-
-        Raises:
-            ConfigError: device="cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where it is not.
-        """
+        """ "cpu" or "cuda"; raises ConfigError for "cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where not."""
         import torch  # only here: settings are checked before torch is imported
 
         cuda = torch.cuda.is_available()

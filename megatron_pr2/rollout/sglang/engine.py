@@ -1,5 +1,6 @@
 """SGLangEngine: any number of SGLang servers as one RolloutEngine, driven from one process.
 
+    servers.py     start, restart and stop of all servers
     scheduler.py   one generate call: concurrency, retries, turns, early stop
     fleet.py       who gets an attempt, what is in flight, halting it while weights are replaced
     replica.py     one server
@@ -13,6 +14,7 @@ responses, and it is restarted before the next push.
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,9 +30,9 @@ from megatron_pr2.rollout.sglang import wire
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.episode import Episode
 from megatron_pr2.rollout.sglang.fleet import Fleet
-from megatron_pr2.rollout.sglang.push.disk import DiskTarget
-from megatron_pr2.rollout.sglang.push.target import PushTarget
-from megatron_pr2.rollout.sglang.push.update import make_update
+from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskTarget
+from megatron_pr2.rollout.sglang.push.distributed import DistributedPush
+from megatron_pr2.rollout.sglang.push.session import PushTarget
 from megatron_pr2.rollout.sglang.replica import SGLangReplica
 from megatron_pr2.rollout.sglang.route_spill import RouteSpill
 from megatron_pr2.rollout.sglang.scheduler import RolloutCall
@@ -42,14 +44,8 @@ logger = logging.getLogger(__name__)
 class SGLangEngine:
     """RolloutEngine on SGLang servers.
 
-    Args:
-        config: how to start or find them.
-        shape: of the model, to read its routes.
-
     Attributes:
-        replicas: the servers.
         weight_version: of the last push; 0 for an own server's checkpoint, -1 if an attached server does not name a number.
-        on_progress: called now and then while generating, from another thread.
     """
 
     name = "sglang"
@@ -64,30 +60,27 @@ class SGLangEngine:
         self.weight_version = -1
         self.on_progress: Callable[[Progress], None] | None = None
         self.spill = RouteSpill(config.route_bytes, config.spill_directory)
-        self._update = make_update(config, lambda target: next(r.http for r in self.replicas if r.url == target.url))
+        self._update: DistributedPush | DiskPush
+        if config.push == "distributed":
+            self._update = DistributedPush(client=lambda target: next(r.http for r in self.replicas if r.url == target.url))
+        else:
+            assert config.model_path is not None
+            parent = config.push_directory or tempfile.gettempdir()
+            self._update = DiskPush(config.model_path, parent, shard_bytes=config.weight_bucket_bytes)
         self._updated: list[SGLangReplica] = []
         self._push_is_open = False
         self._carried: dict[str, Episode] = {}
         self._generating = threading.Lock()
         self._updating = threading.Lock()
 
-    # Lifecycle
-
     def start(self) -> None:
-        """Starts the own servers, or attaches; returns when a probe of each returned valid routes.
-
-        Raises:
-            RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
-        """
+        """Starts the own servers, or attaches; returns when a probe of each returned valid routes."""
         if self._fleet is None:
             self._servers.start()
             self.weight_version = min(wire.parse_version(replica.label) for replica in self.replicas)
 
     def restart(self) -> None:
-        """Restarts or reconnects servers that died, all of them if none did; push the weights again before sampling.
-
-        What was carried over from an early stop is kept. Raises as start().
-        """
+        """Restarts or reconnects servers that died, all of them if none did; what was carried over from an early stop is kept."""
         if self._fleet is None:
             self._stop()
             self.start()
@@ -103,10 +96,6 @@ class SGLangEngine:
             if replica.server is not None:
                 replica.server.remove_log()
 
-    def ensure_alive(self) -> None:
-        """Raises RolloutError, with the last log lines of an own server, unless every server runs and answers."""
-        self._servers.ensure_alive()
-
     def _stop(self) -> None:
         self._update.close()
         self._servers.stop()
@@ -115,19 +104,11 @@ class SGLangEngine:
     def _fleet(self) -> Fleet | None:
         return self._servers.fleet
 
-    # Weights
-
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Pushes tensors by Hugging Face name to every server and drops every cache; a part of the model will do.
 
-        SGLang silently skips names that it does not know: the handshake after the push has to prove the content.
-
-        Args:
-            weights: tensors of any device; SGLang casts to its own dtype, the bytes travel as they are given.
-            version: stamped on everything that is sampled from now on.
-
-        Raises:
-            RolloutError: any part was refused or a server died; it refuses to sample until a push succeeds.
+        SGLang casts to its own dtype and silently skips names that it does not know: the handshake after the push has to prove the
+        content. After a RolloutError no server samples until a push succeeds.
         """
         began = time.monotonic()
         self.begin_push(version)
@@ -142,12 +123,9 @@ class SGLangEngine:
         logger.info("pushed weights of version %d: %.1f MB in %.2f s", version, sent / 1e6, time.monotonic() - began)
 
     def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
-        """Halts sampling, restarts lost servers and opens a weight update on each; what follows sends tensors to the targets.
+        """Halts sampling, restarts lost servers and opens a weight update on each; returns where tensors go.
 
-        Either finish_push or abandon_push must be called next, by the same thread.
-
-        Raises:
-            RolloutError: a server refused or died; nothing is left open.
+        Either finish_push or abandon_push must be called next, by the same thread; after a RolloutError nothing is left open.
         """
         fleet = self._servers.running()
         self._updating.acquire()
@@ -175,8 +153,7 @@ class SGLangEngine:
     def finish_push(self, version: int) -> None:
         """Closes the update on every server: caches flushed, version stamped and read back; sampling goes on.
 
-        Raises:
-            RolloutError: a server refused, or reports another version; abandon_push must be called then.
+        After a RolloutError abandon_push must be called.
         """
         fleet = self._servers.running()
         self._update.finish([r.session for r in self._updated], str(version), flush_cache=not fleet.busy)
@@ -207,14 +184,10 @@ class SGLangEngine:
             self._push_is_open = False
             self._updating.release()
 
-    # Sampling
-
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
     ) -> RolloutBatch:
         """Samples one response per request, `config.concurrency` at a time.
-
-        Seeds are honoured by CPU servers started by this package and by GPU servers with --enable-deterministic-inference.
 
         Args:
             enough: groups that suffice; the rest is aborted, and what has a key is continued when it is asked for again.
@@ -230,15 +203,7 @@ class SGLangEngine:
             RouteError: the last attempt's routes were invalid.
         """
         fleet = self._servers.running()
-        keys: set[str] = set()
-        for index, request in enumerate(requests):
-            wire.check_token_ids(request.prompt_ids, self.shape.vocab_size, f"request {index}")
-            if request.key and request.key in keys:
-                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
-            keys.add(request.key)
-        groups = len({request.group for request in requests})
-        if enough is not None and not 1 <= enough <= groups:
-            raise RolloutError(f"enough={enough}: the {len(requests)} requests are of {groups} groups; expected 1 to {groups}")
+        self._check(requests, enough)
         if not self._generating.acquire(blocking=False):
             raise RolloutError("generate() is running already in another thread; one engine serves one call at a time")
         try:
@@ -260,9 +225,7 @@ class SGLangEngine:
                 self._carried |= {episode.request.key: episode for episode in rest if episode.request.key and episode.num_sampled}
         finally:
             self._generating.release()
-        counts = call.counts
-        counts.update(self._totals(fleet))
-        counts.subtract(before)
+        counts = call.counts + self._totals(fleet) - before
         extra = {name: float(counts[name]) for name in _COUNTS}
         stats = RolloutStats(time.monotonic() - began, call.tokens, call.route_bytes, extra)
         return RolloutBatch([call.responses[index] for index in finished], stats, finished)
@@ -273,13 +236,20 @@ class SGLangEngine:
             self._carried.pop(key, None)
 
     def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """Handshake probe of every server; prefix caches are flushed first, so the servers have to be idle.
-
-        Raises:
-            RolloutError, RouteError: as generate().
-        """
+        """Handshake probe of every server; prefix caches are flushed first, so the servers have to be idle."""
         fleet = self._servers.running()
         return [replica.score(token_ids) for replica in fleet.live() or self.replicas]
+
+    def _check(self, requests: Sequence[RolloutRequest], enough: int | None) -> None:
+        keys: set[str] = set()
+        for index, request in enumerate(requests):
+            wire.check_token_ids(request.prompt_ids, self.shape.vocab_size, f"request {index}")
+            if request.key and request.key in keys:
+                raise RolloutError(f"request {index}: key {request.key!r} is given twice; keys name one response each")
+            keys.add(request.key)
+        groups = len({request.group for request in requests})
+        if enough is not None and not 1 <= enough <= groups:
+            raise RolloutError(f"enough={enough}: the {len(requests)} requests are of {groups} groups; expected 1 to {groups}")
 
     def _bounded(self, sampling: SamplingParams, requests: Sequence[RolloutRequest]) -> SamplingParams:
         """A server refuses what exceeds its context, which would end the call: replies may make a response that long."""
@@ -306,7 +276,7 @@ class SGLangEngine:
         """Counts over the engine's life."""
         clients = [fleet.front, *(r.http for r in self.replicas if r.connected)]
         retries = sum(client.retried for client in clients if client is not None)
-        return Counter(retries=retries, engines_lost=len(fleet.lost), spilled_bytes=self.spill.counts().total_spilled_bytes)
+        return Counter(retries=retries, engines_lost=len(fleet.lost), spilled_bytes=self.spill.spilled_bytes)
 
 
 _COUNTS = (

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_pr2.errors import RolloutError
+from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import RolloutRequest, RolloutResponse, SamplingParams
 from megatron_pr2.rollout.sglang.plugin import encode_rid
-from megatron_pr2.rollout.sglang.splice import RouteSplice
 from megatron_pr2.rollout.sglang.wire import Ask, Sampled, check_token_ids
+from megatron_pr2.routes.table import RouteTable
 
 
 class Episode:
     """What is known of one response; every token keeps the log-prob, the route and the weight version that it was sampled with.
 
+    Row i of the routes belongs to input token i and is taken from the attempt in which that token was an input for the first time,
+    so it is the route that the token's successor was sampled with. The last token of an attempt was no input yet: its row comes
+    with the next attempt, which asks for rows from there on (`routed_experts_start_len`).
+
     Attributes:
-        request: whose response it is.
-        response_ids: the response so far.
-        num_sampled: tokens of it that the policy sampled.
+        response_ids: the response so far, of which the policy sampled `num_sampled` tokens.
         finish_reason: None while the policy has to go on.
         finished: the response, once no turn follows.
         failures: attempts that returned nothing usable since the last one that did.
@@ -36,10 +38,8 @@ class Episode:
         self.finished: RolloutResponse | None = None
         self.failures = 0
         self.engine: int | None = None
-        self._sampling = sampling
-        self._shape = shape
-        self._return_routes = return_routes
-        self._routes = RouteSplice(shape)
+        self._sampling, self._shape, self._return_routes = sampling, shape, return_routes
+        self._routes: list[RouteTable] = []
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # log-probs, versions, whether the policy's own
         self._turns = 1
 
@@ -51,7 +51,7 @@ class Episode:
     @property
     def known_rows(self) -> int | None:
         """Tokens whose row is known, or None where routes are not asked for."""
-        return self._routes.rows if self._return_routes else None
+        return sum(part.num_tokens - 1 for part in self._routes) if self._return_routes else None
 
     def continues(self, request: RolloutRequest, sampling: SamplingParams, *, return_routes: bool) -> bool:
         """Whether this is the unfinished response that a request asks to go on with."""
@@ -81,15 +81,15 @@ class Episode:
         )
 
     def extend(self, sampled: Sampled, where: str) -> None:
-        """Appends what an attempt returned.
-
-        Raises:
-            RouteError: its rows do not continue the known ones.
-        """
+        """Appends what an attempt returned; raises RouteError if its rows do not continue the known ones."""
         ids = sampled.token_ids
         if ids and self._return_routes:
-            assert sampled.routes is not None
-            self._routes.append(self._routes.rows, sampled.routes, where)
+            part = sampled.routes
+            assert part is not None
+            expected = (self.num_tokens + len(ids) - (self.known_rows or 0), len(self._shape.moe_layers), self._shape.topk)
+            if part.experts.shape != expected or part.valid[-1]:
+                raise RouteError(f"{where}: rows {part.experts.shape} of an attempt, expected {expected} without the last one")
+            self._routes.append(part)
         if ids:
             self.failures = 0
         self.response_ids += ids
@@ -104,7 +104,7 @@ class Episode:
             self.finish_reason = "length"
 
     def take_turn(self, reply: Sequence[int] | None, where: str) -> None:
-        """Appends what the environment replied to a finished turn and opens the next one; None, or no room, ends the response.
+        """Appends the environment's reply to a finished turn and opens the next one; None, or no room, ends the response.
 
         Raises:
             RolloutError: the reply is empty or names tokens that the model does not have.
@@ -123,12 +123,7 @@ class Episode:
         self.finish_reason = None
 
     def response(self, where: str) -> RolloutResponse:
-        """The response, put together.
-
-        Raises:
-            RouteError: rows are missing.
-            RolloutError: it is not finished.
-        """
+        """The response, put together; raises RolloutError if it is not finished, RouteError if rows are missing."""
         if self.finish_reason is None:
             raise RolloutError(f"{where}: the response is not finished")
         logprobs, versions, own = (np.concatenate(part) for part in zip(*self._parts, strict=True))
@@ -136,7 +131,7 @@ class Episode:
             prompt_ids=tuple(self.request.prompt_ids),
             response_ids=tuple(self.response_ids),
             logprobs=logprobs,
-            routes=self._routes.table(self.num_tokens, where) if self._return_routes else None,
+            routes=self._joined(where) if self._return_routes else None,
             finish_reason=self.finish_reason,
             weight_versions=versions,
             loss_mask=own,
@@ -146,7 +141,17 @@ class Episode:
     def finish(self, response: RolloutResponse) -> None:
         """Keeps the finished response instead of its parts."""
         self.finished = response
-        self._routes, self._parts = RouteSplice(self._shape), []
+        self._routes, self._parts = [], []
+
+    def _joined(self, where: str) -> RouteTable:
+        if self.known_rows != self.num_tokens - 1:
+            raise RouteError(f"{where}: {self.known_rows} rows for {self.num_tokens} tokens; expected one less than tokens")
+        *earlier, last = self._routes
+        if not earlier:
+            return last
+        experts = [part.experts[:-1] for part in earlier] + [last.experts]
+        valid = [part.valid[:-1] for part in earlier] + [last.valid]
+        return RouteTable(np.concatenate(experts), np.concatenate(valid), self._shape.num_experts)
 
     def _room(self, reply: int = 0) -> int:
         """Tokens that may still be sampled after a reply of so many."""

@@ -15,10 +15,9 @@ from megatron_pr2.errors import RolloutError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang import wire
-from megatron_pr2.rollout.sglang.byte_budget import ByteBudget
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.episode import Episode
-from megatron_pr2.rollout.sglang.http import EngineDiedError, HttpClient, TimedOutError
+from megatron_pr2.rollout.sglang.http import ByteBudget, EngineDiedError, HttpClient, TimedOutError
 from megatron_pr2.rollout.sglang.replica import SGLangReplica
 from megatron_pr2.rollout.sglang.routes import parse_body
 from megatron_pr2.rollout.sglang.wire import Ask, Sampled
@@ -36,7 +35,6 @@ class Fleet:
     """Sends attempts to replicas.
 
     Attributes:
-        replicas: all of them, dead ones included.
         front: client of the router, None where attempts go to the replicas directly.
         lost: replicas that died while sampling and have not been started again, by index, and why.
         halts: how often everything in flight was told to stop.
@@ -47,8 +45,7 @@ class Fleet:
         self.front: HttpClient | None = None
         self.lost: dict[int, str] = {}
         self.halts = 0
-        self._config = config
-        self._shape = shape
+        self._config, self._shape = config, shape
         self._budget = ByteBudget(config.answer_bytes)
         self._open = asyncio.Event()
         self._open.set()
@@ -59,7 +56,7 @@ class Fleet:
 
     def live(self) -> list[SGLangReplica]:
         """Replicas that are connected, usable and not lost."""
-        return [r for r in self.replicas if r.connected and r.unusable is None and r.index not in self.lost]
+        return [r for r in self.reachable() if r.unusable is None]
 
     def reachable(self) -> list[SGLangReplica]:
         """Replicas that are connected and not lost, whatever their weights are."""
@@ -150,12 +147,11 @@ class Fleet:
         if not live:
             raise EngineDiedError(self.nothing_left())
         idlest = min(live, key=lambda r: r.load)
-        by_index = {r.index: r for r in live}
+        by_index: dict[int | None, SGLangReplica] = {r.index: r for r in live}
         group = episode.request.group
-        if episode.engine in by_index:
-            chosen = by_index[episode.engine]
-        else:
-            chosen = by_index.get(self._of_group.get(group, -1), idlest)
+        chosen = by_index.get(episode.engine)
+        if chosen is None:
+            chosen = by_index.get(self._of_group.get(group), idlest)
             if chosen.load - idlest.load > self._config.max_running_requests // 2:
                 chosen = idlest
         self._of_group[group] = episode.engine = chosen.index

@@ -10,8 +10,9 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import httpx
@@ -28,11 +29,7 @@ _RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
 class RefusedError(RolloutError):
-    """The server understood and refused: an HTTP status other than 200 that is not worth a retry.
-
-    Attributes:
-        status, body: of the response.
-    """
+    """The server understood and refused: an HTTP status other than 200 that is not worth a retry."""
 
     def __init__(self, message: str, status: int, body: str) -> None:
         super().__init__(message)
@@ -58,9 +55,9 @@ class EngineDiedError(RolloutError):
 class LoopThread:
     """An event loop on a thread of its own, for callers that are not asynchronous."""
 
-    def __init__(self, name: str = "sglang-http") -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -77,11 +74,38 @@ class LoopThread:
 
     def close(self) -> None:
         """Ends the thread; safe to call twice."""
-        if self._loop.is_closed():
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class ByteBudget:
+    """Bounds the bytes of responses that tasks of one event loop receive or decode at once; more than that waits.
+
+    First come first served: a large request delays small ones that would fit, and in return none starves.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.in_use = self.peak = 0
+        self._limit = limit
+        self._turn = asyncio.Lock()  # its queue is first in, first out; only the holder waits for bytes
+        self._released = asyncio.Event()
+
+    @asynccontextmanager
+    async def take(self, nbytes: int) -> AsyncIterator[None]:
+        """Holds bytes within the block; more than the limit waits until nothing is held. Who holds bytes must not take more."""
+        async with self._turn:
+            while self.in_use and self.in_use + nbytes > self._limit:
+                self._released.clear()
+                await self._released.wait()
+            self.in_use += nbytes
+        self.peak = max(self.peak, self.in_use)
+        try:
+            yield
+        finally:
+            self.in_use -= nbytes
+            self._released.set()
 
 
 def auth_headers(api_key: str | None) -> dict[str, str]:
@@ -89,11 +113,20 @@ def auth_headers(api_key: str | None) -> dict[str, str]:
     return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
 
+def ask_health(url: str, timeout_s: float, path: str = "/health") -> tuple[int, str]:
+    """The status of a server's answer, 0 if there is none, and what is wrong with it, "" if nothing is. /health needs no key."""
+    try:
+        with httpx.stream("GET", url + path, timeout=timeout_s, trust_env=False) as answer:
+            status = answer.status_code
+    except httpx.HTTPError as error:
+        return 0, f"{url} does not answer ({type(error).__name__}: {error})"
+    return status, "" if status == 200 else f"{url}{path} answers {status}"
+
+
 class HttpClient:
     """Client of one base URL.
 
     Args:
-        url: base URL.
         api_key: sent as a bearer token, never logged; None for a server without one.
         concurrency: requests that its user has in flight at once; some connections more are kept for control.
         timeout_s: one attempt.
@@ -117,10 +150,7 @@ class HttpClient:
         why_dead: Callable[[], str | None],
         loop: LoopThread | None = None,
     ) -> None:
-        self._url = url
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._backoff_s = backoff_s
+        self._url, self._timeout_s, self._retries, self._backoff_s = url, timeout_s, retries, backoff_s
         self._why_dead = why_dead
         self.retried = 0
         self._own_loop = loop is None
@@ -142,11 +172,7 @@ class HttpClient:
             self._loop.close()
 
     async def json(self, method: str, path: str, payload: Mapping[str, Any] | None = None, *, where: str, **options: Any) -> Any:
-        """The parsed JSON response; arguments and errors are those of :meth:`body`.
-
-        Raises:
-            RolloutError: additionally, if the response is not JSON.
-        """
+        """The parsed JSON response; as :meth:`body`, and raises RolloutError if it is not JSON."""
         text = (await self.body(method, path, payload, where=where, **options)).decode("utf-8", errors="replace")
         try:
             return json.loads(text)
@@ -165,7 +191,7 @@ class HttpClient:
         timeout_s: float | None = None,
         reserve: Reserve | None = None,
     ) -> bytearray:
-        """Sends one request and returns the body of its 200 response.
+        """Sends one request and returns the body of its 200 response; raises the errors of this module as their docstrings say.
 
         Args:
             payload: sent as JSON; a function makes a new one for every attempt.
@@ -174,10 +200,6 @@ class HttpClient:
             retry: whether to try again after a broken connection, 429 or 5xx; False where a repetition has another effect.
             timeout_s: of one attempt, the client's default if None.
             reserve: awaited with the number of bytes that are about to be read; the server waits meanwhile.
-
-        Raises:
-            RefusedError: another HTTP status than 200, 429 and 5xx.
-            TimedOutError, TooLongError, UnavailableError, EngineDiedError: as their docstrings say.
         """
         attempts = 1 + (self._retries if retry else 0)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

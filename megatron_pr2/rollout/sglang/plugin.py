@@ -34,14 +34,10 @@ _registered = False
 
 
 def encode_rid(unique: str, start_len: int | None) -> str:
-    """The request id that asks for the routes from row `start_len` on, or for no routes with None.
-
-    Args:
-        unique: distinguishes requests, 1 to 200 of the characters 0-9 A-Z a-z _ and -.
-        start_len: SGLang's routed_experts_start_len, 0 <= start_len < 10^10; None for a request without routes.
+    """The request id that asks for the routes from row `start_len` on (SGLang's routed_experts_start_len), or for none with None.
 
     Raises:
-        ValueError: one of the two is not as described.
+        ValueError: `unique` is not 1 to 200 of the characters 0-9 A-Z a-z _ and -, or not 0 <= start_len < 10^10.
     """
     if not isinstance(unique, str) or _UNIQUE.fullmatch(unique) is None:
         raise ValueError(f"request id {unique!r}: expected 1 to 200 characters out of 0-9 A-Z a-z _ -")

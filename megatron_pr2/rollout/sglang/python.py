@@ -1,9 +1,4 @@
-"""Which interpreter SGLang runs in, and how this package gets there.
-
-Servers need none of the trainer's packages, and the trainer none of SGLang's.
-
-`make sglang` makes an environment for servers beside the trainer's: VENV-sglang for VENV.
-"""
+"""Which interpreter SGLang runs in, and how this package gets there: `make sglang` makes VENV-sglang beside the trainer's VENV."""
 
 from __future__ import annotations
 
@@ -25,12 +20,7 @@ _CHECK_S = 60.0
 
 
 def find_python(named: str | None = None, *, module: str = "sglang") -> str:
-    """The interpreter of the server environment, wherever it is found first.
-
-    1. `named`, the explicit setting.
-    2. The environment variable MEGATRON_PR2_SGLANG_PYTHON.
-    3. This interpreter, if `module` is installed here.
-    4. VENV-sglang/bin/python, where VENV is this interpreter's environment.
+    """The interpreter of the server environment that is found first: the setting, the environment variable, this one, VENV-sglang.
 
     Raises:
         ConfigError: there is none, or what was named is no executable; says where it was looked for.
@@ -55,14 +45,7 @@ def find_python(named: str | None = None, *, module: str = "sglang") -> str:
 
 
 def check_module(python: str, module: str, install: str) -> None:
-    """Refuses an interpreter whose environment lacks a package, before anything is started with it.
-
-    Args:
-        install: what to do about it, for the error.
-
-    Raises:
-        ConfigError: the package is not there, or the interpreter does not run.
-    """
+    """Raises ConfigError, which says how to `install` it, for an interpreter that does not run or lacks a package."""
     code = f"import importlib.util as u, sys; sys.exit(3 * (getattr(u.find_spec({module!r}), 'origin', None) is None))"
     try:
         done = subprocess.run(

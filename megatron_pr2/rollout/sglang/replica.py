@@ -7,21 +7,17 @@ succeeds. What it is asked while it samples is in fleet.py.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
-
-import httpx
 
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import Probe
 from megatron_pr2.rollout.sglang import wire
 from megatron_pr2.rollout.sglang.config import SGLangConfig
-from megatron_pr2.rollout.sglang.http import HttpClient, LoopThread
-from megatron_pr2.rollout.sglang.info import check_server_info
-from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession
-from megatron_pr2.rollout.sglang.push.target import PushTarget, push_target
+from megatron_pr2.rollout.sglang.http import HttpClient, LoopThread, ask_health
+from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession, PushTarget, push_target
+from megatron_pr2.rollout.sglang.refusals import check_server_info
 from megatron_pr2.rollout.sglang.routes import parse_body
 from megatron_pr2.rollout.sglang.server import SGLangServer
 
@@ -36,13 +32,10 @@ class SGLangReplica:
 
     Args:
         url: of a running server, None to start one by `config`.
-        api_key: of the server.
 
     Attributes:
-        index: among the replicas of the engine.
         server: the own server, None for one that is attached to.
         url: base URL; that of an own server is known once it was started.
-        api_key: what clients have to present.
         labels: version labels that the server has stamped on what it sampled; the last one is that of now.
         unusable: why it must not sample, None if it may.
         load: attempts in flight.
@@ -55,9 +48,7 @@ class SGLangReplica:
     target: PushTarget
 
     def __init__(self, index: int, config: SGLangConfig, shape: ModelShape, *, url: str | None, api_key: str | None) -> None:
-        self.index = index
-        self.config = config
-        self.shape = shape
+        self.index, self.config, self.shape = index, config, shape
         self.server = SGLangServer(config, api_key) if url is None else None
         self.url = url or ""
         self.api_key = self.server.api_key if self.server is not None else api_key
@@ -71,7 +62,6 @@ class SGLangReplica:
 
     @property
     def name(self) -> str:
-        """For errors."""
         return f"SGLang server {self.url or self.index}"
 
     @property
@@ -92,11 +82,7 @@ class SGLangReplica:
         return self._http
 
     def start(self, loop: LoopThread) -> None:
-        """Starts the own server, or attaches; its client runs on `loop`. Returns when a probe returned valid routes.
-
-        Raises:
-            RolloutError: no healthy server in time, one that cannot be used, or no usable routes; names the cause.
-        """
+        """Starts the own server, or attaches; its client runs on `loop`. Returns when a probe returned valid routes."""
         if self._http is not None:
             return
         try:
@@ -151,21 +137,13 @@ class SGLangReplica:
         """None while the server runs and answers, else the reason with the last log lines."""
         if self.server is not None and not self.server.alive():
             return self.server.describe_end()
-        try:
-            # Outside the client's pool, which may be exhausted; /health needs no key.
-            # SGLang's /health generates a token, which a paused server does not do; any answer shows that a paused one lives.
-            path = "/model_info" if self.paused else "/health"
-            with httpx.stream("GET", f"{self.url}{path}", timeout=30.0, trust_env=False) as answer:
-                status = answer.status_code
-        except httpx.HTTPError as error:
-            # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
-            deadline = time.monotonic() + _REAP_S
-            while self.server is not None and time.monotonic() < deadline:
-                if not self.server.alive():
-                    return self.server.describe_end()
-                time.sleep(0.05)
-            return f"{self.url} does not answer ({type(error).__name__}: {error}).{self._log()}"
-        return None if status == 200 or self.paused else f"{self.url}/health answers {status}.{self._log()}"
+        # Outside the client's pool, which may be exhausted. SGLang's /health generates a token, which a paused server does not do;
+        # any answer shows that a paused one lives.
+        status, problem = ask_health(self.url, 30.0, "/model_info" if self.paused else "/health")
+        # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
+        if not status and self.server is not None and self.server.wait(_REAP_S):
+            return self.server.describe_end()
+        return f"{problem}.{self._log()}" if problem and not (status and self.paused) else None
 
     def _log(self) -> str:
         return self.server.describe_log() if self.server is not None else ""

@@ -1,11 +1,9 @@
 """RouteSpill: route tables beyond a byte budget live in memory-mapped files instead of memory.
 
 A batch of long responses holds tens of gigabytes of routes (1,536 responses of 32K tokens of Qwen3-30B: 19 GB), and nobody reads
-them before their micro-batch. Tables within the budget are kept as they are. Later ones are written to a file and come back as
-views into its read-only mapping, whose pages the kernel reads and drops as it needs memory.
-
-Nothing has to be freed by a call: what counts is which arrays are alive, and a file is unlinked as soon as it is open and its space
-is released with the last array that looks into it, also after a crash.
+them before their micro-batch. Tables beyond the budget are written to a file and come back as views into its read-only mapping,
+whose pages the kernel reads and drops as it needs memory. Nothing has to be freed by a call: what counts is which arrays are
+alive, and a file has no name, so that its space is released with the last array that looks into it, also after a crash.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ import errno
 import logging
 import mmap
 import os
+import subprocess
 import tempfile
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,24 +29,6 @@ from megatron_pr2.routes.table import RouteTable
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
-_IN_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
-
-
-@dataclass
-class SpillCounts:
-    """What a RouteSpill did.
-
-    Attributes:
-        memory_bytes: of the tables in memory that are alive.
-        spilled_bytes, spilled_tables: in files, alive.
-        total_spilled_bytes, total_spilled_tables: ever written to files.
-    """
-
-    memory_bytes: int = 0
-    spilled_bytes: int = 0
-    spilled_tables: int = 0
-    total_spilled_bytes: int = 0
-    total_spilled_tables: int = 0
 
 
 class RouteSpill:
@@ -59,65 +39,71 @@ class RouteSpill:
         directory: for the files, on a local disk; `tempfile.gettempdir()` if None.
         file_bytes: tables share files of this size; a larger table has its own.
 
+    Attributes:
+        spilled_bytes: ever written to files.
+
     Raises:
-        ConfigError: a size is negative, or the directory does not exist.
+        ConfigError: the directory does not exist.
     """
 
     def __init__(self, budget_bytes: int, directory: str | os.PathLike[str] | None = None, *, file_bytes: int = 256 << 20) -> None:
-        if budget_bytes < 0 or file_bytes < 1:
-            raise ConfigError(f"RouteSpill: budget_bytes={budget_bytes}, file_bytes={file_bytes}; expected >= 0 and >= 1")
         self.directory = Path(tempfile.gettempdir() if directory is None else directory)
         if not self.directory.is_dir():
             raise ConfigError(f"RouteSpill: directory {str(self.directory)!r} does not exist; create it on a local disk")
+        self.spilled_bytes = 0
         self._budget_bytes = budget_bytes
         self._file_bytes = file_bytes
         self._lock = threading.Lock()
         self._file: _File | None = None
-        self._counts = SpillCounts()
-        self._counted: weakref.WeakValueDictionary[int, npt.NDArray[Any]] = weakref.WeakValueDictionary()  # by id()
-        # (bytes, whether in a file). An array may die in the middle of a method of this object: finalizers only leave a note here.
-        self._dead: deque[tuple[int, bool]] = deque()
+        self._memory_bytes = 0
+        self._known: weakref.WeakValueDictionary[int, npt.NDArray[Any]] = weakref.WeakValueDictionary()  # by id()
+        # Bytes of arrays that died, maybe in the middle of a method of this object: finalizers only leave a note here.
+        self._dead: deque[int] = deque()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the tables in memory that are alive."""
+        with self._lock:
+            return self._settled()
 
     def keep(self, table: RouteTable) -> RouteTable:
-        """The table itself within the budget, else an equal one with read-only arrays in a file.
-
-        A table that was kept before comes back as it is and is not counted twice.
+        """The table itself within the budget, or if it was kept before, else an equal one with read-only arrays in a file.
 
         Raises:
             RolloutError: the file cannot be written, e.g. because the disk is full.
         """
         owners = {id(owner): owner for owner in map(_owner, (table.experts, table.valid))}
         with self._lock:
-            self._settle()
-            new = [owner for key, owner in owners.items() if self._counted.get(key) is not owner]
+            new = [owner for key, owner in owners.items() if self._known.get(key) is not owner]
             size = sum(owner.nbytes for owner in new)
-            if new and self._counts.memory_bytes + size > self._budget_bytes:
+            if new and self._settled() + size > self._budget_bytes:
                 return self._spill(table)
             for owner in new:
-                self._count(owner, in_file=False)
-            self._counts.memory_bytes += size
+                self._known[id(owner)] = owner
+                weakref.finalize(owner, self._dead.append, owner.nbytes).atexit = False
+            self._memory_bytes += size
             return table
 
-    def counts(self) -> SpillCounts:
-        with self._lock:
-            self._settle()
-            return replace(self._counts)
+    def _settled(self) -> int:
+        while self._dead:
+            self._memory_bytes -= self._dead.popleft()
+        return self._memory_bytes
 
     def _spill(self, table: RouteTable) -> RouteTable:
-        counts, experts = self._counts, table.experts
-        if not counts.total_spilled_tables:
-            filesystem = _filesystem(self.directory)
-            warning = ", which is memory itself; name a directory on a disk" if filesystem in _IN_MEMORY_FILESYSTEMS else ""
-            logger.log(
-                logging.WARNING if warning else logging.INFO,
-                "routes exceed their budget of %d bytes and go to files in %s (%s)%s",
-                self._budget_bytes, self.directory, filesystem or "unknown file system", warning,
-            )  # fmt: skip
+        if not self.spilled_bytes:
+            kind = _filesystem(self.directory)
+            warning = ", which is memory itself; name a directory on a disk" if kind in ("tmpfs", "ramfs") else ""
+            told = f"routes exceed their budget of {self._budget_bytes} bytes and go to files in {self.directory} ({kind}){warning}"
+            logger.log(logging.WARNING if warning else logging.INFO, "%s", told)
+        experts = table.experts
         # Ids and validity of a table lie in one array, which stands for both.
         size = experts.nbytes + table.valid.nbytes
         try:
-            mapping, offset = self._room(size)
-            assert self._file is not None
+            mapping = self._file.mapping() if self._file is not None else None
+            if self._file is None or mapping is None or self._file.used + size > len(mapping):
+                self._file, mapping = _File.create(self.directory, max(size, self._file_bytes))
+            offset = self._file.used
+            self._file.used += -(-size // _ALIGNMENT) * _ALIGNMENT
             self._file.write(experts, offset)
             self._file.write(table.valid, offset + experts.nbytes)
         except OSError as error:
@@ -129,46 +115,20 @@ class RouteSpill:
                 + ("make room there, name another directory or raise the budget" if full else "name another directory")
             ) from error
         data: npt.NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8, count=size, offset=offset)
-        self._count(data, in_file=True)
-        counts.spilled_bytes += size
-        counts.spilled_tables += 1
-        counts.total_spilled_bytes += size
-        counts.total_spilled_tables += 1
+        self._known[id(data)] = data
+        self.spilled_bytes += size
         ids = data[: experts.nbytes].view(experts.dtype).reshape(experts.shape)
         return RouteTable(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
 
-    def _room(self, size: int) -> tuple[mmap.mmap, int]:
-        """A mapping and where in it there is room."""
-        mapping = self._file.mapping() if self._file is not None else None
-        if self._file is None or mapping is None or self._file.used + size > self._file.size:
-            self._file, mapping = _File.create(self.directory, max(size, self._file_bytes))
-        offset = self._file.used
-        self._file.used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return mapping, offset
 
-    def _count(self, owner: npt.NDArray[Any], *, in_file: bool) -> None:
-        self._counted[id(owner)] = owner
-        weakref.finalize(owner, self._dead.append, (owner.nbytes, in_file)).atexit = False
-
-    def _settle(self) -> None:
-        """Subtracts the arrays that died."""
-        while self._dead:
-            nbytes, in_file = self._dead.popleft()
-            if in_file:
-                self._counts.spilled_bytes -= nbytes
-                self._counts.spilled_tables -= 1
-            else:
-                self._counts.memory_bytes -= nbytes
-
-
-@dataclass
 class _File:
     """A file without a name, which its mapping keeps: who holds an array in it holds the mapping, and nobody else does."""
 
-    handle: IO[bytes]
-    mapping: weakref.ref[mmap.mmap]
-    size: int
-    used: int = 0
+    def __init__(self, handle: IO[bytes], mapping: mmap.mmap) -> None:
+        self.mapping = weakref.ref(mapping)
+        self.used = 0
+        self._handle = handle
+        weakref.finalize(mapping, handle.close).atexit = False
 
     @classmethod
     def create(cls, directory: Path, size: int) -> tuple[_File, mmap.mmap]:
@@ -182,13 +142,12 @@ class _File:
         except BaseException:
             handle.close()
             raise
-        weakref.finalize(mapping, handle.close).atexit = False
-        return cls(handle, weakref.ref(mapping), size), mapping
+        return cls(handle, mapping), mapping
 
     def write(self, array: npt.NDArray[Any], offset: int) -> None:
         left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         while left.nbytes:
-            written = os.pwrite(self.handle.fileno(), left, offset)
+            written = os.pwrite(self._handle.fileno(), left, offset)
             left, offset = left[written:], offset + written
 
 
@@ -199,14 +158,10 @@ def _owner(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
-def _filesystem(directory: Path) -> str | None:
-    """Type of the file system that holds a directory, None where the kernel does not say."""
+def _filesystem(directory: Path) -> str:
+    """Type of the file system that holds a directory, as stat(1) names it; "unknown file system" where it does not say."""
     try:
-        device = os.stat(directory).st_dev
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-            major, minor = line.split()[2].split(":")
-            if os.makedev(int(major), int(minor)) == device:
-                return line.partition(" - ")[2].split()[0]
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        done = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown file system"
+    return done.stdout.strip()

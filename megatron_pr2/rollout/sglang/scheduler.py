@@ -50,18 +50,14 @@ class RolloutCall:
         enough: int | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._episodes = episodes
+        self._fleet, self._config, self._spill = fleet, config, spill
+        self._episodes, self._sampling, self._enough = episodes, sampling, enough
+        self._on_progress = on_progress
         self.responses: dict[int, RolloutResponse] = {}
         self.complete: list[int] = []
         self.counts: Counter[str] = Counter()
         self.route_bytes = 0
         self.tokens = 0
-        self._fleet = fleet
-        self._config = config
-        self._sampling = sampling
-        self._spill = spill
-        self._enough = enough
-        self._on_progress = on_progress
         self._reported = 0.0
         self._stopping = False
         # Slow tools must not delay decoding.
@@ -70,11 +66,7 @@ class RolloutCall:
         self._left = Counter(episode.request.group for episode in episodes)
 
     async def run(self) -> None:
-        """Returns when all episodes are finished, or enough groups are and the rest has stopped.
-
-        Raises:
-            RolloutError, RouteError: of the first response that is lost.
-        """
+        """Returns when all episodes, or enough groups, are finished and the rest has stopped. Raises as the first that is lost."""
         tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self._episodes))]
         try:
             await asyncio.gather(*tasks)

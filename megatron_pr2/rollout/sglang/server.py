@@ -14,11 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
 from megatron_pr2.rollout.sglang.config import SGLangConfig, is_loopback, server_environment
+from megatron_pr2.rollout.sglang.http import ask_health
 from megatron_pr2.rollout.sglang.python import check_module, find_python
 from megatron_pr2.rollout.sglang.refusals import refusals, settings_from_flags
 
@@ -37,16 +36,17 @@ _PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 class SGLangServer(ChildProcess):
     """One server.
 
+    Args:
+        api_key: that servers behind one router share; by default that of `config.api_key_file`, or a random one.
+
     Attributes:
         url: base URL, valid after start().
-        api_key: what clients have to present.
 
     Raises:
-        ConfigError: `config.extra_flags` hold a secret, or ask for something under which routes are wrong; says what and why.
+        ConfigError: `config.extra_flags` hold a secret, or ask for something under which routes are wrong.
     """
 
     def __init__(self, config: SGLangConfig, api_key: str | None = None) -> None:
-        """Args: `api_key` that servers behind one router share; by default that of `config.api_key_file`, or a random one."""
         _check_flags(config.extra_flags)
         self.config = config
         self.device = config.resolved_device()
@@ -72,16 +72,16 @@ class SGLangServer(ChildProcess):
         else:
             # Before extra_flags, which can override: argparse takes the last value. An idle scheduler would otherwise poll away the
             # trainer's time on shared cores.
-            flags += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--chunked-prefill-size", "512"]
-            flags += ["--sleep-on-idle"]
+            flags += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+            flags += ["--chunked-prefill-size", "512", "--sleep-on-idle"]
         return [find_python(config.python), "-m", LAUNCHER, *flags, *config.extra_flags]
 
     def start(self) -> None:
-        """Starts the server and returns when it is healthy.
+        """Starts the server and returns when it is healthy; nothing is left running after a failure.
 
         Raises:
             ConfigError: the model directory holds no safetensors, or there is no environment with SGLang.
-            RolloutError: it ended or was not healthy in time; the message holds its last log lines. Nothing is left running.
+            RolloutError: it ended or was not healthy in time; the message holds its last log lines.
         """
         if self.alive():
             return
@@ -98,7 +98,9 @@ class SGLangServer(ChildProcess):
         began = time.monotonic()
         try:
             self.spawn(self.command(port), self._environment())
-            self._wait_until_healthy(began)
+            limit_s = self.config.start_timeout_s
+            late = f"SGLang server was not healthy {limit_s:g} s after its start; look at its log or raise start_timeout_s"
+            self.await_ready(lambda: not ask_health(self.url, 5.0)[1], began + limit_s, lambda: late)
         except BaseException:
             self.stop()
             raise
@@ -113,28 +115,10 @@ class SGLangServer(ChildProcess):
             env.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", f"file://{self._store / 'ranks'}")
         return env
 
-    def _wait_until_healthy(self, began: float) -> None:
-        deadline = began + self.config.start_timeout_s
-        with httpx.Client(trust_env=False, timeout=5.0) as client:
-            while time.monotonic() < deadline:
-                if self.wait(0.25):
-                    raise RolloutError(self.describe_end())
-                try:
-                    if client.get(f"{self.url}/health").status_code == 200:
-                        return
-                except httpx.HTTPError:
-                    continue
-        raise RolloutError(
-            f"SGLang server was not healthy {self.config.start_timeout_s:g} s after its start; look at its log or raise "
-            f"start_timeout_s.{self.describe_log()}"
-        )
-
     def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """See :meth:`ChildProcess.stop`."""
         super().stop(grace_s)
-        store, self._store = self._store, None
-        if store is not None:
-            shutil.rmtree(store, ignore_errors=True)
+        if self._store is not None:
+            shutil.rmtree(self._store, ignore_errors=True)
 
 
 def _check_flags(flags: Sequence[str]) -> None:
@@ -142,17 +126,12 @@ def _check_flags(flags: Sequence[str]) -> None:
         name = flag.partition("=")[0]
         if len(name) > len("--a") and any(secret.startswith(name) for secret in _SECRET_FLAGS):
             raise ConfigError(f"sglang.extra_flags: {name} would show a secret to every user of the machine; use api_key_file")
-    refused = refusals(settings_from_flags(flags))
-    if refused:
+    if refused := refusals(settings_from_flags(flags)):
         raise ConfigError(f"sglang.extra_flags: {'; and '.join(refused)}")
 
 
 def check_weight_files(model_path: str) -> None:
-    """Refuses a model directory without safetensors: other formats are pickles, which run code when they are loaded.
-
-    Raises:
-        ConfigError: names the files that are there instead. A path that is no directory is left to SGLang.
-    """
+    """Raises ConfigError for a model directory without safetensors; a path that is no directory is left to SGLang."""
     directory = Path(model_path)
     if not directory.is_dir() or any(directory.glob("*.safetensors")):
         return

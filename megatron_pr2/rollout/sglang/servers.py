@@ -31,8 +31,7 @@ class SGLangServers:
     """
 
     def __init__(self, config: SGLangConfig, shape: ModelShape) -> None:
-        self._config = config
-        self._shape = shape
+        self._config, self._shape = config, shape
         urls: Sequence[str | None] = config.urls or [None] * config.engines
         # Servers behind one router share a key.
         key = config.read_api_key() or (None if config.urls else secrets.token_urlsafe(24))
@@ -45,11 +44,7 @@ class SGLangServers:
         self._front: Front | None = None
 
     def running(self) -> Fleet:
-        """The fleet.
-
-        Raises:
-            RolloutError: the engine does not run.
-        """
+        """The fleet; raises RolloutError if the engine does not run."""
         if self.fleet is None:
             raise RolloutError("the rollout engine is not running; call start()")
         return self.fleet
@@ -60,11 +55,7 @@ class SGLangServers:
         return self._loop.run(coroutine)
 
     def start(self) -> None:
-        """Starts all; nothing is left running after a failure.
-
-        Raises:
-            RolloutError: a server or the router cannot be used; names the cause.
-        """
+        """Starts all, or raises RolloutError, which names the cause, and leaves nothing running."""
         try:
             self._loop = loop = LoopThread()
             _together(lambda replica: replica.start(loop), self.replicas)
@@ -89,25 +80,16 @@ class SGLangServers:
         if self._front is not None and not self._front.alive():
             fleet.front = self._front.start()
 
-    def ensure_alive(self) -> None:
-        """Raises RolloutError, with the last log lines of an own server, unless every server runs and answers."""
-        for replica in self.replicas:
-            _ = replica.http
-            reason = replica.why_dead()
-            if reason is not None:
-                raise RolloutError(f"the rollout engine is not running: {reason}")
-
     def stop(self) -> None:
         """Stops own servers and an own router, disconnects from others; safe to call twice."""
         self.fleet = None
         if self._front is not None:
             self._front.stop()
-            self._front = None
         for replica in self.replicas:
             replica.stop()
         if self._loop is not None:
             self._loop.close()
-            self._loop = None
+        self._front = self._loop = None
 
     def revive(self) -> None:
         """Starts what is stopped or lost; an attached server that does not come back is left out while there is another one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,7 @@ class Ask:
 
     Attributes:
         rid: names the attempt; the response must carry it.
-        input_ids: the sequence so far.
         first_row: routes are asked for from this token on; None if they are not asked for.
-        max_new_tokens: tokens to sample at most.
-        seed: see RolloutRequest.
         cache_key: prefixes are shared among attempts of the same key only, so that none comes from other weights.
     """
 
@@ -48,8 +44,7 @@ class Sampled:
 
     Attributes:
         token_ids: sampled; may be empty after an abort.
-        logprobs: [len(token_ids)] float32.
-        versions: [len(token_ids)] int64, of the weights that sampled each.
+        logprobs, versions: [len(token_ids)] float32 and int64, of the weights that sampled each.
         routes: rows of tokens first_row .. to the last, whose own is missing; None if there are none.
         finish: "stop", "length" or "abort".
         route_bytes: as received.
@@ -70,11 +65,7 @@ class Sampled:
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, where: str) -> None:
-    """Refuses an empty prompt and ids outside the vocabulary, which would crash the server's scheduler.
-
-    Raises:
-        RolloutError: names `where`.
-    """
+    """Raises RolloutError for an empty prompt and ids outside the vocabulary, which would crash the server's scheduler."""
     if not token_ids:
         raise RolloutError(f"{where}: the prompt is empty; at least one token id is needed")
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
@@ -157,11 +148,8 @@ def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[s
         # Aborted in the queue, e.g. after a retraction: SGLang returns the tokens of before, but not their routes.
         meta, token_ids = {**meta, "output_token_logprobs": [], "weight_versions": None}, []
     logprobs = _logprobs(meta, "output_token_logprobs", token_ids, where)
-    try:
-        if token_ids:
-            check_token_ids(token_ids, shape.vocab_size, f"{where}: sampled tokens")
-    except RolloutError as error:
-        raise AnswerError(str(error)) from error
+    if any(not 0 <= token < shape.vocab_size for token in token_ids):
+        raise AnswerError(f"{where}: sampled token ids {str(token_ids)[:200]} are outside 0..{shape.vocab_size - 1}")
     of_token = _versions(meta, len(token_ids), versions, where)
     retractions, cached_tokens = (_count(meta, name, where) for name in ("num_retractions", "cached_tokens"))
     if ask.first_row is None or not token_ids:
@@ -194,18 +182,6 @@ def parse_version(label: Any) -> int:
         return int(label)
     except (TypeError, ValueError):
         return -1
-
-
-def parse_release(text: Any, where: str) -> tuple[int, ...]:
-    """Leading numbers of a version: "0.5.23.post1" is (0, 5, 23).
-
-    Raises:
-        RolloutError: the text does not start with a number; names `where`.
-    """
-    numbers = re.match(r"[0-9]+(?:\.[0-9]+)*", str(text))
-    if numbers is None:
-        raise RolloutError(f"{where} reports version {text!r}; expected numbers such as 0.5.23")
-    return tuple(map(int, numbers[0].split(".")))
 
 
 def _meta_and_ids(answer: Any, where: str) -> tuple[Mapping[str, Any], list[int]]:

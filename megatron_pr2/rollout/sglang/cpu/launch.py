@@ -5,9 +5,6 @@ module by name: so what stands at this module's top level runs in every SGLang p
 With CUDA no CPU adapter is installed: this is SGLang's own server with one hook, routes by request id (../plugin.py).
 
 This module and what it imports run in any environment that holds SGLang; nothing of the trainer's is needed there.
-
-Environment, set by :class:`megatron_pr2.rollout.sglang.server.SGLangServer`:
-    MEGATRON_PR2_SGLANG_API_KEY   key that clients have to present; kept out of the command line and of every log record
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import Any
 
 from megatron_pr2.rollout.sglang.child_process import die_with_parent
 
+# That clients have to present; kept out of the command line and of every log record.
 _API_KEY = os.environ.get("MEGATRON_PR2_SGLANG_API_KEY", "")
 
 

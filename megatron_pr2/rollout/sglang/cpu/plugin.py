@@ -2,9 +2,7 @@
 
 SGLang loads it in every one of its processes through the entry point group `sglang.srt.plugins`; where this package is not
 installed as a distribution, `launch` calls `register` itself, with the same result.
-
-Each hook replaces or wraps the function that is named in it; nothing here runs on a GPU. Checked with SGLang 0.5.19 and 0.5.23,
-whose functions are the same but for the `device` of the host cache.
+Nothing here runs on a GPU. Checked with SGLang 0.5.19 and 0.5.23.
 """
 
 from __future__ import annotations
@@ -49,11 +47,8 @@ def register() -> None:
 
 def init_host_cache(cache: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str = "cpu") -> None:
     """REPLACE `BaseHostCache.__init__`: the same int32 [tokens, layers, top-k] buffer without pinning memory, which needs CUDA."""
-    cache.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
-    cache.num_tokens = num_tokens
-    cache.num_layers = num_layers
-    cache.topk_size = topk_size
-    cache.name = name
+    buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
+    vars(cache).update(buffer=buffer, num_tokens=num_tokens, num_layers=num_layers, topk_size=topk_size, name=name)
     cache._log_allocation()
 
 

@@ -31,8 +31,7 @@ def sample_with_seeds(logprobs: torch.Tensor, seed: torch.Tensor, positions: tor
 
     Args:
         logprobs: [rows, columns], not necessarily normalised; -inf is never drawn.
-        seed: [rows] int64, one per request.
-        positions: [rows] int64, position of the token to draw in its sequence.
+        seed, positions: [rows] int64, of the request and of the token to draw in its sequence.
 
     Returns:
         [rows, 1] int64.
@@ -62,7 +61,6 @@ def sample_filtered(
         top_ks: [rows], at least the number of columns for no limit.
         top_ps: [rows], of the probability before each column in falling order, 1 for no limit.
         min_ps: [rows], relative to the likeliest column; looked at with `need_min_p_sampling` only.
-        sampling_seed, positions: [rows] int64, see `sample_with_seeds`; `fill_sampling_seeds` has given every request a seed.
         max_top_k: a bound on top_ks that the original makes use of.
 
     Returns:

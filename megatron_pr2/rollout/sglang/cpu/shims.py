@@ -31,11 +31,7 @@ _library: torch.library.Library | None = None
 
 
 def install() -> tuple[str, ...]:
-    """Installs what is missing, before SGLang, and Transformers with it, is imported.
-
-    Returns:
-        Names of the shims installed by this call; empty with CUDA, where nothing is touched, and on a second call.
-    """
+    """Installs what is missing, before SGLang is imported; returns the names of what this call installed, nothing with CUDA."""
     if torch.cuda.is_available():
         return ()
     done = {"torchvision_operators": declare_operators(), "kernel_stub": install_kernel_stub()}

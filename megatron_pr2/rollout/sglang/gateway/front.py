@@ -26,11 +26,7 @@ class Front:
         self._url_of: dict[int, str] = {}
 
     def start(self) -> HttpClient:
-        """Returns a client of the router after a probe has brought routes back.
-
-        Raises:
-            RolloutError: it did not start, or no usable routes come through it.
-        """
+        """Returns a client of the router after a probe has brought routes back; raises RolloutError if none come through it."""
         config = self._config
         url, key = config.router, self._replicas[0].api_key
         if url == "own":

@@ -2,9 +2,6 @@
 
 `python -m sglang_router.launch_router` imports SGLang, which fails on a CPU build of torch, and takes its API key from the
 command line, which every user of the machine can read. The settings are fields of sglang_router's RouterArgs.
-
-Environment, set by :class:`megatron_pr2.rollout.sglang.gateway.router.SGLangRouter`:
-    MEGATRON_PR2_ROUTER_API_KEY   key that clients have to present and that the router presents to its engines
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import sys
 
 from megatron_pr2.rollout.sglang.child_process import die_with_parent
 
+# Key that clients have to present and that the router presents to its engines.
 API_KEY_VARIABLE = "MEGATRON_PR2_ROUTER_API_KEY"
 
 

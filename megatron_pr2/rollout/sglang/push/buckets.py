@@ -10,12 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together.
-
-    Attributes:
-        names, dtypes, shapes: of the tensors, in the order in which they lie in `flat`; dtypes as torch names ("bfloat16").
-        flat: [bytes] uint8.
-    """
+    """Tensors that travel together, as they lie in `flat` ([bytes] uint8); dtypes by torch's names ("bfloat16")."""
 
     names: list[str]
     dtypes: list[str]
@@ -32,12 +27,11 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device:
     pending: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > max_bytes:
+        if pending and size + tensor.nbytes > max_bytes:
             yield _pack(pending, device)
             size = 0
         pending.append((name, tensor.detach()))
-        size += nbytes
+        size += tensor.nbytes
         del tensor
     if pending:
         yield _pack(pending, device)
@@ -46,17 +40,12 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int, device:
 def _pack(tensors: list[tuple[str, torch.Tensor]], device: torch.device) -> Bucket:
     """Packs tensors and empties the list, so that they need not outlive this."""
     tensors.sort(key=lambda item: -item[1].element_size())
-    flat = torch.empty(sum(t.numel() * t.element_size() for _, t in tensors), dtype=torch.uint8, device=device)
+    flat = torch.empty(sum(t.nbytes for _, t in tensors), dtype=torch.uint8, device=device)
     offset = 0
     for _, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        flat[offset : offset + nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-        offset += nbytes
-    bucket = Bucket(
-        names=[name for name, _ in tensors],
-        dtypes=[str(t.dtype).removeprefix("torch.") for _, t in tensors],
-        shapes=[list(t.shape) for _, t in tensors],
-        flat=flat,
-    )
+        flat[offset : offset + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+        offset += tensor.nbytes
+    names, dtypes = [name for name, _ in tensors], [str(t.dtype).removeprefix("torch.") for _, t in tensors]
+    shapes = [list(t.shape) for _, t in tensors]
     tensors.clear()
-    return bucket
+    return Bucket(names, dtypes, shapes, flat)

@@ -1,9 +1,8 @@
 """WeightChannel: moves tensors from this process into the ranks of one SGLang server, through a process group of their own.
 
-SGLang offers four ways in. `update_weights_from_disk` writes every byte twice (disk.py); `_from_tensor` passes pickled handles of
-shared memory and kills the server when they come from an unrelated process on CPU; `_from_ipc` needs CUDA. `_from_distributed`
-needs nothing but a network, is bounded in memory by its bucket, works the same with gloo on CPU and NCCL on GPU, and no pickle is
-involved: so that is the one.
+Of SGLang's ways in, `update_weights_from_disk` writes every byte twice (disk.py), `_from_tensor` passes pickled handles of shared
+memory and kills the server when they come from an unrelated process on CPU, `_from_ipc` needs CUDA. `_from_distributed` needs
+nothing but a network, is bounded in memory by its bucket, works the same with gloo and NCCL, and no pickle is involved.
 
 The group has 1 + tp_size ranks, this process is rank 0. This end is built from torch's process group classes directly, on the
 stores that SGLang's end expects (`init_custom_process_group` in its utils), because torch's helper for it would register the
@@ -15,24 +14,25 @@ order in which the requests arrive, on all its ranks alike; the others wait in t
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import torch.distributed as dist
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.sglang.http import HttpClient
+from megatron_pr2.rollout.sglang.http import HttpClient, ask_health
 from megatron_pr2.rollout.sglang.push.buckets import Bucket
-from megatron_pr2.rollout.sglang.push.session import WHERE, check_reply
-from megatron_pr2.rollout.sglang.push.target import PushTarget, own_address
+from megatron_pr2.rollout.sglang.push.session import WHERE, PushTarget, check_reply
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,27 @@ _CAUSE_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 5.0
 
 
-class WeightChannel:
-    """One sender's way to one server: a client, and a process group that is kept between pushes and given up after a failure.
+def own_address(url: str) -> str:
+    """The IP address at which the host of `url` reaches this process: 127.0.0.1 for loopback URLs, else our interface towards it.
 
-    Args:
-        client: of the server; it stays the caller's. By default the channel makes and closes its own.
+    Raises:
+        RolloutError: the host name is unknown or there is no route to it.
     """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        family, _, _, _, peer = socket.getaddrinfo(host, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        if ipaddress.ip_address(peer[0]).is_loopback:
+            return "127.0.0.1"
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise RolloutError(f"{WHERE}: no way to {host!r} of {url}: {error}") from error
+
+
+class WeightChannel:
+    """One sender's way to one server: a client (the caller's, else its own), and a group that is given up after a failure."""
 
     def __init__(self, target: PushTarget, client: HttpClient | None = None) -> None:
         self.target = target
@@ -63,7 +78,7 @@ class WeightChannel:
             timeout_s=target.timeout_s,
             retries=0,
             backoff_s=0.5,
-            why_dead=lambda: _why_dead(target.url),
+            why_dead=lambda: ask_health(target.url, _HEALTH_TIMEOUT_S)[1] or None,
         )
         self._name = ""
         self._group: Any = None
@@ -75,11 +90,7 @@ class WeightChannel:
         self._failure: str | None = None
 
     def open(self) -> None:
-        """Forms a group with the server unless there is one.
-
-        Raises:
-            RolloutError: it refused, died or did not connect in time.
-        """
+        """Forms a group with the server unless there is one; raises RolloutError if it refuses, dies or is late."""
         if self._group is not None:
             return
         target = self.target
@@ -93,7 +104,9 @@ class WeightChannel:
             port, empty = self._listen(address, connect_s)
             payload = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": target.world_size}
             joined = self._post(_JOIN, payload | {"group_name": self._name, "backend": target.backend})
-            self._await_peer(joined, empty, connect_s)
+            # Connecting before the server has written to the store would block, whatever its reply says.
+            late = f"{self._where}: the server did not connect within {connect_s:g} s"
+            self._await(lambda: self._store.num_keys() != empty, _JOIN, joined, connect_s, late)
             self._group = self._connect(address)
             check_reply(_JOIN, joined.result(connect_s), self._where)
         except BaseException as error:
@@ -112,25 +125,18 @@ class WeightChannel:
             listener.bind((address, 0))
             port = listener.getsockname()[1]
             # The store takes the descriptor over; without one it would listen on every interface.
-            store = dist.TCPStore(
-                address,
-                port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=connect_s),
-                master_listen_fd=listener.detach(),
-            )
-        self._store = store
-        return port, store.num_keys()
+            options: dict[str, Any] = {"timeout": timedelta(seconds=connect_s), "master_listen_fd": listener.detach()}
+            self._store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, **options)
+        return port, self._store.num_keys()
 
-    def _await_peer(self, joined: Future[Any], empty: int, connect_s: float) -> None:
-        """Returns when the server has written to the store; connecting without it would block, whatever its reply says."""
-        deadline = time.monotonic() + connect_s
-        while self._store.num_keys() == empty:
-            if joined.done():
-                check_reply(_JOIN, joined.result(), self._where)
+    def _await(self, happened: Callable[[], bool], path: str, reply: Future[Any], limit_s: float, late: str) -> None:
+        """Returns when something happened that the server has to take part in; a refusal that comes before is raised."""
+        deadline = time.monotonic() + limit_s
+        while not happened():
+            if reply.done() and not happened():
+                check_reply(path, reply.result(), self._where)
             if time.monotonic() > deadline:
-                raise RolloutError(f"{self._where}: the server did not connect within {connect_s:g} s")
+                raise RolloutError(late)
             time.sleep(_POLL_S)
 
     def _connect(self, address: str) -> Any:
@@ -177,11 +183,15 @@ class WeightChannel:
         if self._failure is not None:
             return self._failure
         try:
-            self._wait_for_broadcast()
-            check_reply(_UPDATE, self._reply.result(self.target.timeout_s), self._where)
+            work, limit_s = self._work, self.target.timeout_s
+            if work is None:  # by another thread
+                raise RolloutError("the channel was closed")
+            self._await(work.is_completed, _UPDATE, self._reply, limit_s, f"not within {limit_s:g} s")
+            work.wait()
+            check_reply(_UPDATE, self._reply.result(limit_s), self._where)
         except FutureTimeoutError:
             self.abandon()
-            return f"{self._where}: no reply within {self.target.timeout_s:g} s of a bucket that was taken"
+            return f"{self._where}: no reply within {limit_s:g} s of a bucket that was taken"
         except (RolloutError, RuntimeError) as error:
             # Before the reply is waited for: a server that is in the broadcast notices by the closed connection.
             self.abandon()
@@ -191,20 +201,6 @@ class WeightChannel:
             raise
         self._work = None
         return None
-
-    def _wait_for_broadcast(self) -> None:
-        """A reply that comes before the end of the broadcast means that the server does not take part."""
-        work, reply = self._work, self._reply
-        if work is None:  # by another thread
-            raise RolloutError("the channel was closed")
-        deadline = time.monotonic() + self.target.timeout_s
-        while not work.is_completed():
-            if reply.done() and not work.is_completed():
-                check_reply(_UPDATE, reply.result(), self._where)
-            if time.monotonic() > deadline:
-                raise RolloutError(f"not within {self.target.timeout_s:g} s")
-            time.sleep(_POLL_S)
-        work.wait()
 
     def _refusal(self, error: Exception) -> str:
         """Says what the server's reply says, where there is one: a broken connection alone does not tell why it broke."""
@@ -252,13 +248,3 @@ class WeightChannel:
             # gloo's destructor waits for what is under way, up to the timeout, unless the server closes its end.
             self._leave()
             threading.Thread(target=held.clear, name="weight-channel-end", daemon=True).start()
-
-
-def _why_dead(url: str) -> str | None:
-    """None while a server answers, else what happened instead."""
-    try:
-        with httpx.stream("GET", f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False) as answer:
-            status = answer.status_code
-    except httpx.HTTPError as error:
-        return f"{url} does not answer ({type(error).__name__}: {error})"
-    return None if status == 200 else f"{url}/health answers {status}"

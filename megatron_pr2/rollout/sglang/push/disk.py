@@ -1,18 +1,17 @@
-"""Pushing weights through a directory that trainers and servers share: the way where no network group can be opened.
+"""Weights through a directory that trainers and servers share: the way where no network group can be opened.
 
-Every byte is written and read once more than by a group (channel.py), and a server loads a whole model or nothing. Any number
-of senders write their parts side by side, as safetensors; the controlling process then checks that all parts together are the
-model that the directory started from, name by name, because SGLang would silently keep old weights for what is missing.
+Every byte is written and read once more than by a group, and a server loads a whole model or nothing. Any number of senders write
+their parts side by side, as safetensors; the controlling process then checks that all parts together are the model that the
+directory started from, name by name, because SGLang would silently keep old weights for what is missing.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,7 @@ from safetensors.torch import save_file
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.hf.files import TensorIndex, copy_companions, shards
 from megatron_pr2.hf.weight_files import INDEX_NAME
-from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession
-from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession, PushTarget
 
 # Names that a checkpoint may hold and that no trainer exports: cached rotary frequencies of old releases.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -33,64 +31,46 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True)
 class DiskTarget:
-    """Where senders put their parts; the controlling process hands it to them.
-
-    Attributes:
-        directory: the same one in every process.
-        shard_bytes: limit of one file; a larger tensor is a file of its own.
-    """
+    """Where senders put their parts: a directory that all processes see, in files of at most `shard_bytes` or one tensor."""
 
     directory: str
     shard_bytes: int
 
 
-class DiskSender:
-    """Writes one process's part.
+def write_part(target: DiskTarget, part: int, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """Writes one process's tensors by Hugging Face name and returns their bytes; at most one file's tensors are held.
 
     Args:
-        target: of the controlling process.
         part: differs from sender to sender, e.g. the rank.
+
+    Raises:
+        RolloutError: a file could not be written.
     """
-
-    def __init__(self, target: DiskTarget, part: int) -> None:
-        self._target = target
-        self._part = part
-
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Writes tensors by Hugging Face name and returns their bytes; at most one file's tensors are held.
-
-        Raises:
-            RolloutError: a file could not be written.
-        """
-        total = 0
-        on_cpu = ((name, tensor.detach().cpu()) for name, tensor in weights)
-        for count, shard in enumerate(shards(on_cpu, self._target.shard_bytes)):
-            if shard:
-                self._write(shard, count)
-            total += sum(tensor.nbytes for tensor in shard.values())
-            shard.clear()  # before the next one is collected
-        return total
-
-    def _write(self, shard: dict[str, torch.Tensor], count: int) -> None:
-        directory = Path(self._target.directory)
-        name = f"part-{self._part:05d}-{count:05d}.safetensors"
+    total = 0
+    directory = Path(target.directory)
+    on_cpu = ((name, tensor.detach().cpu()) for name, tensor in weights)
+    for count, shard in enumerate(shards(on_cpu, target.shard_bytes)):
+        total += sum(tensor.nbytes for tensor in shard.values())
+        name = f"part-{part:05d}-{count:05d}.safetensors"
         partial = directory / f".{name}.partial"
         try:
-            save_file(shard, partial, metadata={"format": "pt"})
-            partial.chmod(_public(0o666))
-            partial.rename(directory / name)  # whole or not there
+            if shard:
+                save_file(shard, partial, metadata={"format": "pt"})
+                partial.chmod(directory.stat().st_mode & 0o666)  # safetensors writes for the user alone
+                partial.rename(directory / name)  # whole or not there
         except Exception as error:  # safetensors has errors of its own
             partial.unlink(missing_ok=True)
             raise RolloutError(f"{WHERE}: {directory / name} could not be written: {type(error).__name__}: {error}") from error
+        shard.clear()  # before the next one is collected
+    return total
 
 
 class DiskPush:
-    """Both sides of the way by disk in the controlling process: begin(), then senders, then finish() or abandon().
+    """Both sides in the controlling process.
 
     Args:
         model_path: directory that the servers were started from; gives config.json, tokenizer and the names of the weights.
         parent: existing directory that all processes and servers see, for the directories of single pushes.
-        shard_bytes: see DiskTarget.
     """
 
     def __init__(self, model_path: str | Path, parent: str | Path, *, shard_bytes: int = 1 << 30) -> None:
@@ -114,38 +94,31 @@ class DiskPush:
         self.close()
         if not (self._model_path / "config.json").is_file():
             raise ConfigError(f"{self._model_path}: no config.json; expected a Hugging Face model directory")
+        directory = self._parent / f"push-{uuid.uuid4().hex}"
+        target = self._target = DiskTarget(str(directory), self._shard_bytes)
         try:
-            directory = Path(tempfile.mkdtemp(prefix="push-", dir=self._parent))
-            self._target = DiskTarget(str(directory), self._shard_bytes)
-            directory.chmod(_public(0o777))
+            directory.mkdir()
             shutil.copyfile(self._model_path / "config.json", directory / "config.json")
             copy_companions(self._model_path, directory)
         except OSError as error:
             self.close()
             raise RolloutError(f"{WHERE}: no directory for the weights in {self._parent}: {error}") from error
-        return self._target
+        return target
 
     def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Writes this process's part, that of rank 0; see :meth:`DiskSender.push`."""
-        if self._target is None:
-            raise RolloutError(f"{WHERE}: begin() was not called, or the engine was closed meanwhile")
-        return DiskSender(self._target, 0).push(weights)
+        """Writes this process's part, that of rank 0."""
+        return write_part(self._opened(), 0, weights)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
         """Checks that the model is complete, has every server load it, and removes the directory.
 
-        Args:
-            sessions: of the servers.
-            label, flush_cache: see :meth:`PushSession.publish`.
-
         Raises:
             RolloutError: weights are missing, unknown or there twice (no server has changed then), or a server refused or died.
         """
-        if self._target is None:
-            raise RolloutError(f"{WHERE}: begin() was not called")
-        _write_index(Path(self._target.directory), self._required)
+        directory = self._opened().directory
+        _write_index(Path(directory), self._required)
         for session in sessions:
-            session.load_directory(self._target.directory)
+            session.load_directory(directory)
         for session in sessions:
             session.publish(label, flush_cache=flush_cache)
         self.close()
@@ -160,6 +133,11 @@ class DiskPush:
         if target is not None:
             shutil.rmtree(target.directory, ignore_errors=True)
 
+    def _opened(self) -> DiskTarget:
+        if self._target is None:
+            raise RolloutError(f"{WHERE}: begin() was not called, or the engine was closed meanwhile")
+        return self._target
+
 
 def _required_names(model_path: Path) -> set[str]:
     """Names that a whole export of this model has."""
@@ -173,11 +151,7 @@ def _required_names(model_path: Path) -> set[str]:
 
 
 def _write_index(directory: Path, required: set[str]) -> None:
-    """Joins the parts by an index.
-
-    Raises:
-        RolloutError: they are not the whole model.
-    """
+    """Joins the parts by an index; raises RolloutError if they are not the whole model."""
     weight_map: dict[str, str] = {}
     twice: set[str] = set()
     total = 0
@@ -196,10 +170,3 @@ def _write_index(directory: Path, required: set[str]) -> None:
         )
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
-
-
-def _public(mode: int) -> int:
-    """A mode under this process's umask: temporary directories and safetensors are made for the user alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return mode & ~umask

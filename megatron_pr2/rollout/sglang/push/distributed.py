@@ -1,35 +1,26 @@
-"""How new weights get into the servers of an engine: through process groups or by disk.
+"""Weights through process groups, in buckets, from any number of processes to all servers.
 
-    distributed   every sender broadcasts its buckets to the servers; no rank and no disk ever holds the whole model
-    disk          every sender writes its part to a directory that all servers read; for servers that no process group reaches
-
-One process controls (PushSession) and any number of processes send. Both ways have two phases: nobody sends before begin() or after
-finish() or abandon(). Every sender has a process group of its own with each server, and a server takes one bucket at a time, so
-senders need not agree on anything else.
+Every sender has a group of its own with each server, and a server takes one bucket at a time, so senders need not agree on
+anything but begin() and finish().
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient
 from megatron_pr2.rollout.sglang.push.buckets import Bucket, buckets
 from megatron_pr2.rollout.sglang.push.channel import WeightChannel
-from megatron_pr2.rollout.sglang.push.disk import DiskPush
-from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession
-from megatron_pr2.rollout.sglang.push.target import PushTarget
+from megatron_pr2.rollout.sglang.push.session import WHERE, PushSession, PushTarget
 
 
 class WeightSender:
     """Sends one stream of tensors to all targets at once, through channels that it keeps between pushes.
 
     Args:
-        targets: see :meth:`retarget`.
         client: gives the client of a target where the caller has one that knows more of the server (why it died); it stays the
             caller's. By default the sender makes and closes its own.
     """
@@ -47,7 +38,7 @@ class WeightSender:
         """
         if len({target.device for target in targets}) > 1:
             raise RolloutError(f"{WHERE}: targets on {sorted({t.device for t in targets})}; one push packs for one kind of device")
-        for target in [target for target in self._channels if target not in targets]:
+        for target in set(self._channels) - set(targets):
             self._channels.pop(target).close()
         for target in targets:
             if target not in self._channels:
@@ -56,8 +47,7 @@ class WeightSender:
     def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Sends tensors by Hugging Face name in buckets and returns their bytes (once, however many targets).
 
-        A bucket is packed once and goes to all targets side by side; it is the most that is held beside the tensors that it is
-        packed from. Opens channels when the first bucket is ready, none for an empty stream.
+        A bucket is packed once and goes to all targets side by side. Opens channels when the first one is ready.
 
         Raises:
             RolloutError: a target refused, died or did not take a bucket in time. The next push() opens a new channel to it.
@@ -95,25 +85,17 @@ class WeightSender:
 
 
 class DistributedPush(WeightSender):
-    """Both sides of the distributed way in the controlling process."""
+    """Both sides in the controlling process; raises RolloutError where a server refuses or dies."""
 
     def begin(self, sessions: Sequence[PushSession], targets: Sequence[PushTarget]) -> list[PushTarget]:
-        """Opens the sessions; returns where tensors go.
-
-        Raises:
-            RolloutError: a server refused or died.
-        """
+        """Opens the sessions; returns where tensors go."""
         for session in sessions:
             session.begin()
         self.retarget(targets)
         return list(targets)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
-        """The servers sample from the new weights when this returns.
-
-        Raises:
-            RolloutError: a server refused or died.
-        """
+        """The servers sample from the new weights when this returns."""
         for session in sessions:
             session.finish(label, flush_cache=flush_cache)
 
@@ -121,11 +103,3 @@ class DistributedPush(WeightSender):
         """Closes a failed update as far as the servers still can."""
         for session in sessions:
             session.abandon()
-
-
-def make_update(config: SGLangConfig, client: Callable[[PushTarget], HttpClient]) -> DistributedPush | DiskPush:
-    """The way that `config.push` names; `client` gives the client of a target."""
-    if config.push == "distributed":
-        return DistributedPush(client=client)
-    assert config.model_path is not None
-    return DiskPush(config.model_path, config.push_directory or tempfile.gettempdir(), shard_bytes=config.weight_bucket_bytes)
