@@ -31,8 +31,8 @@ T = TypeVar("T")
 class PushEngine(Protocol):
     """What an engine offers beside RolloutEngine if several ranks may send it their parts of the weights.
 
-    begin_push opens an update on every server and returns where tensors go; finish_push or abandon_push follows. After finish_push
-    the next response is sampled from the new weights; after abandon_push no server samples until a push succeeds.
+    begin_push returns where tensors go; after finish_push the next response is sampled from the new weights, after abandon_push no
+    server samples until a push succeeds.
     """
 
     def begin_push(self, version: int) -> list[PushTarget] | DiskTarget: ...
@@ -46,11 +46,7 @@ class PushEngine(Protocol):
 
 
 def share(count: int, parts: int, index: int) -> slice:
-    """Contiguous share of `count` items; responses of one prompt stay together when their number divides it.
-
-    Raises:
-        RolloutError: `count` is not a multiple of `parts`.
-    """
+    """Contiguous share of `count` items; responses of one prompt stay together when their number divides it."""
     if count % parts:
         raise RolloutError(f"{count} requests cannot be shared equally by {parts} data-parallel ranks")
     return slice(count // parts * index, count // parts * (index + 1))

@@ -11,17 +11,14 @@ import pytest
 import torch
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.sglang.child_process import ChildProcess
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
+from tests.sglang.fake_server import SHAPE, FakeServer, serve
 from tests.sglang.preload import Preloaded
 
 if TYPE_CHECKING:
     from tests.sglang.plain_server import PlainServer
-
-SHAPE = ModelShape(num_hidden_layers=4, moe_layers=(0, 1, 2, 3), num_experts=16, topk=4, vocab_size=260)
-
 
 def ensure_alive(engine: SGLangEngine) -> None:
     """Raises RolloutError, with the last log lines of an own server, unless every server answers."""
@@ -57,6 +54,12 @@ class TinyModel:
         """Gate weights W + W_p with a random W_p, large enough to change most routes."""
         generator = torch.Generator().manual_seed(seed)
         return {name: w + 0.3 * torch.randn(w.shape, generator=generator) for name, w in self.gates().items()}
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with serve(FakeServer()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

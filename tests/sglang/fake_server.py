@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.sglang.conftest import SHAPE
+from megatron_pr2.hf.shape import ModelShape
+
+SHAPE = ModelShape(num_hidden_layers=4, moe_layers=(0, 1, 2, 3), num_experts=16, topk=4, vocab_size=260)
 
 Answer = tuple[int, Any]  # HTTP status; a dict, or raw bytes
 

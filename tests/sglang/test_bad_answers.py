@@ -32,12 +32,6 @@ def attach(url: str, **changes: Any) -> SGLangEngine:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with serve(FakeServer()) as fake:
-        yield fake
-
-
-@pytest.fixture
 def engine(fake: FakeServer) -> Iterator[SGLangEngine]:
     engine = attach(fake.url)
     engine.start()
@@ -88,28 +82,16 @@ def test_honest_answers_are_believed(engine: SGLangEngine, fake: FakeServer) -> 
     ("change", "kind", "message"),
     [
         (with_routes(lambda rows: rows[:-1]), RouteError, r"5 rows .*expected 6 rows"),
-        (with_routes(lambda rows: np.concatenate([rows, rows[:1]])), RouteError, r"7 rows .*expected 6 rows"),
-        (with_routes(lambda rows: rows[:, :3]), RouteError, r"expected 6 rows"),
-        (lambda a: a["meta_info"].update(routed_experts=a["meta_info"]["routed_experts"][:-5]), RouteError, "not valid base64"),
-        (lambda a: a["meta_info"].update(routed_experts=a["meta_info"]["routed_experts"][:-8]), RouteError, "expected 6 rows"),
         (set_meta(routed_experts=None), RouteError, "--enable-return-routed-experts"),
         (set_meta(weight_versions=[{"version": "3", "start": 0, "end": 4}]), RolloutError, "version 3, expected 4"),
-        (
-            set_meta(weight_versions=[{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 4}]),
-            RolloutError,
-            "version 3, 4, expected 4",
-        ),
-        (set_meta(weight_versions=None, weight_version="3"), RolloutError, "version 3, expected 4"),
         (set_meta(output_token_logprobs=[]), RolloutError, "0 entries in output_token_logprobs, expected 4"),
         (set_meta(output_token_logprobs=[[-1.0, 99, None]] * 4), RolloutError, "names other tokens"),
         (set_meta(output_token_logprobs=[[None, 7 + i, None] for i in range(4)]), RolloutError, "not finite"),
         (set_meta(output_token_logprobs=[[0.5, 7 + i, None] for i in range(4)]), RolloutError, "above 0"),
-        (set_meta(output_token_logprobs=[-1.0] * 4), RolloutError, "malformed"),
         (set_meta(finish_reason={"type": "abort", "message": "retracted"}), RolloutError, "abort"),
         (lambda a: a.pop("meta_info"), RolloutError, "no meta_info"),
         (lambda a: a.update(output_ids=[]), RolloutError, "no output_ids"),
         (lambda a: b"<html>proxy error</html>", RolloutError, "not JSON"),
-        (lambda a: [a], RolloutError, "no meta_info"),
     ],
 )
 def test_a_wrong_answer_is_an_error_that_names_the_request(
@@ -228,21 +210,6 @@ def test_no_server_at_all() -> None:
         engine.generate(REQUESTS, SAMPLING, return_routes=True)
 
 
-def test_concurrency_is_bounded_and_order_kept(fake: FakeServer) -> None:
-    engine = attach(fake.url, concurrency=3)
-    engine.start()
-
-    def slow(body: dict[str, Any], call: int) -> None:
-        time.sleep(0.02 if body["input_ids"][0] % 2 else 0.0)
-
-    fake.overrides["/generate"] = slow
-    requests = [RolloutRequest((i, 5), i) for i in range(40)]
-    responses = engine.generate(requests, SAMPLING, return_routes=True).responses
-    engine.close()
-    assert [r.prompt_ids for r in responses] == [r.prompt_ids for r in requests]
-    assert 1 < fake.most_in_flight <= 3
-
-
 def test_waiting_for_a_slot_does_not_count_as_waiting_for_an_answer(fake: FakeServer) -> None:
     engine = attach(fake.url, concurrency=1, request_timeout_s=1.0)
     engine.start()
@@ -257,34 +224,13 @@ def test_waiting_for_a_slot_does_not_count_as_waiting_for_an_answer(fake: FakeSe
     [
         ({"enable_return_routed_experts": False}, "--enable-return-routed-experts"),
         ({"version": "0.5.15"}, "wrong routes without an error"),
-        ({"version": "nightly"}, "reports version 'nightly'"),
         ({"pp_size": 2}, "pp_size=2"),
-        ({"dp_size": 2}, "dp_size=2"),
     ],
 )
 def test_unfit_servers_are_refused(fake: FakeServer, info: dict[str, Any], message: str) -> None:
     fake.info.update(info)
     with pytest.raises(RolloutError, match=message):
         attach(fake.url).start()
-
-
-@pytest.mark.parametrize(
-    ("info", "warning"),
-    [
-        ({"version": "0.5.19"}, None),
-        ({"version": "0.5.24.post1"}, "tested with 0.5.19 and 0.5.23"),
-        ({"dp_size": 2, "enable_dp_attention": True}, None),
-    ],
-)
-def test_untested_servers_are_warned_of(
-    fake: FakeServer, caplog: pytest.LogCaptureFixture, info: dict[str, Any], warning: str | None
-) -> None:
-    fake.info.update(info)
-    engine = attach(fake.url)
-    with caplog.at_level("WARNING", logger="megatron_pr2"):
-        engine.start()
-    engine.close()
-    assert [warning in r.getMessage() if warning else False for r in caplog.records] == ([True] if warning else [])
 
 
 def test_an_engine_that_records_no_routes_is_refused_at_the_start(fake: FakeServer) -> None:

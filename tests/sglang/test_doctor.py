@@ -39,6 +39,11 @@ def the(diagnosis: Diagnosis, check: str) -> Finding:
     return found[0]
 
 
+def expect(diagnosis: Diagnosis, check: str, status: Status, words: str = "", fix: str = "") -> None:
+    finding = the(diagnosis, check)
+    assert (finding.status, words in finding.detail, fix in finding.fix) == (status, True, True), finding
+
+
 def statuses(diagnosis: Diagnosis) -> dict[str, str]:
     return {finding.check: finding.status.value for finding in diagnosis.findings}
 
@@ -62,9 +67,6 @@ def with_meta(fake: FakeServer, **fields: Any) -> None:
         return 200, answer
 
     fake.overrides["/generate"] = override
-
-
-# ---- a healthy engine ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sglang
@@ -97,10 +99,7 @@ def test_a_real_engine_with_other_weights_fails_the_handshake(engine: SGLangEngi
         diagnosis = diagnose(replica.url, api_key=replica.api_key, model=Path(tiny.path))
     finally:
         engine.update_weights(tiny.gates().items(), 5)
-    finding = the(diagnosis, "handshake")
-    assert finding.status is Status.FAIL
-    assert "of the probe's routes agree" in finding.detail
-    assert "version 4 were pushed" in finding.fix
+    expect(diagnosis, "handshake", Status.FAIL, "of the probe's routes agree", "version 4 were pushed")
 
 
 @pytest.mark.sglang
@@ -121,9 +120,6 @@ def test_transformers_routes_are_those_that_its_experts_were_handed(tiny: TinyMo
     assert (np.sort(probe.routes.experts, axis=-1) == routes.numpy()).all()
     np.testing.assert_allclose(probe.logprobs, logprobs, atol=LOGPROB)
     assert doctor_reference.read_shape(Path(tiny.path)) == SHAPE
-
-
-# ---- servers that are none, or do not let us in --------------------------------------------------------------------------
 
 
 def test_nobody_answers() -> None:
@@ -161,20 +157,14 @@ def test_another_kind_of_server(fake: FakeServer) -> None:
 
 def test_an_engine_that_is_not_ready(fake: FakeServer) -> None:
     fake.overrides["/health"] = lambda body, call: (503, b"")
-    finding = the(diagnose(fake.url), "reachable")
-    assert finding.status is Status.FAIL
-    assert "503" in finding.detail
-    assert "starting" in finding.fix
+    expect(diagnose(fake.url), "reachable", Status.FAIL, "503", "starting")
 
 
 def test_a_server_that_hangs_does_not_hang_the_doctor(fake: FakeServer) -> None:
     import time
 
     fake.overrides["/generate"] = lambda body, call: time.sleep(1.0)
-    diagnosis = diagnose(fake.url, timeout_s=0.2)
-    finding = the(diagnosis, "probes")
-    assert finding.status is Status.FAIL
-    assert "no answer within" in finding.detail
+    expect(diagnose(fake.url, timeout_s=0.2), "probes", Status.FAIL, "no answer within")
 
 
 def test_a_key_file_that_cannot_be_used(fake: FakeServer, tmp_path: Path) -> None:
@@ -184,9 +174,6 @@ def test_a_key_file_that_cannot_be_used(fake: FakeServer, tmp_path: Path) -> Non
         result = CliRunner().invoke(app, ["doctor", "--engine", fake.url, "--api-key-file", str(file)])
         assert result.exit_code == 1
         assert "--api-key-file" in result.output
-
-
-# ---- versions and settings -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,9 +203,6 @@ def test_version_and_settings(fake: FakeServer, info: dict[str, Any], check: str
     assert (finding.status, words in finding.detail) == (status, True), finding
     assert diagnosis.failed == (status is Status.FAIL)
     assert bool(finding.fix) == (status is not Status.OK)
-
-
-# ---- routes --------------------------------------------------------------------------------------------------------------
 
 
 def test_without_a_model_the_size_of_the_routes_is_reported(fake: FakeServer) -> None:
@@ -266,17 +250,13 @@ def test_routes_that_are_none(fake: FakeServer, tiny: TinyModel, change: Callabl
 def test_routes_that_are_missing_or_no_base64(fake: FakeServer) -> None:
     for value, words in ((None, "returns none"), ("!!!!", "not valid base64")):
         with_meta(fake, routed_experts=value)
-        finding = the(diagnose(fake.url), "routes")
-        assert finding.status is Status.FAIL
-        assert words in finding.detail
+        expect(diagnose(fake.url), "routes", Status.FAIL, words)
 
 
 def test_dense_layers_must_hold_zeros(fake: FakeServer, tiny: TinyModel, tmp_path: Path) -> None:
     config = json.loads((Path(tiny.path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
-    finding = the(diagnose(fake.url, model=tmp_path), "routes")
-    assert finding.status is Status.FAIL
-    assert "layers [1] are dense" in finding.detail
+    expect(diagnose(fake.url, model=tmp_path), "routes", Status.FAIL, "layers [1] are dense")
 
     def honest(rows: np.ndarray, call: int) -> np.ndarray:
         rows[:, 1] = 0
@@ -287,9 +267,7 @@ def test_dense_layers_must_hold_zeros(fake: FakeServer, tiny: TinyModel, tmp_pat
 
 
 def test_routes_of_another_model_fail_the_handshake(fake: FakeServer, tiny: TinyModel) -> None:
-    finding = the(diagnose(fake.url, model=Path(tiny.path)), "handshake")
-    assert finding.status is Status.FAIL
-    assert "routes agree" in finding.detail
+    expect(diagnose(fake.url, model=Path(tiny.path)), "handshake", Status.FAIL, "routes agree")
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.02, Status.WARN), (0.5, Status.FAIL)])
@@ -300,16 +278,12 @@ def test_routes_that_do_not_repeat(fake: FakeServer, share: float, status: Statu
         return rows
 
     with_rows(fake, change)
-    finding = the(diagnose(fake.url), "repetition")
-    assert finding.status is status
-    assert "%" in finding.detail
+    expect(diagnose(fake.url), "repetition", status, "%")
 
 
 def test_a_prefix_cache_that_survives_a_flush(fake: FakeServer) -> None:
     with_meta(fake, cached_tokens=47)
-    finding = the(diagnose(fake.url), "prefix cache")
-    assert finding.status is Status.FAIL
-    assert "47 tokens" in finding.detail
+    expect(diagnose(fake.url), "prefix cache", Status.FAIL, "47 tokens")
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -320,9 +294,7 @@ def test_a_busy_engine_is_not_flushed(fake: FakeServer, told: bool) -> None:
     else:
         fake.overrides["/flush_cache"] = lambda body, call: (400, b"there are running requests")
     diagnosis = diagnose(fake.url)
-    finding = the(diagnosis, "prefix cache")
-    assert finding.status is Status.SKIP
-    assert "idle" in finding.fix
+    expect(diagnosis, "prefix cache", Status.SKIP, fix="idle")
     assert not diagnosis.failed
     assert fake.calls.get("/flush_cache", 0) == (0 if told else 1)
     assert ("beside 3 others" in the(diagnosis, "latency").detail) == told
@@ -335,20 +307,13 @@ def test_weight_version(fake: FakeServer, label: str | None, status: Status) -> 
 
 
 def test_a_model_directory_that_is_none(fake: FakeServer, tmp_path: Path) -> None:
-    finding = the(diagnose(fake.url, model=tmp_path), "model")
-    assert finding.status is Status.FAIL
-    assert "config.json" in finding.detail
+    expect(diagnose(fake.url, model=tmp_path), "model", Status.FAIL, "config.json")
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(fake: FakeServer, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_reference, "_free_bytes", lambda: 1000)
     monkeypatch.setattr(doctor_reference, "score", lambda *args: pytest.fail("loaded although it does not fit"))
-    finding = the(diagnose(fake.url, model=Path(tiny.path)), "handshake")
-    assert finding.status is Status.SKIP
-    assert "GB" in finding.detail
-
-
-# ---- routers -------------------------------------------------------------------------------------------------------------
+    expect(diagnose(fake.url, model=Path(tiny.path)), "handshake", Status.SKIP, "GB")
 
 
 def make_router(fake: FakeServer, *, plugin: bool, healthy: bool = True, key: bool = False) -> None:
@@ -370,10 +335,7 @@ def make_router(fake: FakeServer, *, plugin: bool, healthy: bool = True, key: bo
 def test_a_stock_router_is_named_as_the_cause(fake: FakeServer) -> None:
     make_router(fake, plugin=False)
     diagnosis = diagnose(fake.url)
-    finding = the(diagnosis, "routes")
-    assert finding.status is Status.FAIL
-    assert "router drops" in finding.detail
-    assert "engines' own URLs" in finding.fix
+    expect(diagnosis, "routes", Status.FAIL, "router drops", "engines' own URLs")
     assert "http://127.0.0.1:9" in the(diagnosis, "router").detail
 
 
@@ -389,12 +351,7 @@ def test_a_router_that_refuses_or_has_no_engines(fake: FakeServer) -> None:
     make_router(fake, plugin=True, key=True)
     assert the(diagnose(fake.url), "key").status is Status.FAIL
     make_router(fake, plugin=True, healthy=False)
-    finding = the(diagnose(fake.url), "router")
-    assert finding.status is Status.FAIL
-    assert "not healthy: http://127.0.0.1:9" in finding.detail
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------------
+    expect(diagnose(fake.url), "router", Status.FAIL, "not healthy: http://127.0.0.1:9")
 
 
 def test_several_engines_and_json_only(fake: FakeServer) -> None:

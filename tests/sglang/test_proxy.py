@@ -12,14 +12,8 @@ import pytest
 
 from tests.sglang import damage
 from tests.sglang.conftest import SHAPE
-from tests.sglang.fake_server import FakeServer, serve
+from tests.sglang.fake_server import FakeServer
 from tests.sglang.proxy import ALL_KINDS, STATUS_KINDS, FaultPlan, MisbehavingProxy, misbehaving
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with serve(FakeServer()) as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -55,9 +49,10 @@ def test_what_no_plan_is_for_passes_as_it_is(proxy: MisbehavingProxy, fake: Fake
     assert [(r.fault, r.request, r.rid) for r in proxy.records] == [(None, 1, "rid-1")]
 
 
-@pytest.mark.parametrize(
-    "kind", [*(f"routes/{kind}" for kind in damage.ROUTE_KINDS[::4]), *(f"field/{kind}" for kind in damage.ALL_FIELD_KINDS[::4])]
-)
+ROUTES, FIELDS = list(damage.ROUTE_KINDS)[::4], list(damage.ALL_FIELD_KINDS)[::4]
+
+
+@pytest.mark.parametrize("kind", [*(f"routes/{kind}" for kind in ROUTES), *(f"field/{kind}" for kind in FIELDS)])
 def test_answers_are_damaged_as_recorded(proxy: MisbehavingProxy, fake: FakeServer, kind: str) -> None:
     proxy.plan = FaultPlan([kind])
     answer = ask(proxy.url, 1)

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskTarget, write_part
 from megatron_pr2.rollout.sglang.push.session import PushSession
-from tests.sglang.conftest import TinyModel
+from tests.sglang.conftest import SHAPE, TinyModel, own_server
 from tests.sglang.plain_server import PlainServer, other_model
+from tests.sglang.test_engine import assert_matches, make_requests
 
 
 class Loads:
@@ -136,3 +139,32 @@ def test_a_real_server_loads_the_directory(plain: PlainServer, tiny: TinyModel, 
     with pytest.raises(RolloutError, match="/update_weights_from_disk was refused"):
         PushSession(plain.http).load_directory(str(tmp_path / "nowhere"))
     plain.assert_serves(tiny, "b")
+
+
+def merged_model(tiny: TinyModel, seed: int) -> dict[str, torch.Tensor]:
+    """All weights of the checkpoint, with merged gates."""
+    return load_file(f"{tiny.path}/model.safetensors") | tiny.merged_gates(seed)
+
+
+@pytest.mark.sglang
+@pytest.mark.usefixtures("preloaded")
+def test_by_disk(tiny: TinyModel, tmp_path: Path) -> None:
+    directory = tmp_path / "pushes"
+    directory.mkdir()
+    config = own_server(tiny.path, tmp_path / "log", push="disk", push_directory=str(directory), weight_bucket_bytes=64 << 10)
+    engine = SGLangEngine(config, SHAPE)
+    engine.start()
+    try:
+        engine.update_weights(merged_model(tiny, 41).items(), 1)
+        batch = engine.generate(make_requests(8), SamplingParams(12), return_routes=True)
+        assert_matches(batch.responses, tiny, tiny.merged_gates(41))
+        assert {response.weight_version for response in batch.responses} == {1}
+        with pytest.raises(RolloutError, match="missing"):  # SGLang would keep old weights under the names that are not there
+            engine.update_weights(tiny.gates().items(), 2)
+        assert not list(directory.iterdir())
+        engine.update_weights(merged_model(tiny, 42).items(), 3)
+        batch = engine.generate(make_requests(8), SamplingParams(12), return_routes=True)
+        assert_matches(batch.responses, tiny, tiny.merged_gates(42))
+    finally:
+        engine.close()
+    assert not list(directory.iterdir())

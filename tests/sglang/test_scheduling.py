@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_pr2.errors import ConfigError, RolloutError, RouteError
+from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.rollout.base import Progress, RolloutRequest, SamplingParams
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
@@ -21,12 +20,6 @@ from tests.sglang.fake_server import FakeServer, serve
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 REQUESTS = [RolloutRequest((3, 4, 5), seed, key=str(seed), group=seed // 2) for seed in range(8)]
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with serve(FakeServer()) as fake:
-        yield fake
 
 
 def engine_on(*fakes: FakeServer, **changes: Any) -> SGLangEngine:
@@ -251,20 +244,3 @@ def test_requests_that_contradict_each_other_are_refused(fake: FakeServer) -> No
     with pytest.raises(RolloutError, match=r"enough=5: .* 4 groups"):
         engine.generate(REQUESTS, SAMPLING, return_routes=True, enough=5)
     engine.close()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"urls": ()}, "exactly one of model_path"),
-        ({"urls": ("http://127.0.0.1:1", "http://127.0.0.1:1")}, "named twice"),
-        ({"engines": 2}, "number of own servers"),
-        ({"router": "http://example.org:1"}, "other hosts are not supported"),
-        ({"interrupt": "retract"}, "expected one of abort, in_place"),
-        ({"rerolls": -1}, "0 or more"),
-        ({"route_bytes": 0}, "a positive number"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SGLangConfig(**({"urls": ("http://127.0.0.1:1",)} | changes))

@@ -26,9 +26,6 @@ PACKAGE = Path(megatron_pr2.__file__).parent
 PICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 
 
-# ---- who can reach a server ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.sglang
 def test_our_server_listens_on_loopback_only(engine: SGLangEngine) -> None:
     """Every process of it, the store in which its ranks meet included."""
@@ -73,10 +70,11 @@ def test_an_address_that_is_not_ours(tmp_path: Path, tiny: TinyModel) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"urls": ("http://10.0.0.1:30000",)}, "allow_remote=true"),
+        ({"urls": ("http://10.0.0.1:30000",)}, "other hosts are not supported without allow_remote=true"),
         ({"urls": ("https://engine.example:30000",)}, "expected http://127.0.0.1:PORT"),
         ({"urls": ("http://10.0.0.1:30000",), "allow_remote": True}, "set api_key_file"),
         ({"urls": ("http://user:pw@127.0.0.1:30000",)}, "user name or password"),
+        ({"urls": ("http://127.0.0.1",)}, "expected http://127.0.0.1:PORT"),
         ({"urls": ("http://127.0.0.1:99999",)}, "expected http://127.0.0.1:PORT"),
         ({"urls": ("http://127.0.0.1:30000/v1",)}, "expected http://127.0.0.1:PORT"),
     ],
@@ -91,9 +89,6 @@ def test_remote_urls_with_leave_and_key(tmp_path: Path) -> None:
     key = str(tmp_path / "key")
     for url in ("http://10.0.0.1:30000", "https://engine.example", "https://engine.example:8443", "https://127.0.0.1:30000"):
         assert SGLangConfig(urls=(url,), allow_remote=True, api_key_file=key).urls == (url,)
-
-
-# ---- keys ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sglang
@@ -134,9 +129,6 @@ def test_the_log_in_an_error_message_is_redacted(tmp_path: Path) -> None:
     server = SGLangServer(SGLangConfig(model_path="m", api_key_file=str(key), log_path=str(log)))
     assert "<redacted>" in server.describe_log()
     assert "s3cret" not in server.describe_log() + server.describe_end()
-
-
-# ---- what never runs -----------------------------------------------------------------------------------------------------
 
 
 def dangerous(source: str) -> list[str]:
@@ -223,9 +215,6 @@ def test_safetensors_are_the_only_format_that_is_asked_for(tiny: TinyModel) -> N
     assert command[command.index("--load-format") + 1] == "safetensors"
     with pytest.raises(ConfigError, match="--load-format is set by the engine"):
         SGLangConfig(model_path="m", extra_flags=("--load-format", "auto"))
-
-
-# ---- sizes ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_doctor_does_not_swallow_everything(monkeypatch: pytest.MonkeyPatch) -> None:

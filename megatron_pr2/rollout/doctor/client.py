@@ -47,9 +47,6 @@ class EngineClient:
 
     Attributes:
         private: whether nobody on a network can read along.
-
-    Raises:
-        ConfigError: the URL is malformed.
     """
 
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float) -> None:

@@ -15,11 +15,7 @@ from megatron_pr2.routes.table import RouteTable
 
 
 def read_shape(model: Path) -> ModelShape:
-    """The shape of the model in a directory, from its config.json alone.
-
-    Raises:
-        ConfigError: no such directory, no readable config.json, or not a mixture-of-experts model.
-    """
+    """The shape of the model in a directory, from its config.json alone."""
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} is no model directory: it holds no config.json")
     from transformers import AutoConfig
@@ -45,9 +41,6 @@ def score(model: Path, token_ids: Sequence[int], shape: ModelShape, dtype: torch
     """Log-probs and routes of given tokens from Transformers, on CUDA where there is one; loads safetensors only.
 
     Routes are the ids that every block hands to its experts, so they are right for any kind of router.
-
-    Raises:
-        ConfigError: the checkpoint cannot be loaded, or its experts are not called as Transformers 5 does.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as progress

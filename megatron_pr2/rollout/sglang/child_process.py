@@ -60,7 +60,6 @@ class ChildProcess:
     """Starts, watches and stops one process and its children.
 
     Args:
-        name: subject of every message, e.g. "SGLang router".
         log_path: where its output goes; a temporary file from spawn() on if None. A restart appends.
         secrets: strings that describe_log() replaces.
         noise: lines with one of these in them are left out of describe_log().
@@ -107,9 +106,6 @@ class ChildProcess:
 
         Args:
             command: visible to every user of the machine: no secrets.
-
-        Raises:
-            RolloutError: it cannot be started, or it already runs.
         """
         if self.alive():
             raise RolloutError(f"{self.name} already runs as process {self.pid}; stop() it first")

@@ -189,8 +189,7 @@ class SGLangEngine:
     ) -> RolloutBatch:
         """Samples one response per request, `config.concurrency` at a time.
 
-        Args:
-            enough: groups that suffice; the rest is aborted, and what has a key is continued when it is asked for again.
+        With `enough` groups the rest is aborted, and what has a key is continued when it is asked for again.
 
         Returns:
             Responses, and stats whose `extra` counts `rerolls` (attempts that returned nothing usable), `timeouts`, `retries` (of

@@ -104,11 +104,7 @@ class Episode:
             self.finish_reason = "length"
 
     def take_turn(self, reply: Sequence[int] | None, where: str) -> None:
-        """Appends the environment's reply to a finished turn and opens the next one; None, or no room, ends the response.
-
-        Raises:
-            RolloutError: the reply is empty or names tokens that the model does not have.
-        """
+        """Appends the environment's reply to a finished turn and opens the next one; None, or no room, ends the response."""
         assert self.finish_reason == "stop"
         if reply is None:
             return

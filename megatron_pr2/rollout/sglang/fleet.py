@@ -210,11 +210,7 @@ class Fleet:
             await asyncio.gather(*(self._post(r, "/pause_generation", {"mode": "in_place"}) for r in self._paused))
 
     async def go_on(self) -> None:
-        """After an update or its failure: attempts may be sent again, and paused ones go on.
-
-        Raises:
-            RolloutError: an engine does not go on; its attempts fail by themselves.
-        """
+        """After an update or its failure: attempts may be sent again, and paused ones go on."""
         paused, self._paused = self._paused, []
         self._open.set()
         # Those that were given up meanwhile as well: nobody else would tell them to go on.

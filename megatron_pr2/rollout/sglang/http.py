@@ -127,10 +127,8 @@ class HttpClient:
     """Client of one base URL.
 
     Args:
-        api_key: sent as a bearer token, never logged; None for a server without one.
         concurrency: requests that its user has in flight at once; some connections more are kept for control.
         timeout_s: one attempt.
-        retries, backoff_s: see SGLangConfig.
         why_dead: called before every retry; returns None while the server is alive, else the reason for the error message.
         loop: where it runs; a thread of its own, which ends with it, if None.
 
@@ -195,10 +193,8 @@ class HttpClient:
 
         Args:
             payload: sent as JSON; a function makes a new one for every attempt.
-            where: names the request in errors.
             max_bytes: a longer response is refused while it arrives.
             retry: whether to try again after a broken connection, 429 or 5xx; False where a repetition has another effect.
-            timeout_s: of one attempt, the client's default if None.
             reserve: awaited with the number of bytes that are about to be read; the server waits meanwhile.
         """
         attempts = 1 + (self._retries if retry else 0)

@@ -1,16 +1,12 @@
 """SGLang plugin: a request asks for its routes through its request id.
 
-SGLang's router forwards only the fields that it knows: of a /generate request it silently drops `return_routed_experts` and
-`routed_experts_start_len`, while `rid` arrives as it was sent. So a client behind a router encodes the two fields in the request
-id (:func:`encode_rid`), and this plugin, loaded inside the server, sets them from it. A request with any other id is not changed,
-and an id that asks for no routes takes none away from a request that asks for them in the usual way.
+SGLang's router silently drops fields of /generate that it does not know, `return_routed_experts` among them, while `rid` arrives as
+it was sent. So a client behind a router encodes the two fields in the request id, and this plugin, loaded inside the server,
+sets them from it. A request with any other id is not changed.
 
-SGLang loads the plugin through the entry point group `sglang.srt.plugins` in every one of its processes, in every environment
-in which this package is installed; so nothing is imported here but the standard library. A plugin that fails is only logged by
-SGLang: check that routes come back before the first real request.
-
-`GenerateReqInput.normalize_batch_and_arguments` is the first thing that SGLang (0.5.19 and 0.5.23) does with a generation request
-from any entrance, and its module is one that each SGLang process imports anyway.
+SGLang loads it through the entry point group `sglang.srt.plugins` in every one of its processes, in every environment in which this
+package is installed; so nothing is imported here but the standard library. A plugin that fails is only logged by SGLang.
+`GenerateReqInput.normalize_batch_and_arguments` is the first thing that SGLang (0.5.19 and 0.5.23) does with a generation request.
 """
 
 from __future__ import annotations
@@ -35,9 +31,6 @@ _registered = False
 
 def encode_rid(unique: str, start_len: int | None) -> str:
     """The request id that asks for the routes from row `start_len` on (SGLang's routed_experts_start_len), or for none with None.
-
-    Raises:
-        ValueError: `unique` is not 1 to 200 of the characters 0-9 A-Z a-z _ and -, or not 0 <= start_len < 10^10.
     """
     if not isinstance(unique, str) or _UNIQUE.fullmatch(unique) is None:
         raise ValueError(f"request id {unique!r}: expected 1 to 200 characters out of 0-9 A-Z a-z _ -")

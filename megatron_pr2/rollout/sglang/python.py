@@ -21,9 +21,6 @@ _CHECK_S = 60.0
 
 def find_python(named: str | None = None, *, module: str = "sglang") -> str:
     """The interpreter of the server environment that is found first: the setting, the environment variable, this one, VENV-sglang.
-
-    Raises:
-        ConfigError: there is none, or what was named is no executable; says where it was looked for.
     """
     for python, setting in ((named, "sglang.python"), (os.environ.get(VARIABLE), VARIABLE)):
         if not python:

@@ -10,6 +10,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import Probe
@@ -20,6 +23,7 @@ from megatron_pr2.rollout.sglang.push.session import FLUSH, PushSession, PushTar
 from megatron_pr2.rollout.sglang.refusals import check_server_info
 from megatron_pr2.rollout.sglang.routes import parse_body
 from megatron_pr2.rollout.sglang.server import SGLangServer
+from megatron_pr2.routes.table import RouteTable
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +125,13 @@ class SGLangReplica:
 
     def _prove_routes(self) -> None:
         """A server may start and still return no routes: a plugin that failed is only logged, a kernel may skip the capture."""
-        ids = [token % self.shape.vocab_size for token in _PROBE_IDS]
         try:
-            routes = self.score(ids).routes
+            routes = self.score([token % self.shape.vocab_size for token in _PROBE_IDS]).routes
         except (RouteError, RolloutError) as error:
             raise RolloutError(f"{self.name}: the probe after the start failed: {error}{self._log()}") from error
         if routes.num_missing:
             raise RolloutError(
-                f"{self.name}: {routes.num_missing} of {len(ids)} rows of the probe's routes are unusable (duplicate or "
+                f"{self.name}: {routes.num_missing} of {len(_PROBE_IDS)} rows of the probe's routes are unusable (duplicate or "
                 "out-of-range expert ids, or layers of zeros); its MoE kernel does not record routes, or ModelShape describes "
                 f"another model.{self._log()}"
             )
@@ -171,12 +174,19 @@ class SGLangReplica:
             raise RolloutError(f"the rollout engine cannot sample: {self.unusable}; call update_weights()")
 
     def score(self, token_ids: Sequence[int]) -> Probe:
-        """Handshake probe; the prefix cache is flushed first, so the server has to be idle. Raises RolloutError or RouteError."""
+        """Handshake probe; the prefix cache is flushed first, so the server has to be idle."""
         http = self.http
         self.check_usable()
         wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
         http.run(http.body("POST", FLUSH, where="score"))
-        limit = wire.max_answer_bytes(len(token_ids) + 1, self.shape)
-        body = http.run(http.body("POST", "/generate", wire.score_payload(token_ids), where="score", max_bytes=limit))
-        logprobs, routes = wire.parse_score(parse_body(body, "score"), token_ids, self.shape, "score")
-        return Probe(self.name, logprobs, routes)
+        return Probe(self.name, *score(http, token_ids, self.shape, "score"))
+
+
+def score(
+    http: HttpClient, token_ids: Sequence[int], shape: ModelShape, where: str, **fields: Any
+) -> tuple[npt.NDArray[np.float32], RouteTable]:
+    """Log-probs and routes of a probe, which is sent with further fields; ids are taken modulo the vocabulary."""
+    ids = [token % shape.vocab_size for token in token_ids]
+    limit = wire.max_answer_bytes(len(ids) + 1, shape)
+    body = http.run(http.body("POST", "/generate", wire.score_payload(ids) | fields, where=where, max_bytes=limit))
+    return wire.parse_score(parse_body(body, where), ids, shape, where)

@@ -41,9 +41,6 @@ class RouteSpill:
 
     Attributes:
         spilled_bytes: ever written to files.
-
-    Raises:
-        ConfigError: the directory does not exist.
     """
 
     def __init__(self, budget_bytes: int, directory: str | os.PathLike[str] | None = None, *, file_bytes: int = 256 << 20) -> None:
@@ -67,11 +64,7 @@ class RouteSpill:
             return self._settled()
 
     def keep(self, table: RouteTable) -> RouteTable:
-        """The table itself within the budget, or if it was kept before, else an equal one with read-only arrays in a file.
-
-        Raises:
-            RolloutError: the file cannot be written, e.g. because the disk is full.
-        """
+        """The table itself within the budget, or if it was kept before, else an equal one with read-only arrays in a file."""
         owners = {id(owner): owner for owner in map(_owner, (table.experts, table.valid))}
         with self._lock:
             new = [owner for key, owner in owners.items() if self._known.get(key) is not owner]

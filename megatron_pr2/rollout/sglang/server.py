@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_pr2.errors import ConfigError, RolloutError
+from megatron_pr2.errors import ConfigError
 from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
 from megatron_pr2.rollout.sglang.config import SGLangConfig, is_loopback, server_environment
 from megatron_pr2.rollout.sglang.http import ask_health
@@ -41,9 +41,6 @@ class SGLangServer(ChildProcess):
 
     Attributes:
         url: base URL, valid after start().
-
-    Raises:
-        ConfigError: `config.extra_flags` hold a secret, or ask for something under which routes are wrong.
     """
 
     def __init__(self, config: SGLangConfig, api_key: str | None = None) -> None:
@@ -77,12 +74,7 @@ class SGLangServer(ChildProcess):
         return [find_python(config.python), "-m", LAUNCHER, *flags, *config.extra_flags]
 
     def start(self) -> None:
-        """Starts the server and returns when it is healthy; nothing is left running after a failure.
-
-        Raises:
-            ConfigError: the model directory holds no safetensors, or there is no environment with SGLang.
-            RolloutError: it ended or was not healthy in time; the message holds its last log lines.
-        """
+        """Starts the server and returns when it is healthy; nothing is left running after a failure."""
         if self.alive():
             return
         self.stop()

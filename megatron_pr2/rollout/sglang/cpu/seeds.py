@@ -32,9 +32,6 @@ def sample_with_seeds(logprobs: torch.Tensor, seed: torch.Tensor, positions: tor
     Args:
         logprobs: [rows, columns], not necessarily normalised; -inf is never drawn.
         seed, positions: [rows] int64, of the request and of the token to draw in its sequence.
-
-    Returns:
-        [rows, 1] int64.
     """
     cumulative = logprobs.to(torch.float64).exp().cumsum(dim=1)
     draws = [uniform(s, p) for s, p in zip(seed.tolist(), positions.tolist(), strict=True)]

@@ -1,1 +1,1 @@
-"""SGLang's own router in front of several servers, and the proof that routes come through it."""
+"""SGLang's own router in front of several servers."""

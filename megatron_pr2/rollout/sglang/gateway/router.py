@@ -1,15 +1,7 @@
-"""SGLangRouter: SGLang's own router (package sglang-router) in front of several servers, as a child process of ours.
+"""SGLangRouter: SGLang's own router (package sglang-router, measured with 0.3.2) in front of several servers, as a child of ours.
 
-What a client has to know of the router (measured with 0.3.2; SGLang 0.5.23 and 0.5.19 behind it):
-
-- It drops the fields of /generate that it does not know, `return_routed_experts` and `routed_experts_start_len` among them; routes
-  are requested through the request id instead (sglang/plugin.py). Responses come back byte for byte.
-- It serves /generate, and sends /flush_cache to all servers. Everything that concerns one server (/model_info, /abort_request,
-  /pause_generation, weight updates) answers 404: those requests go to the servers themselves.
-- When a client closes its connection, it closes the one to the server; SGLang looks for that every 4 s and aborts the request.
-- A server that dies during a request becomes HTTP 500 immediately, with `call_upstream_...` or `read_response_body_failed` in its
-  body. Other statuses, and their bodies, come through as the server sent them.
-- A response is received whole before it is sent on: 1 to 3 ms more per MB, and twice its size in memory meanwhile.
+What a client has to know of it is in docs/sglang.md. Requests that concern one server (/model_info, /abort_request, pauses, weight
+updates) answer 404 here; /flush_cache goes to all servers. When a client closes its connection, it closes the one to the server.
 """
 
 from __future__ import annotations
@@ -41,19 +33,13 @@ class SGLangRouter(ChildProcess):
     """One router.
 
     Args:
-        worker_urls: base URLs of the servers behind it, all with the same key.
+        worker_urls: base URLs of the servers behind it.
         api_key: what clients have to present to the router, and what it presents to the servers; None if they want none.
         python: interpreter of an environment with sglang-router; found by find_python() if None.
         policy: how a server is chosen: "cache_aware" is the one that has seen the beginning of the prompt, unless it has more to
             do than the others. power_of_two asks for the load under an address that SGLang 0.5.23 no longer has.
         bind: IP address to listen on, or "localhost".
         start_timeout_s: from process start until every server is registered.
-
-    Attributes:
-        url: base URL, valid after start().
-
-    Raises:
-        ConfigError: `bind` is no address, or there is no environment with sglang-router.
     """
 
     def __init__(
@@ -127,11 +113,7 @@ class SGLangRouter(ChildProcess):
         }
 
     def start(self) -> None:
-        """Starts the router and returns when every server is registered and healthy; nothing is left running after a failure.
-
-        Raises:
-            RolloutError: it ended, or a server was not registered in time.
-        """
+        """Starts the router and returns when every server is registered and healthy; nothing is left running after a failure."""
         if self.alive():
             return
         self.stop()
@@ -155,11 +137,7 @@ class SGLangRouter(ChildProcess):
         return [url for url, worker in self._workers().items() if worker.get("is_healthy")]
 
     def replace_worker(self, old_url: str, new_url: str) -> None:
-        """Takes one server out and another in, as after a restart under another port; waits until the new one is registered.
-
-        Raises:
-            RolloutError: the router refuses or does not answer, or the new server was not registered in time.
-        """
+        """Takes one server out and another in, as after a restart under another port; waits until the new one is registered."""
         worker = self._workers().get(old_url)
         if worker is not None:
             self._request("DELETE", f"/workers/{quote(str(worker['id']), safe='')}")

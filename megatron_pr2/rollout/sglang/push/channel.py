@@ -1,12 +1,9 @@
 """WeightChannel: moves tensors from this process into the ranks of one SGLang server, through a process group of their own.
 
-Of SGLang's ways in, `update_weights_from_disk` writes every byte twice (disk.py), `_from_tensor` passes pickled handles of shared
-memory and kills the server when they come from an unrelated process on CPU, `_from_ipc` needs CUDA. `_from_distributed` needs
-nothing but a network, is bounded in memory by its bucket, works the same with gloo and NCCL, and no pickle is involved.
-
-The group has 1 + tp_size ranks, this process is rank 0. This end is built from torch's process group classes directly, on the
-stores that SGLang's end expects (`init_custom_process_group` in its utils), because torch's helper for it would register the
-group with this process's default group and, where that is bound to a GPU, split it. It listens on one address only.
+Of SGLang's ways in, `update_weights_from_distributed` needs nothing but a network, is bounded in memory by its bucket, works the
+same with gloo and NCCL, and involves no pickle. The group has 1 + tp_size ranks, this process is rank 0. This end is built from
+torch's process group classes directly, on the stores that SGLang's end expects (`init_custom_process_group` in its utils), because
+torch's helper for it would register the group with this process's default group and, where that is bound to a GPU, split it.
 
 Several processes may each have a channel to one server: SGLang keeps its groups by name and takes one bucket at a time, in the
 order in which the requests arrive, on all its ranks alike; the others wait in their broadcast.
@@ -47,9 +44,6 @@ _HEALTH_TIMEOUT_S = 5.0
 
 def own_address(url: str) -> str:
     """The IP address at which the host of `url` reaches this process: 127.0.0.1 for loopback URLs, else our interface towards it.
-
-    Raises:
-        RolloutError: the host name is unknown or there is no route to it.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""

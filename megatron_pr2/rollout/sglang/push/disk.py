@@ -42,9 +42,6 @@ def write_part(target: DiskTarget, part: int, weights: Iterable[tuple[str, torch
 
     Args:
         part: differs from sender to sender, e.g. the rank.
-
-    Raises:
-        RolloutError: a file could not be written.
     """
     total = 0
     directory = Path(target.directory)
@@ -85,12 +82,7 @@ class DiskPush:
         return _required_names(self._model_path)
 
     def begin(self, sessions: Sequence[PushSession] = (), targets: Sequence[PushTarget] = ()) -> DiskTarget:
-        """Makes a new directory; the servers are not involved before finish().
-
-        Raises:
-            RolloutError: it cannot be made.
-            ConfigError: `model_path` is no model directory.
-        """
+        """Makes a new directory; the servers are not involved before finish()."""
         self.close()
         if not (self._model_path / "config.json").is_file():
             raise ConfigError(f"{self._model_path}: no config.json; expected a Hugging Face model directory")
@@ -110,11 +102,7 @@ class DiskPush:
         return write_part(self._opened(), 0, weights)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:
-        """Checks that the model is complete, has every server load it, and removes the directory.
-
-        Raises:
-            RolloutError: weights are missing, unknown or there twice (no server has changed then), or a server refused or died.
-        """
+        """Checks that the model is complete, has every server load it, and removes the directory."""
         directory = self._opened().directory
         _write_index(Path(directory), self._required)
         for session in sessions:

@@ -31,11 +31,7 @@ class WeightSender:
         self.retarget(targets)
 
     def retarget(self, targets: Sequence[PushTarget]) -> None:
-        """Sets where the next push goes; channels to targets that stay are kept.
-
-        Raises:
-            RolloutError: the targets receive on different kinds of device.
-        """
+        """Sets where the next push goes; channels to targets that stay are kept."""
         if len({target.device for target in targets}) > 1:
             raise RolloutError(f"{WHERE}: targets on {sorted({t.device for t in targets})}; one push packs for one kind of device")
         for target in set(self._channels) - set(targets):
@@ -48,9 +44,6 @@ class WeightSender:
         """Sends tensors by Hugging Face name in buckets and returns their bytes (once, however many targets).
 
         A bucket is packed once and goes to all targets side by side. Opens channels when the first one is ready.
-
-        Raises:
-            RolloutError: a target refused, died or did not take a bucket in time. The next push() opens a new channel to it.
         """
         # Taken once: closed meanwhile by another thread, they refuse the next bucket instead of being left out.
         channels = list(self._channels.values())
