@@ -22,7 +22,7 @@ from megatron_pr2.attach import MicroBatch, PR2Config, ReplaySequence, attach  #
 CONFIG = TransformerConfig(**host.config_overrides(), num_layers=2, hidden_size=32, num_attention_heads=4, moe_ffn_hidden_size=32,
     num_moe_experts=8, moe_router_topk=2, moe_grouped_gemm=False, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
     pipeline_dtype=torch.float32, params_dtype=torch.float32, moe_token_dispatcher_type="alltoall")  # fmt: skip
-VOCABULARY, LENGTH, PROMPT, SEQUENCES, LR = 64, 24, 8, 16, 1e-2
+VOCABULARY, LENGTH, PROMPT, SEQUENCES = 64, 24, 8, 16
 
 
 def forward_step(data_iterator, model):  # as in any Megatron pipeline
@@ -38,8 +38,8 @@ def run(items, *, forward_only):
 
 
 model = GPTModel(CONFIG, get_gpt_decoder_block_spec(CONFIG, use_transformer_engine=False), VOCABULARY, LENGTH)
-optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-pr2 = attach(model, PR2Config.preset("pr2"))  # (2)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+pr2 = attach(model, PR2Config.preset("pr2"), optimizer)  # (2)
 for rollout in range(3):
     tokens_NS = torch.randint(VOCABULARY, (SEQUENCES, LENGTH))
     batch = [MicroBatch.padded(range(i, i + 4), [LENGTH] * 4, LENGTH) for i in range(0, SEQUENCES, 4)]  # (3) who is in which row
@@ -49,11 +49,11 @@ for rollout in range(3):
     pr2.begin_rollout([ReplaySequence(i, LENGTH, PROMPT - 1, LENGTH - 1, routes[i]) for i in range(SEQUENCES)])  # (4)
     with pr2.old_logprobs(batch):  # (5)
         run(tokens_NS.split(4), forward_only=True)
-    for mini_step, half in enumerate((slice(0, 2), slice(2, 4)), start=1):
-        with pr2.actor_update(batch[half], mini_step=mini_step):  # (6)
+    for half in (slice(0, 2), slice(2, 4)):
+        with pr2.actor_update(batch[half]):  # (6)
             run(tokens_NS.split(4)[half], forward_only=False)
         optimizer.step()
         optimizer.zero_grad()
-        pr2.step(lr=LR)  # (7)
+        pr2.step()  # (7)
     drift = {name: round(pr2.metrics()[f"pr2/{name}"], 4) for name in ("agreement", "lift", "hold_back/beta")}  # (8)
     print(f"rollout batch {rollout}: {drift}")

@@ -198,8 +198,7 @@ def train(args: argparse.Namespace, chunks: Chunks, optimizer: Any, scheduler: A
     config, schedule = get_model_config(chunks[0]), get_forward_backward_func()
     # What megatron.training.training.train() sets.
     config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
-    pr2 = attach(chunks, pr2_config_from_args(args))
-    pr2.follow(optimizer)
+    pr2 = attach(chunks, pr2_config_from_args(args), optimizer)
     if args.iteration:
         pr2.load(pr2_directory(args.load, args.iteration))
     rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -215,13 +214,12 @@ def train(args: argparse.Namespace, chunks: Chunks, optimizer: Any, scheduler: A
         ])  # fmt: skip
         with pr2.old_logprobs([item["micro_batch"] for item in items]):
             row = {"lm loss": score(args, chunks, items)}
-        for mini_step, mini_batch in enumerate(mini_batches, start=1):
-            lr = optimizer.param_groups[0]["lr"]
-            with pr2.actor_update([item["micro_batch"] for item in mini_batch], mini_step) as session:
+        for mini_batch in mini_batches:
+            with pr2.actor_update([item["micro_batch"] for item in mini_batch]) as session:
                 losses, *_ = train_step(
                     forward_step, iterators(mini_batch, chunks), chunks, optimizer, scheduler, config, schedule, args.iteration
                 )
-            pr2.step(lr)
+            pr2.step()
             args.iteration += 1
             args.consumed_train_samples += args.global_batch_size
             row["mini-step lm loss"] = of_last_stage(losses.get("lm loss", torch.zeros(())))

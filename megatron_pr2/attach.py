@@ -2,15 +2,15 @@
 
     from megatron_pr2.attach import MicroBatch, PR2Config, ReplaySequence, attach
 
-    pr2 = attach(model_chunks, PR2Config.preset("pr2"))
+    pr2 = attach(model_chunks, PR2Config.preset("pr2"), optimizer)
     pr2.begin_rollout(sequences)                             # routes that came with the rollout
     with pr2.old_logprobs(all_micro_batches):                # old-log-prob pass: replay (or record), keep features
         forward_backward(..., forward_only=True)
-    for mini_step, micro_batches in enumerate(mini_batches, start=1):
-        with pr2.actor_update(micro_batches, mini_step=mini_step):
+    for micro_batches in mini_batches:
+        with pr2.actor_update(micro_batches):
             forward_backward(...)
         optimizer.step()
-        pr2.step(lr=policy_lr)
+        pr2.step()
     pr2.end_rollout()
     engine.update_weights(pr2.engine_weights(names_and_tensors))
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -32,90 +32,37 @@ from torch import Tensor
 
 from megatron_pr2.checkpoint import checkpoint
 from megatron_pr2.config import PR2Config
-from megatron_pr2.drift.measurement import Measurement
-from megatron_pr2.drift.metrics import missing_share, scalars
-from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.parallel.groups import check_groups, communication_device, every_layer, everyone, token_group
-from megatron_pr2.parallel.replica import find_replica
+from megatron_pr2.drift.parts import Parts
+from megatron_pr2.errors import AttachError
+from megatron_pr2.parallel.groups import every_layer
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.gates import merge_gates, merged_in_place
-from megatron_pr2.prediction.horizon import Horizon
-from megatron_pr2.prediction.predictor import RoutePredictor
-from megatron_pr2.prediction.strategies import make_predictor
-from megatron_pr2.replay.hook import check_release, check_unpatched
 from megatron_pr2.replay.intake import take_in
 from megatron_pr2.replay.micro_batch import MicroBatch
-from megatron_pr2.replay.model_settings import check_config
-from megatron_pr2.replay.passes import Passes
 from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
 from megatron_pr2.replay.session import ReplaySession
-from megatron_pr2.replay.sites import give_back, unwrapped, upgrade_routers
-from megatron_pr2.replay.token_check import TokenCheck
-from megatron_pr2.routes.store import RouteStore
+from megatron_pr2.replay.sites import give_back
 from megatron_pr2.routes.table import RouteTable
 
 __all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "attach"]  # what a pipeline needs, in one place
 
 
-class PR2:
-    """Predictive routing replay on one model; made by :func:`attach`.
+class PR2(Parts):
+    """Predictive routing replay on one model; made by :func:`attach`. Its attributes: drift.parts.Parts."""
 
-    Attributes:
-        config, model_config: the settings, and Megatron's TransformerConfig.
-        sites: this rank's routers, ascending by layer.
-        layers, moe_layers: of the whole model, and those of them with experts (0-based): the L axis of a RouteTable.
-        predictor: W_p of this rank's layers, or None.
-        replica, token_group: the ranks that train the same sequences, and those that hold other tokens of the same layers.
-        sequences, tokens, routes: the current rollout batch: its sequences (without routes), its tokens as one axis, its routes.
-        measurement: what its passes leave behind: features, drift, the predictor's gradient.
-        features, feature_plan: router inputs and logits of this rank's sampled tokens, and which rank holds which.
-        horizon: over how many updates a prediction reaches, and the policy's optimizer.
-        token_check: whether the model runs the tokens whose routes are replayed.
-    """
-
-    def __init__(self, chunks: Sequence[torch.nn.Module], config: PR2Config) -> None:
-        self.config = config
-        check_release()
-        check_unpatched()
-        self.model_config = model = unwrapped(chunks[0]).config
-        check_config(model)
-        check_groups(model, communication_device())
-        self.sites, self.layers = upgrade_routers(chunks)
-        self.moe_layers = self.layers.moe
-        with ExitStack() as undo:  # an attach() that fails leaves the model as it was
-            undo.callback(give_back, self.sites)
-            device = next((p.device for chunk in chunks for p in chunk.parameters()), communication_device())
-            if device.type == "cpu" and communication_device().type == "cuda":
-                raise AttachError("the model is in host memory, its process groups are on GPUs; attach() when it is on its device")
-            self.token_group = token_group(model.sequence_parallel)
-            self.replica = find_replica([site.column for site in self.sites], model.sequence_parallel)
-            undo.callback(self.replica.release)
-            self.predictor: RoutePredictor | None = make_predictor(config, model, len(self.sites), device)
-            self.horizon = Horizon(config, model, self.sites, self.predictor, self.token_group, device)
-            self.measurement = Measurement(config, model, self.sites, self.predictor, self.replica, self.token_group, device)
-            self.features, self.feature_plan = self.measurement.features, self.measurement.plan
-            self.routes = RouteStore(
-                self.replica, len(self.moe_layers), model.moe_router_topk, model.num_moe_experts, device,
-                scatter=config.routes == "engine" and config.route_delivery == "scatter",
-            )  # fmt: skip
-            self.token_check = TokenCheck(self.replica.ranks, chunks, device)
-            groups = everyone(self.token_group)
-            self._passes = Passes(self.sites, chunks, self.replica.ranks, groups, self.routes.slices, self.token_check)
-            undo.pop_all()
-        self._device = device
-        self.tokens = TokenIndex({})
-        self.sequences: tuple[ReplaySequence, ...] = ()
-        self._missing_share: dict[str, float] = {}
-        self._scalars: dict[str, float] = {}
-        self._mode = "replay" if config.replays else "live"  # of passes after the old-log-prob pass
-
-    def follow(self, optimizer: Any) -> None:
-        """Tells which optimizer (prediction.optimizer_moments) trains the policy; predictor="momentum" reads how gates move.
+    @property
+    def optimizer(self) -> Any:
+        """The policy's optimizer, from `attach` or set later: a Megatron-Core's or a torch.optim's. None: not known.
 
         Raises:
-            AttachError: it does not train the gates.
+            AttachError: when it is set, if a predictor needs it and it does not train the gates, or, for predictor="momentum", is
+                not known to prediction.optimizer_moments.
         """
-        self.horizon.watch(optimizer)
+        return self.horizon.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self.horizon.optimizer = optimizer
 
     @property
     def engine_agreement(self) -> float | None:
@@ -133,18 +80,20 @@ class PR2:
                 the ranks of a replica were told of different sequences.
         """
         self._passes.require_closed("begin_rollout")
+        self._mini_steps.end_open("begin_rollout")
         batch = take_in(
             sequences, self.config, self.model_config, len(self.moe_layers), self.replica,
             is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
         )  # fmt: skip
         self.tokens = batch.tokens
         self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in sequences)
+        self.progress.begin(batch.tokens)
         self.token_check.begin(batch.tokens, sequences)
         self.routes.begin(batch.tokens, batch.tables, batch.valid)
         self.horizon.end_batch()
         self.measurement.begin(self.sequences, batch.tokens, batch.sampled, self.horizon.known_horizon(self.sequences))
         report = RolloutReport(batch.total, batch.missing, self.routes.table_bytes)
-        self._missing_share, self._scalars = missing_share(report), {}
+        self._mini_steps.begin_batch(report)
         return report
 
     def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -168,49 +117,55 @@ class PR2:
                 `min_agreement`: routes and tokens are not aligned.
         """
         self._passes.require_closed("old_logprobs")
+        self._mini_steps.end_open("old_logprobs")
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self.measurement.predict if mode == "record" and self.predictor is not None else None
         micro_batches = self._passes.agreed(micro_batches)
+        tokens = self.progress.score(micro_batches)
         with (
             self.measurement.log_prob_pass(micro_batches),
             self._passes.run("old_logprobs", micro_batches, mode, self.measurement.keep_features, predict) as session,
         ):
             yield session
+        self.progress.scored[tokens] = True
         if mode == "record":
             self.routes.mark_recorded([micro_batch.grid for micro_batch in micro_batches])
             for bound, ids_TLK in session.recorded():
                 self.routes.record(bound.micro_batch.grid, ids_TLK)
 
     @contextmanager
-    def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int) -> Iterator[ReplaySession]:
+    def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int | None = None) -> Iterator[ReplaySession]:
         """Forward and backward of one mini-step: routes replayed, gate weights live, drift measured, predictor gradient gathered.
 
         Collective over all ranks of the model, as `old_logprobs` is.
 
         Args:
-            mini_step: 1 for the first mini-step after the rollout, as in the paper; the predictor learns from 2 on, because at 1
-                the policy is still the one that the features come from.
+            mini_step: counted by itself: 1 for the first mini-step after the rollout, as in the paper, and one more after each
+                step(). The predictor learns from 2 on, because at 1 the policy is still the one that the features come from. The
+                number of the mini-step that step() has not ended yet adds a further pass to it.
 
         Raises:
-            ReplayError: mini_step < 1, or a micro-batch was not run exactly once.
+            ReplayError: mini_step < 1, a token is given twice or has no recorded route, or a micro-batch was not run exactly once.
         """
-        if mini_step < 1:
-            raise ReplayError(f"mini_step={mini_step}: mini-steps count from 1")
         self._passes.require_closed("actor_update")
-        self.horizon.require_optimizer()
+        mini_step = self._mini_steps.open(mini_step)
         micro_batches = self._passes.agreed(micro_batches)
+        tokens = self.progress.train(micro_batches)
         with (
             self.measurement.training_pass(micro_batches, learning=self.config.learns and mini_step >= 2),
             self._passes.run(f"mini-step {mini_step}", micro_batches, self._mode, self.measurement.compare) as session,
         ):
             yield session
-        self.horizon.ran(mini_step)
+        self._mini_steps.ran(mini_step, tokens)
 
-    def step(self, lr: float) -> dict[str, Any]:
+    def step(self, lr: float | None = None) -> dict[str, Any]:
         """Ends a mini-step: updates the predictor (if it was learning) with alpha * lr and reads the drift metrics.
 
-        Collective over the ranks that hold other tokens of the same layers; call it on every rank, after the policy's optimizer,
-        with the policy's current learning rate.
+        Collective over the ranks that hold other tokens of the same layers; call it on every rank, after the policy's optimizer.
+        Where it is forgotten, the next pass, push, checkpoint or end of the batch does it, on all ranks as well, and warns.
+
+        Args:
+            lr: the policy's current learning rate; None: the gates' in the optimizer, as it was when the mini-step began.
 
         Returns:
             "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
@@ -220,16 +175,15 @@ class PR2:
             error.
 
         Raises:
+            ReplayError: lr is not a finite number of at least 0, or None without an optimizer.
             AttachError: predictor="momentum" and the optimizer does not train the gates with Adam.
         """
         self._passes.require_closed("step")
-        report = self.measurement.step(lr, self.horizon)
-        self._scalars = scalars(report, self.engine_agreement)
-        return report
+        return self._mini_steps.end(lr)
 
     def metrics(self) -> dict[str, float]:
         """The last step in a few numbers for any logger, `pr2/lift` and others (drift.metrics.scalars); not collective."""
-        return self._missing_share | self._scalars
+        return self._mini_steps.metrics()
 
     def end_rollout(self) -> None:
         """After the last mini-step: frees routes and features, whose memory a colocated engine needs. Not collective.
@@ -237,6 +191,8 @@ class PR2:
         Without it, what the batch says of the prediction counts one push later.
         """
         self._passes.require_closed("end_rollout")
+        self._mini_steps.end_open("end_rollout")
+        self.progress.end()
         self.tokens, self.sequences = TokenIndex({}), ()
         self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
@@ -251,7 +207,9 @@ class PR2:
         the actor records must have been recorded before. Collective, and refuses, as `actor_update` does.
         """
         self._passes.require_closed("replay")
-        with self._passes.run("replay", self._passes.agreed(micro_batches), self._mode) as session:
+        micro_batches = self._passes.agreed(micro_batches)
+        self.progress.once(micro_batches)
+        with self._passes.run("replay", micro_batches, self._mode) as session:
             yield session
 
     def record(self, micro_batches: Sequence[MicroBatch]) -> AbstractContextManager[ReplaySession]:
@@ -274,6 +232,7 @@ class PR2:
             AttachError: after the last weight, if not every MoE layer's gate came by (another naming would lose the prediction
                 silently).
         """
+        self._mini_steps.end_open("engine_weights")
         if self.predictor is None:
             return iter(weights)
         own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
@@ -281,6 +240,7 @@ class PR2:
 
     def merged_gates(self) -> AbstractContextManager[None]:
         """The model itself with W + W_p in its gates, for an embedded rollout; the gates come back bit-identical."""
+        self._mini_steps.end_open("merged_gates")
         return merged_in_place(self.sites, self.measurement.prediction)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
@@ -294,6 +254,7 @@ class PR2:
         Raises:
             CheckpointError: on every rank, if any rank could not write.
         """
+        self._mini_steps.end_open("save")
         checkpoint.save(self, directory, rollout=rollout)
 
     def load(self, directory: str | Path, *, sequences: Sequence[int] | None = None) -> None:
@@ -306,6 +267,7 @@ class PR2:
             CheckpointError: on every rank, if any rank cannot read it, or it is of a model of another size.
         """
         self._passes.require_closed("load")
+        self._mini_steps.end_open("load")
         checkpoint.load(self, directory, sequences=sequences)
 
     def detach(self) -> None:
@@ -317,7 +279,9 @@ class PR2:
             self._passes.attached = False
 
 
-def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
+def attach(
+    model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config, optimizer: Any = None
+) -> PR2:
     """Adds predictive routing replay to a built Megatron-Core model (plain, DDP- or Float16Module-wrapped), in place.
 
     Collective over all ranks of the default process group, which all hold a part of the model.
@@ -325,23 +289,25 @@ def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR
     Args:
         model_chunks: the model, or its virtual pipeline chunks.
         config: e.g. PR2Config.preset("pr2").
+        optimizer: the policy's, whose learning rate of the gates step() reads; None: `pr2.optimizer = ...` later, or step(lr=...).
 
     Raises:
-        AttachError: no MoE layers, a custom or sinkhorn router, another replay, or attached already.
+        AttachError: no MoE layers, a custom or sinkhorn router, another replay, or attached already; an optimizer that does not
+            train the gates, for a predictor.
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     if not chunks:
         raise AttachError("attach() got no model chunk")
     if not isinstance(config, PR2Config):
         raise AttachError(f"attach() got {config!r} as its config; pass PR2Config.preset('pr2'), or another preset")
-    return PR2(chunks, config)
+    return PR2(chunks, config, optimizer)
 
 
 class _Callable(ModuleType):
     """Importing this module makes `megatron_pr2.attach` the module, where the package promises the function; it may be called."""
 
-    def __call__(self, model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config) -> PR2:
-        return attach(model_chunks, config)
+    def __call__(self, *args: Any, **kwargs: Any) -> PR2:
+        return attach(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:  # cloudpickle (Ray) knows plain modules only
         return import_module, (self.__name__,)

@@ -411,7 +411,7 @@ def reads(
     config = toy.toy_config(num_layers=layers, context_parallel_size=context)
     chunk = toy.ToyChunk(config, recompute=recompute)
     pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, max_missing_share=1.0, routes=routes, **settings))
-    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
+    pr2.optimizer = torch.optim.Adam([site.router.weight for site in pr2.sites])
     lengths = {i: 17 + i for i in range(micro_batches)}
     tables = toy.random_tables(lengths, config, [(0, 4)]) if routes == "engine" else None
 
@@ -464,7 +464,7 @@ def passes(layers: int, micro_batches: int, kind: str, recompute: bool, predicto
     # A learned predictor alone without hold-back, which does the least; or everything at once.
     settings = {"predictor": predictor, "hold_back": predictor != "learned"}
     pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0, **settings))
-    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
+    pr2.optimizer = torch.optim.Adam([site.router.weight for site in pr2.sites])
     lengths = {i: 8 + i for i in range(micro_batches)}
     pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, config, [(0, 4)])))
     data = toy.batches(lengths, 1)

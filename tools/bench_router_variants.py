@@ -135,7 +135,7 @@ class Subject:
             self.pr2 = attach(self.model, PR2Config.from_dict(self.variant.settings))
             if "momentum" in self.pr2.config.predictor:
                 gates = torch.optim.Adam([router.weight for router in routers(self.model)], lr=POLICY_LR)
-                self.pr2.follow(gates if self.policy is None else self.policy.optimizer)
+                self.pr2.optimizer = gates if self.policy is None else self.policy.optimizer
 
     def set_own_routes(self, ids: list[Tensor]) -> None:
         """Gives Megatron-Core's replay its ids [T, K] int64 per layer."""

@@ -15,6 +15,7 @@ from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.predictor import RoutePredictor
+from megatron_pr2.replay.progress import Progress
 from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
 from megatron_pr2.replay.sites import RouterSite
 from megatron_pr2.routes.store import RouteStore
@@ -37,5 +38,6 @@ class Contents(Protocol):
     token_group: dist.ProcessGroup | None
     sequences: tuple[ReplaySequence, ...]
     tokens: TokenIndex
+    progress: Progress
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport: ...

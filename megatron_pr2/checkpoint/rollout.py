@@ -6,8 +6,9 @@ they are; a rank that reads takes those of its own sequences, layer by layer. Wh
 no difference, since features follow their token (drift.feature_plan); in the old layout it is the old one, so that sums are
 formed in the old order.
 
-    pr2.rollout.sequences                  [N, 5] int64: id, length, loss_start, loss_stop, mini-step (0: not known)
-    pr2.rollout.tokens                     [T, 3] uint8: has a route, is sampled, is held out; one sequence's after the other's
+    pr2.rollout.sequences                  [N, 6] int64: id, length, loss_start, loss_stop, mini-step (0: not known), the last run
+    pr2.rollout.tokens                     [T, 5] uint8: has a route, is sampled, is held out, was scored, was trained on; one
+                                           sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
@@ -51,9 +52,12 @@ class _Rollout(NamedTuple):
     """What a checkpoint holds of the sequences that this rank's replica trains on."""
 
     sequences: list[ReplaySequence]  # with their routes where this rank has to be given them
-    valid: npt.NDArray[np.bool_]  # per flat token index, as the next two
+    valid: npt.NDArray[np.bool_]  # per flat token index, as the next four
     sampled: npt.NDArray[np.bool_]
     held_out: npt.NDArray[np.bool_]
+    scored: npt.NDArray[np.bool_]
+    trained: npt.NDArray[np.bool_]
+    mini_step: int  # the batch's last
 
 
 def sharded_rollout(pr2: Contents) -> dict[str, Any]:
@@ -67,12 +71,13 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:
-        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0] for s in pr2.sequences]
-        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
-        each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out
+        done = pr2.progress.mini_step
+        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0, done] for s in pr2.sequences]
+        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+        each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out, pr2.progress.scored, pr2.progress.trained
         marks = np.stack(each, axis=1).astype(np.uint8)
-        _put(state, SEQUENCES, spans, (first,), (all_sequences, 5))
-        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 3))
+        _put(state, SEQUENCES, spans, (first,), (all_sequences, 6))
+        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 5))
     if pr2.config.replays:
         _put_routes(state, pr2, start, total)
     _put_features(state, pr2)
@@ -95,6 +100,7 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
     hold_back = pr2.measurement.hold_back
     counted = None if hold_back is None else hold_back.state().clone()
     report = pr2.begin_rollout(found.sequences)
+    pr2.progress.scored, pr2.progress.trained, pr2.progress.mini_step = found.scored, found.trained, found.mini_step
     if hold_back is not None:
         # The batch goes on: what its first mini-steps counted is not a whole observation.
         hold_back.load_state(counted)
@@ -180,9 +186,9 @@ def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wante
     if reader.shape(SEQUENCES) is None:
         raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the current one")
     rows = reader.read(SEQUENCES).numpy()
-    if rows.shape[1] != 5 or (reader.shape(TOKENS) or (0, 3))[1] != 3:
+    if rows.shape[1] != 6 or (reader.shape(TOKENS) or (0, 5))[1] != 5:
         raise CheckpointError(
-            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 5); "
+            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 6); "
             "load the checkpoint without it, and roll out again"
         )
     stops = np.cumsum(rows[:, 1])
@@ -190,19 +196,19 @@ def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wante
     if absent := [sid for sid in wanted if sid not in at]:
         raise CheckpointError(f"{directory}: its rollout batch has the sequences {sorted(at)}, not {absent}")
     tables = {}
-    marks = [np.zeros((0, 3), dtype=np.uint8)]
+    marks = [np.zeros((0, 5), dtype=np.uint8)]
     for sid in wanted:
         start, stop = int(stops[at[sid]] - rows[at[sid], 1]), int(stops[at[sid]])
         marks.append(reader.read(TOKENS, start, stop).numpy())
         if pr2.config.replays and pr2.routes.is_owner:
             tables[sid] = _read_table(pr2, reader, directory, start, stop, marks[-1][:, 0].astype(bool))
-    valid, sampled, held_out = np.concatenate(marks).astype(bool).T
+    valid, sampled, held_out, scored, trained = np.concatenate(marks).astype(bool).T
     spans = {sid: [int(n) for n in rows[at[sid]]] for sid in wanted}
     sequences = [
         ReplaySequence(sid, length, first, stop, tables.get(sid), mini_step=mini_step or None)
-        for sid, length, first, stop, mini_step in spans.values()
+        for sid, length, first, stop, mini_step, _ in spans.values()
     ]
-    return _Rollout(sequences, valid, sampled, held_out)
+    return _Rollout(sequences, valid, sampled, held_out, scored, trained, int(rows[:, 5].max(initial=0)))
 
 
 def _read_table(

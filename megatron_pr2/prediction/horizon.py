@@ -6,6 +6,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pr2.config import PR2Config
-from megatron_pr2.errors import AttachError
+from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.parallel.consensus import largest
-from megatron_pr2.prediction.optimizer_moments import find_holders, next_updates
+from megatron_pr2.prediction.optimizer_moments import find_holders, learning_rate, next_updates, update_rule
 from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.replay.sequences import ReplaySequence
 from megatron_pr2.replay.sites import RouterSite
@@ -39,28 +40,69 @@ class Horizon:
         self._gates = [site.router.weight for site in sites]
         self._shape = model_config.num_moe_experts, model_config.hidden_size
         self._optimizer: Any = None
+        self._rate: float | None = None
         self._mini_steps = 0
 
-    def watch(self, optimizer: Any) -> None:
-        """Takes the policy's optimizer.
+    @property
+    def optimizer(self) -> Any:
+        """The policy's optimizer, or None.
 
         Raises:
-            AttachError: the predictor needs the gates' next update, and the optimizer does not train them, or is not supported.
+            AttachError: it does not train the gates, or predictor="momentum" needs their next update and does not know it.
         """
-        if self._config.follows:
-            find_holders(optimizer, self._gates)
-        self._optimizer = optimizer
+        return self._optimizer
 
-    def require_optimizer(self) -> None:
-        """Before a mini-step.
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        if optimizer is not None and self._config.follows:
+            for holder in find_holders(optimizer, self._gates):
+                update_rule(holder)
+        elif optimizer is not None and self._config.learns:
+            find_holders(optimizer, [gate for gate in self._gates if gate.requires_grad])
+        self._optimizer, self._rate = optimizer, None
+
+    @property
+    def can_end(self) -> bool:
+        """Whether a mini-step can be ended without being told a learning rate."""
+        return self._optimizer is not None or not self._config.learns
+
+    def open(self) -> None:
+        """Before a mini-step: reads the learning rate, which a schedule may move on together with the optimizer.
 
         Raises:
-            AttachError: the predictor needs the policy's optimizer, and PR2.follow() was not called.
+            AttachError: the predictor needs the policy's optimizer, and it was not given.
         """
+        self._require_optimizer()
+        self._rate = None
+        if self._optimizer is not None and self._config.learns:
+            self._rate = learning_rate(self._optimizer, self._gates, self._group, self._device)
+
+    def rate(self, given: Any) -> float:
+        """The policy's learning rate of the mini-step that ends.
+
+        Args:
+            given: what the trainer says; None for the gates' in the optimizer, when the mini-step began.
+
+        Raises:
+            ReplayError: it is no finite number of at least 0, or not given and the optimizer not known.
+        """
+        if given is not None:
+            return checked_rate(given)
+        if self._optimizer is None:
+            raise ReplayError(
+                "step() was given no learning rate and does not know the optimizer: pass the policy's current one, "
+                "pr2.step(lr=optimizer.param_groups[0]['lr']), or the optimizer, once: attach(model, config, optimizer), or "
+                "pr2.optimizer = optimizer where it is made later"
+            )
+        if self._rate is None and self._config.learns:
+            self._rate = learning_rate(self._optimizer, self._gates, self._group, self._device)
+        return 0.0 if self._rate is None else checked_rate(self._rate)
+
+    def _require_optimizer(self) -> None:
         if self._config.follows and self._optimizer is None:
             raise AttachError(
-                f"predictor={self._config.predictor!r} needs to know the policy's optimizer: call pr2.follow(optimizer) once, "
-                "after it is made"
+                f"predictor={self._config.predictor!r} needs the policy's optimizer: attach(model, config, optimizer), or "
+                "pr2.optimizer = optimizer where it is made later"
             )
 
     def ran(self, mini_step: int) -> None:
@@ -81,7 +123,7 @@ class Horizon:
 
     def gate_updates(self) -> Tensor:
         """The next update of the gates, [L, E, H] fp32."""
-        self.require_optimizer()
+        self._require_optimizer()
         return next_updates(self._optimizer, self._gates, self._shape, self._device)
 
     def known_horizon(self, sequences: Sequence[ReplaySequence]) -> float | None:
@@ -99,3 +141,21 @@ class Horizon:
         if unknown or last < 2:
             return None
         return (self._config.horizon if self._config.follows else 0.0) or (last - 1) / 2
+
+
+def checked_rate(lr: Any) -> float:
+    """A learning rate as a number.
+
+    Raises:
+        ReplayError: it is none, not finite, or negative.
+    """
+    try:
+        rate = math.nan if isinstance(lr, str | bytes | bool) else float(lr)
+    except (TypeError, ValueError, RuntimeError):
+        rate = math.nan
+    if not 0.0 <= rate < math.inf:
+        raise ReplayError(
+            f"step(lr={lr!r}): expected the policy's current learning rate, a finite number of at least 0, e.g. "
+            "optimizer.param_groups[0]['lr']"
+        )
+    return rate

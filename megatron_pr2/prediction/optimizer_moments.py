@@ -1,4 +1,4 @@
-"""How the policy's optimizer is moving parameters: Adam's or Lion's update from Megatron-Core's optimizers, sharded or not.
+"""What the policy's optimizer says of the gates: their learning rate, and Adam's or Lion's next update, sharded or not.
 
     Adam  update = -lr (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta),   m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
     Lion  update = -lr (sign(m) + weight_decay * theta)
@@ -7,8 +7,8 @@
 arXiv 2302.06675, Algorithm 2, for a gradient that goes on as its mean: sign(beta1 m + (1 - beta1) m).) Read from the state that the
 last step left: nothing is added to the optimizer and nothing is changed in it.
 
-Other optimizers are refused by their class, not by their state: SOAP keeps moments of Adam's names in another basis, and Muon
-orthogonalises a momentum that a layer-wise optimizer keeps on one rank only.
+Updates of other optimizers are refused by their class, not by their state: SOAP keeps moments of Adam's names in another basis, and
+Muon orthogonalises a momentum that a layer-wise optimizer keeps on one rank only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from megatron_pr2.errors import AttachError
+from megatron_pr2.parallel.consensus import largest
 
 
 @torch.no_grad()
@@ -50,10 +51,10 @@ def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
     for row, (parameter, holder) in enumerate(zip(parameters, holders, strict=True)):
         if isinstance(holder, DistributedOptimizer):
             groups[id(holder.data_parallel_group)] = holder.data_parallel_group
-        piece = _piece(holder, parameter)
+        rule, piece = update_rule(holder), _piece(holder, parameter)
         if piece is None:
             continue
-        update = _rule(holder)(piece, getattr(holder, "optimizer", holder))
+        update = rule(piece, getattr(holder, "optimizer", holder))
         flat[row, piece.span] = update.to(device).view(-1)
         known[row] = update.numel()
     for group in groups.values():
@@ -65,11 +66,40 @@ def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
     return torch.where((known == flat.shape[1]).unsqueeze(1), flat, 0.0).view(len(parameters), *shape)
 
 
+def learning_rate(optimizer: Any, gates: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """The learning rate of the parameter groups that hold the gates, as it is now; the mean where layers have different ones.
+
+    Collective over `group` where a sharded optimizer has several rates: a rank may hold no piece of a gate. That of the first group
+    where all gates are frozen; 0 without gates.
+
+    Args:
+        group: the ranks that hold other tokens of the same layers.
+        device: where it communicates.
+
+    Raises:
+        AttachError: a gate is in none of the optimizers.
+    """
+    trained = [gate for gate in gates if gate.requires_grad]
+    if gates and not trained:
+        return float(optimizer.param_groups[0]["lr"])
+    rates, uneven = [], False
+    for gate, holder in zip(trained, find_holders(optimizer, trained), strict=True):
+        known = {float(settings["lr"]) for settings in holder.param_groups}
+        if len(known) > 1:
+            own = _settings(holder, gate)
+            known = set() if own is None else {float(own["lr"])}
+            uneven = uneven or isinstance(holder, DistributedOptimizer) or _is_layer_wise(holder)
+        rates.append(max(known, default=-math.inf))
+    if uneven and group is not None and group.size() > 1:
+        rates = largest(torch.tensor(rates, dtype=torch.float64, device=device), [group]).tolist()
+    return sum(rates) / max(1, len(rates))
+
+
 def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any]:
     """Which of the optimizers that a chain is made of trains each parameter.
 
     Raises:
-        AttachError: none of them does, or one whose next update is not known here.
+        AttachError: none of them does.
     """
     parts = list(_parts(optimizer))
     holders = []
@@ -78,10 +108,9 @@ def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any
         if holder is None:
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "none"
             raise AttachError(
-                f"the gate of MoE layer {row} of this rank is in none of the optimizers ({kinds}) given to follow(); "
-                "predictor='momentum' needs the optimizer that trains it, and routers that are not frozen"
+                f"the gate of MoE layer {row} of this rank is in none of the optimizers ({kinds}) given to attach() or "
+                "pr2.optimizer; give it the one that trains the routers. predictor='momentum' needs routers that are not frozen"
             )
-        _rule(holder)
         holders.append(holder)
     return holders
 
@@ -116,7 +145,7 @@ def _is_layer_wise(part: Any) -> bool:
     return any(kind.__name__ == "LayerWiseDistributedOptimizer" for kind in type(part).__mro__)
 
 
-def _rule(part: Any) -> Callable[[_Piece, Any], Tensor]:
+def update_rule(part: Any) -> Callable[[_Piece, Any], Tensor]:
     """How an optimizer makes its updates.
 
     Raises:
@@ -154,13 +183,22 @@ def _trained(parameter: nn.Parameter) -> Tensor:
     return parameter if main is None else main
 
 
+def _settings(part: Any, parameter: nn.Parameter) -> Mapping[str, Any] | None:
+    """A parameter's group; None where this rank holds nothing of it."""
+    if isinstance(part, DistributedOptimizer):
+        place = part.model_param_group_index_map.get(parameter)
+        return None if place is None else part.param_groups[place[0]]
+    trained = _trained(parameter)
+    return next((group for group in part.param_groups if any(each is trained for each in group["params"])), None)
+
+
 def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
     """What is known here of a parameter; None where this rank holds nothing of it, or nothing yet."""
+    settings = _settings(part, parameter)
+    if settings is None:
+        return None
     if isinstance(part, DistributedOptimizer):
-        if parameter not in part.model_param_group_index_map:
-            return None
-        group, order = part.model_param_group_index_map[parameter]
-        settings = part.optimizer.param_groups[group]
+        _, order = part.model_param_group_index_map[parameter]
         if not part.optimizer.state.get(settings["params"][order]):
             return None
         span = part._get_model_param_range_map(parameter)["param"]
@@ -169,13 +207,9 @@ def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
         # Not its "param": what that is depends on how the optimizer stores it, as remainders for one.
         weight = parameter.detach().view(-1)[span.start : span.end]
         return _Piece(state, settings, slice(span.start, span.end), weight)
-    inner = getattr(part, "optimizer", part)
     trained = _trained(parameter)
-    state = inner.state.get(trained)
-    if not state:
-        return None
-    settings = next(group for group in inner.param_groups if any(each is trained for each in group["params"]))
-    return _Piece(state, settings, slice(None), trained.detach())
+    state = getattr(part, "optimizer", part).state.get(trained)
+    return _Piece(state, settings, slice(None), trained.detach()) if state else None
 
 
 def _lion(piece: _Piece, inner: Any) -> Tensor:

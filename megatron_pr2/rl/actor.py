@@ -85,7 +85,7 @@ class Actor:
             ),
             self.chunks,
         )
-        self.pr2.follow(self.optimizer)
+        self.pr2.optimizer = self.optimizer
         algorithm = config.algorithm
         self.proximal: ProximalPolicy | None = None
         if algorithm.old_logprobs == "ewma":
@@ -152,7 +152,7 @@ class Actor:
         _, grad_norm, _ = self.optimizer.step()
         if self.proximal is not None:
             self.proximal.update()
-        report = self.pr2.step(self.lr)
+        report = self.pr2.step()
         group = mpu.get_data_parallel_group()
         sums = torch.stack([r["sums"] for r in results]).sum(0).double()
         lows, highs = torch.stack([r["extremes"] for r in results]).double().unbind(1)

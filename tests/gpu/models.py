@@ -246,7 +246,7 @@ def train(spec: str, config: TransformerConfig, pr2_config: PR2Config, *, mini_s
     model = build(spec, config)
     optimizer = optimizer_of(model)
     pr2, tables = begin(model, pr2_config)
-    pr2.follow(optimizer)
+    pr2.optimizer = optimizer
     items, trace = items_of(), Trace()
     micro_batches = [item["micro_batch"] for item in items]
 

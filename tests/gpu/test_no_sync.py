@@ -63,7 +63,7 @@ def prepared(
     settings = EVERYTHING if name == "everything" else {}
     pr2 = attach(model, toy.preset(preset, sample_fraction=0.5, max_missing_share=1.0, **settings))
     optimizer = torch.optim.Adam(model.parameters())
-    pr2.follow(optimizer)
+    pr2.optimizer = optimizer
     tables = None if name == "record" else toy.random_tables(toys.LENGTHS, config, toys.MISSING)
     pr2.begin_rollout(toy.sequences(toys.LENGTHS, tables))
     data = toys.batches(toys.LENGTHS, size, device, torch.bfloat16)

@@ -86,7 +86,7 @@ def train(
     model = chunk(config, device, dtype, recompute=recompute)
     pr2 = attach(model, pr2_config)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    pr2.follow(optimizer)
+    pr2.optimizer = optimizer
     pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config, MISSING)))
     data = batches(LENGTHS, 2, device, dtype)
     trace = Trace()

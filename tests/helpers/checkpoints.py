@@ -66,7 +66,7 @@ def build(path: Path, case: Case, **settings: Any) -> _Run:
     tolerant = {"max_missing_share": 1.0, "min_agreement": 0.0}
     config = PR2Config.preset("pr2", **{"sample_fraction": 0.5, "route_delivery": case.delivery, **tolerant, **settings})
     run = _Run(attach(chunks, config), bridge, chunks, case, None)
-    run.pr2.follow(_optimizer(run.pr2))
+    run.pr2.optimizer = _optimizer(run.pr2)
     return run
 
 

@@ -84,7 +84,7 @@ def simulate(
     weights = [site.router.weight for site in pr2.sites]
     # Without a first moment an update says nothing but what its own gradient says.
     adam = torch.optim.Adam(weights, lr=lr, betas=(0.0, 0.99))
-    pr2.follow(adam)
+    pr2.optimizer = adam
     direction = [torch.randn_like(weight) for weight in weights]
     out = Drift(pr2)
     for rollout in range(rollouts):

@@ -22,9 +22,10 @@ from megatron.core.transformer.moe.router import Router, TopKRouter
 from torch import Tensor
 
 from megatron_pr2 import host
-from megatron_pr2.attach import PR2, attach, token_group
+from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.hf.bridge import load_model
+from megatron_pr2.parallel.groups import token_group
 from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.replay.sites import RouterSite, unwrapped
 from megatron_pr2.rl.losses import LOSS_COLUMNS, policy_loss

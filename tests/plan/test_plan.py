@@ -201,7 +201,7 @@ def measured_job(case: Case) -> dict[str, Any]:
     pr2 = attach(chunk, case.config())
     # A stage may have no router, hence no parameter.
     optimizer = torch.optim.Adam([*chunk.parameters(), torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    pr2.follow(optimizer)
+    pr2.optimizer = optimizer
     count, seq = case.work.sequences(place.dp, layout.data), case.work.seq
     tables = toy.random_tables(dict.fromkeys(range(count), seq), config) if pr2.routes.is_owner else {}
     sequences = [ReplaySequence(i, seq, case.work.prompt - 1, seq - 1, tables.get(i)) for i in range(count)]
@@ -315,7 +315,7 @@ def followed_job(checkpoint: Path) -> list[int]:
     _, chunks = load_model(checkpoint, dtype=torch.float32, ddp_config={"use_distributed_optimizer": True})
     settings = {"optimizer": "adam", "lr": 1e-2, "params_dtype": torch.float32, "use_distributed_optimizer": True}
     pr2 = attach(chunks, PR2Config.preset("pr2", predictor="learned+momentum"))
-    pr2.follow(get_megatron_optimizer(OptimizerConfig(**settings), chunks))
+    pr2.optimizer = get_megatron_optimizer(OptimizerConfig(**settings), chunks)
     with counted() as calls:
         pr2.step(1e-2)
     return [size for size, _ in calls["sums"]]

@@ -139,8 +139,10 @@ def test_other_optimizers_are_refused_when_they_are_told(kind: str) -> None:
     }[kind]()
     pr2 = attach(chunk, toy.preset("pr2", predictor="momentum"))
     with pytest.raises(AttachError, match=f"the gates are trained by {name}: .*use predictor='learned'"):
-        pr2.follow(optimizer)
-    attach(toy.ToyChunk(chunk.config), toy.preset("pr2")).follow(optimizer)  # its next update is not asked for
+        pr2.optimizer = optimizer
+    pr2.detach()
+    pr2 = attach(chunk, toy.preset("pr2"), optimizer)  # its next update is not asked for, its learning rate is
+    assert pr2.optimizer is optimizer
 
 
 def offloaded(gates: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -153,7 +155,7 @@ def offloaded(gates: list[nn.Parameter]) -> torch.optim.Optimizer:
 def test_an_optimizer_that_does_not_train_the_gates_is_refused_when_it_is_told() -> None:
     pr2 = attach(toy.ToyChunk(toy.toy_config()), toy.preset("pr2", predictor="momentum"))
     with pytest.raises(AttachError, match="none of the optimizers"):
-        pr2.follow(torch.optim.AdamW([nn.Parameter(torch.zeros(3))]))
+        pr2.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
 
 
 def test_a_fused_optimizer_counts_in_its_group() -> None:
@@ -179,7 +181,7 @@ def test_momentum_without_an_optimizer_is_refused() -> None:
     pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, config)))
     data = toy.batches(lengths, 1)
     toy.old_logprobs(pr2, chunk, data)
-    with pytest.raises(AttachError, match=r"call pr2\.follow\(optimizer\)"):
+    with pytest.raises(AttachError, match=r"attach\(model, config, optimizer\), or pr2\.optimizer = optimizer"):
         toy.update(pr2, chunk, data, 1)
 
 
@@ -200,7 +202,7 @@ def megatron_job(path: Path, dtype: torch.dtype, sharded: bool) -> tuple[Tensor,
         use_distributed_optimizer=sharded,
     )
     optimizer = get_megatron_optimizer(settings, chunks)
-    pr2.follow(optimizer)
+    pr2.optimizer = optimizer
     gates = [site.router.weight for site in pr2.sites]
     assert not pr2.horizon.gate_updates().any()
     before = torch.empty(0)

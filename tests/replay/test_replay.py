@@ -385,7 +385,7 @@ def test_unknown_micro_batches_chunks_modes_and_mini_steps_are_refused() -> None
         session.begin(chunk, data[0].micro_batch)
     with pytest.raises(ReplayError, match="not one of the model chunks"), pr2.actor_update([data[0].micro_batch], 1) as session:
         session.begin(other, data[0].micro_batch)
-    with pytest.raises(ReplayError, match="same key"), pr2.actor_update([data[0].micro_batch] * 2, 1):
+    with pytest.raises(ReplayError, match="same key"), pr2.record([data[0].micro_batch] * 2):
         pass
     with pytest.raises(ReplayError, match="mini-steps count from 1"), pr2.actor_update([], 0):
         pass

@@ -272,7 +272,7 @@ def test_a_handle_may_be_detached_twice_and_a_name_is_no_config() -> None:
 def test_an_attach_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = TokenChunk()
     routers = {name: type(module) for name, module in chunk.named_modules()}
-    monkeypatch.setattr("megatron_pr2.attach.make_predictor", lambda *_: 1 / 0)
+    monkeypatch.setattr("megatron_pr2.drift.parts.make_predictor", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attach(chunk, toy.preset("r3"))
     assert {name: type(module) for name, module in chunk.named_modules()} == routers

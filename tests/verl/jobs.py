@@ -93,8 +93,7 @@ def direct(model: str, preset: str) -> dict[str, Any]:
     with verl_only():
         worker = make_worker(model, *sizes())
     loop = Loop(worker, samples(), routes=False)
-    pr2 = attach(loop.engine.module, PR2Config.preset(preset, **EASY))
-    pr2.follow(loop.engine.optimizer)
+    pr2 = attach(loop.engine.module, PR2Config.preset(preset, **EASY), loop.engine.optimizer)
     pr2.begin_rollout([sequence(i, sample, preset) for i, sample in enumerate(loop.samples)])
 
     def micro_batch(*rows: int) -> MicroBatch:

@@ -55,8 +55,6 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             check_engine(engine_config, model_config, self._settings)
             check_process()
         self._book: SequenceBook | None = None
-        self._warned = False
-        self._mini_step = 0
         # The kind of pass that the next forward_backward_batch() is, with the ids of its rows.
         self._next: tuple[str, list[int]] | None = None
         # The pass that is running: its session, and its micro-batches by their rows.
@@ -76,8 +74,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         if self.pr2 is not None:
             self.pr2.detach()
         self._book = None
-        self.pr2 = attach(self.module, self._settings)
-        self.pr2.follow(optimizer)
+        self.pr2 = attach(self.module, self._settings, optimizer)
         logger.info("PR2 attached: routes=%s, predictor=%s", self._settings.routes, self._settings.predictor)
         return optimizer
 
@@ -112,7 +109,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         """
         if self.pr2 is None or loss_function is not None:
             return super().infer_batch(data, loss_function)
-        self._mini_step, self._book = 0, None
+        self._book = None
         self._book = begin_rollout(self.pr2, data)
         self._next = ("old_logprobs", self._book.ids)
         try:
@@ -136,22 +133,15 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
             self._begin_without_old_logprobs(data)
         assert self._book is not None
         self._next = ("actor_update", find_rows(self.pr2, self._book, data))
-        self._mini_step += 1
         last = bool(tu.get_non_tensor_data(data, "update_lr_scheduler", False))
         try:
             outputs = super().train_batch(data, loss_function)
         finally:
             self._next = None
-        self.pr2.step(float(self.optimizer.param_groups[0]["lr"]))
+        self.pr2.step()
         if self.is_mp_src_rank_with_outputs():
             outputs["metrics"].update(Metric.from_dict(self.pr2.metrics(), aggregation="mean"))
         if last:
-            if self._mini_step == 1 and self.pr2.config.learns and not self._warned:
-                self._warned = True
-                logger.warning(
-                    "one update per rollout batch: the predictor learns from the second on, so it never learns; lower "
-                    "ppo_mini_batch_size, or set %s.preset=r3", WHERE,
-                )  # fmt: skip
             self._end_rollout()  # a colocated engine needs the memory
         elif alone:
             self._book = None
@@ -159,7 +149,7 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
 
     def _end_rollout(self) -> None:
         assert self.pr2 is not None
-        self._book, self._mini_step = None, 0
+        self._book = None
         self.pr2.end_rollout()
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
@@ -170,11 +160,8 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         cutting.number_rows(data)
         try:
             micro_batches = self._micro_batches(data, ids)
-            if kind == "old_logprobs":
-                opened = self.pr2.old_logprobs(micro_batches)
-            else:
-                opened = self.pr2.actor_update(micro_batches, self._mini_step)
-            with opened as session:
+            opened = self.pr2.old_logprobs if kind == "old_logprobs" else self.pr2.actor_update
+            with opened(micro_batches) as session:
                 self._pass = session, {each.key: each for each in micro_batches}
                 return super().forward_backward_batch(data, loss_function, forward_only)
         finally:
