@@ -27,8 +27,7 @@ from rich.console import Console
 from megatron_pr2.errors import PR2Error
 from megatron_pr2.report import formats
 from megatron_pr2.report.comparison.comparison import Comparison
-from megatron_pr2.report.metrics_log import read_records
-from megatron_pr2.report.records import number
+from megatron_pr2.report.metrics_log import flat, read_records
 
 GRID = Path(__file__).resolve().parents[1] / "examples" / "compare.yaml"
 TITLE = "Does prediction help?"
@@ -131,7 +130,7 @@ def _facts(cells: Sequence[Cell], finished: Sequence[Cell], overrides: Sequence[
     """What was run, how long and on what; nothing that names a place."""
     config = finished[0].config
     rollout = config.rollout
-    seconds = sum(number(record, "wall_seconds") for cell in finished for record in read_records(cell.directory))
+    seconds = sum(flat(record).get("wall_seconds", 0.0) for cell in finished for record in read_records(cell.directory))
     packages = ("torch", "megatron-core", "megatron-pr2")
     facts = [
         ("Cells", f"{len(finished)} of {len(cells)} finished; missing: {_missing(cells) or 'none'}"),
@@ -164,7 +163,7 @@ def _version(package: str) -> str:
 
 def _list(cells: Sequence[Cell], slots: int, console: Console) -> None:
     """Every cell with its state, and how long the rest will take."""
-    times = [number(r, "wall_seconds") for cell in cells if cell.finished for r in read_records(cell.directory)]
+    times = [flat(r).get("wall_seconds", 0.0) for cell in cells if cell.finished for r in read_records(cell.directory)]
     per_step = sum(times) / len(times) if times else SECONDS_PER_STEP
     for cell in cells:
         state = "finished" if cell.finished else f"{cell.steps_done} of {cell.config.steps} steps done"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pr2.report import formats
-from megatron_pr2.report.records import Record, layer_values, mean, number
+from megatron_pr2.report.metrics_log import Record, flat, listed
 
 NOTICE = (
     "agreement: share of the replayed experts that the current router would choose too; "
@@ -34,23 +35,19 @@ def whole(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else formats.ABSENT
 
 
-def _beta(record: Record) -> float:
-    return float(mean(layer_values(record, "hold_back", "beta")))
-
-
-# Heading of the table, word in the plain line, value.
-COLUMNS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
-    ("step", "step", lambda r: whole(number(r, "step"))),
-    ("reward", "reward", lambda r: formats.fixed(number(r, "reward"))),
-    ("response\nlength", "length", lambda r: formats.fixed(number(r, "response_length"), 1)),
-    ("policy\nloss", "loss", lambda r: formats.fixed(number(r, "policy_loss"), 4)),
-    ("clip\nfrac.", "clip", lambda r: formats.percent(number(r, "clip_fraction"), 1).replace(" ", "")),
-    ("route\nagreem.", "agreement", lambda r: formats.percent(number(r, "agreement")).replace(" ", "")),
-    ("pred.\nlift", "lift", lambda r: formats.points(number(r, "lift")).removesuffix(" pp")),
-    ("tokens\n/s", "tok/s", lambda r: whole(number(r, "tokens_per_second"))),
-    ("log-prob\ngap", "gap", lambda r: formats.scientific(number(r, "logprob_gap", "mean"))),
-    ("missing\nroutes", "missing", lambda r: whole(number(r, "routes", "missing"))),
-    ("mean\nbeta", "beta", lambda r: formats.fixed(_beta(r), 2)),
+# Heading of the table, word in the plain line, name in the record, format.
+COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("step", "step", "step", whole),
+    ("reward", "reward", "reward", formats.fixed),
+    ("response\nlength", "length", "response_length", lambda v: formats.fixed(v, 1)),
+    ("policy\nloss", "loss", "policy_loss", lambda v: formats.fixed(v, 4)),
+    ("clip\nfrac.", "clip", "clip_fraction", lambda v: formats.percent(v, 1).replace(" ", "")),
+    ("route\nagreem.", "agreement", "agreement", lambda v: formats.percent(v).replace(" ", "")),
+    ("pred.\nlift", "lift", "lift", lambda v: formats.points(v).removesuffix(" pp")),
+    ("tokens\n/s", "tok/s", "tokens_per_second", whole),
+    ("log-prob\ngap", "gap", "logprob_gap.mean", formats.scientific),
+    ("missing\nroutes", "missing", "routes.missing", whole),
+    ("mean\nbeta", "beta", "hold_back.beta", lambda v: formats.fixed(v, 2)),
 )
 # Shown only where a run has it: runs without hold-back need the room.
 OPTIONAL = "beta"
@@ -121,8 +118,11 @@ class LiveDisplay:
         self._durations = (*self._durations[1 - ETA_STEPS :], now - self._step_since)
         self._step_since = now
         self._done = min(self.total_steps, self._done + 1)
-        self._rewards = (*self._rewards, number(record, "reward"))
-        row = {word: value(record) for _, word, value in COLUMNS}
+        numbers = flat(record)
+        if betas := listed(numbers, "hold_back.beta"):
+            numbers["hold_back.beta"] = fmean(betas)
+        self._rewards = (*self._rewards, numbers.get("reward", math.nan))
+        row = {word: form(numbers.get(name, math.nan)) for _, word, name, form in COLUMNS}
         self._rows = (*self._rows[1 - RECENT_ROWS :], row)
         if self._live is not None:
             self._live.refresh()
@@ -164,7 +164,7 @@ class LiveDisplay:
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         has_optional = any(row[OPTIONAL] != formats.ABSENT for row in self._rows)
-        shown = [(heading, word) for heading, word, _ in COLUMNS if word != OPTIONAL or has_optional]
+        shown = [(heading, word) for heading, word, *_ in COLUMNS if word != OPTIONAL or has_optional]
         for heading, _ in shown:
             table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
         for row in self._rows:
@@ -188,10 +188,8 @@ def _tone(word: str, value: str) -> str:
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     """The values as at most `width` bars between their minimum and maximum, means of neighbours where there are more values."""
-    groups = min(width, len(values))
-    edges = [round(i * len(values) / groups) for i in range(groups + 1)] if groups else [0]
-    chunks = [[v for v in values[a:b] if math.isfinite(v)] for a, b in itertools.pairwise(edges)]
-    means = [sum(chunk) / len(chunk) if chunk else math.nan for chunk in chunks]
+    chunks = np.array_split(np.array(values), min(width, len(values))) if len(values) else []
+    means = [fmean(known) if (known := [v for v in chunk if math.isfinite(v)]) else math.nan for chunk in chunks]
     known = [m for m in means if math.isfinite(m)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     scale = (len(bars) - 1) / (high - low) if high > low else 0.0

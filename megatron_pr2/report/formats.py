@@ -7,20 +7,19 @@ import math
 ABSENT = "-"
 
 
-def fixed(value: float, digits: int = 3) -> str:
-    """Plain decimal number, or scientific notation where the digits would show nothing but zeros."""
+def fixed(value: float, digits: int = 3, sign: str = "") -> str:
+    """Plain decimal number, or scientific notation where the digits would show nothing but zeros; `sign` "+" signs it always."""
     if not math.isfinite(value):
         return ABSENT
-    if value != 0 and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits}f}"
+    small = value != 0 and abs(value) < 0.5 * 10**-digits
+    return f"{value:{sign}.1e}" if small else f"{value:{sign}.{digits}f}"
 
 
-def scientific(value: float) -> str:
+def scientific(value: float, sign: str = "") -> str:
     """Two significant digits, for quantities of many magnitudes; an exact zero stays "0"."""
     if not math.isfinite(value):
         return ABSENT
-    return "0" if value == 0 else f"{value:.1e}"
+    return "0" if value == 0 else f"{value:{sign}.1e}"
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -36,9 +35,10 @@ def points(difference: float, digits: int = 2) -> str:
     return f"{rounded:+.{digits}f} pp" if rounded else f"{0:.{digits}f} pp"
 
 
-def count(value: float) -> str:
-    """An integer with thin groups of three digits."""
-    return f"{round(value):,}".replace(",", " ") if math.isfinite(value) else ABSENT
+def count(value: float, noun: str = "") -> str:
+    """An integer with thin groups of three digits, "1 rollout" or "12 rollouts" with a noun."""
+    text = f"{round(value):,}".replace(",", " ") if math.isfinite(value) else ABSENT
+    return f"{text} {noun}{'' if text == '1' else 's'}" if noun else text
 
 
 def duration(seconds: float) -> str:
@@ -48,9 +48,7 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def size(num_bytes: float) -> str:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import formats, plots
-from megatron_pr2.report.metrics_log import FILE_NAME, first_and_last_fifth, read_records, replace_atomically
-from megatron_pr2.report.page import Card, Table, count, drawn, numbered, render_page
-from megatron_pr2.report.records import Record, RunData, mean, number
+from megatron_pr2.report.figures import Plots, drawn
+from megatron_pr2.report.formats import count
+from megatron_pr2.report.measures import MEASURES
+from megatron_pr2.report.metrics_log import FILE_NAME, Record, first_and_last_fifth, read_records, replace_atomically
+from megatron_pr2.report.page import Card, render_page
+from megatron_pr2.report.records import RunData
 from megatron_pr2.report.summary import Verdict, held_back, judge, predicted, standard_error, what_ran
 
 NO_NUMBERS = "This run has no numbers for this section."
@@ -21,26 +24,13 @@ NO_MINI_STEPS = "No mini-step of this run reports routes."
 
 LATER = "means over the mini-steps from the second on"
 # anchor, title, introduction, plots
-SECTIONS: tuple[tuple[str, str, str, Callable[[RunData], plots.Plots]], ...] = (
+SECTIONS: tuple[tuple[str, str, str, Callable[[RunData], Plots]], ...] = (
     ("learning", "Learning", "", plots.learning),
     ("routes", "Routes", f"KL and coverage gap are {LATER}, where the policy is newer than its routes.", plots.routes),
     ("layers", "Layers", f"Layer 1 is the first MoE layer of the model; {LATER} unless a plot says otherwise.", plots.per_layer),
     ("policy", "Policy update", "", plots.policy),
     ("engine", "Engine and actor", "", plots.engine),
     ("cost", "Cost", "", plots.cost),
-)
-# heading, key, format; the table of mini-steps
-MINI_STEP_TABLE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("agreement", "agreement", formats.percent),
-    ("frozen", "frozen_agreement", formats.percent),
-    ("lift", "lift", formats.points),
-    ("KL(ρ‖q̂)", "kl_predicted", formats.scientific),
-    ("KL(ρ‖ρ_old)", "kl_frozen", formats.scientific),
-    ("coverage gap", "coverage_gap", formats.scientific),
-    ("mass outside", "outside_mass", formats.scientific),
-    ("ratio std", "ratio_std", formats.fixed),
-    ("clip fraction", "clip_fraction", formats.percent),
-    ("policy KL", "approx_kl", formats.scientific),
 )
 
 
@@ -60,14 +50,14 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     target = Path(path) if path is not None else run_dir / "report.html"
     config = run_dir / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
-    replace_atomically(target, render(run_dir.resolve().name, records, text).encode())
+    replace_atomically(target, render(run_dir.resolve().name, records, text))
     return target
 
 
-def render(name: str, records: Sequence[Record], config: str | None) -> str:
-    """The page as text; `config` is that of the resolved configuration."""
+def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
+    """The page; `config` is the text of the resolved configuration."""
     data = RunData(records)
-    presets, verdict = what_ran(records), judge(records)
+    presets, verdict = what_ran(data), judge(data)
     no_routes = NO_REPLAY if all(preset == "grpo" for preset, _ in presets) else NO_MINI_STEPS
     sections = [
         {
@@ -85,64 +75,58 @@ def render(name: str, records: Sequence[Record], config: str | None) -> str:
         name=name,
         presets=presets,
         verdict=verdict,
-        cards=cards(records, data, verdict),
+        cards=cards(data, verdict),
         sections=sections,
         bin_size=data.bin_size,
         config=config,
     )
 
 
-def cards(records: Sequence[Record], data: RunData, verdict: Verdict) -> list[Card]:
+def cards(data: RunData, verdict: Verdict) -> list[Card]:
     """The numbers of the headline."""
-
-    def average(*keys: str, of: Sequence[Record] = records) -> float:
-        return float(mean([number(r, *keys) for r in of]))
-
-    ends = first_and_last_fifth(records)
+    rollouts = data.rollouts
+    ends = first_and_last_fifth(data.records)
     fifth = int(ends["rollouts"])
-    each = f"first and last {count(fifth, 'rollout')}" if len(records) > 1 else "only rollout"
-    lengths = [formats.fixed(average("response_length", of=part), 1) for part in (records[:fifth], records[-fifth:])]
-    cut_off = formats.percent(average("truncated"), 1)
+    each = f"first and last {count(fifth, 'rollout')}" if len(rollouts) > 1 else "only rollout"
+    length = rollouts.get("response_length", pd.Series([math.nan]))
+    lengths = [formats.fixed(part.mean(), 1) for part in (length[:fifth], length[-fifth:])]
+    cut_off = formats.percent(data.mean("truncated"), 1)
+    times = rollouts.filter(regex=r"^seconds\.").sum(axis=1, min_count=1)
+    pace = f"{formats.duration(times.sum())} in all, {formats.duration(times.mean())} each" if times.any() else "no times recorded"
     out = [
         Card("Reward", f"{formats.fixed(ends['first'])} → {formats.fixed(ends['last'])}", f"mean of the {each}"),
         Card("Response length", " → ".join(lengths), f"tokens; {cut_off} cut off"),
-        Card("Steps", formats.count(len(records)), _pace(records)),
+        Card("Steps", count(len(rollouts)), pace),
     ]
-    if math.isfinite(agreement := average("agreement")):
-        out.append(Card("Agreement", formats.percent(agreement), f"frozen routes {formats.percent(average('frozen_agreement'))}"))
-        name = "Lift over R3" if predicted(records) else "Lift"
+    if math.isfinite(agreement := data.mean("agreement")):
+        frozen = formats.percent(data.mean("frozen_agreement"))
+        out.append(Card("Agreement", formats.percent(agreement), f"frozen routes {frozen}"))
+        name = "Lift over R3" if predicted(data) else "Lift"
         out.append(Card(name, formats.points(verdict.lift, 3), f"{_spread(verdict.error)}; all mini-steps"))
-        later = np.array([v for r in records if math.isfinite(v := number(r, "lift"))])
+        later = data.known("lift")
         if later.size:
             note = f"{_spread(standard_error(later))}; mini-steps from the second on"
-            out.append(Card("Lift on stale routes", formats.points(float(later.mean()), 3), note))
-        if (held := held_back(records)) is not None:
-            note = f"0 is R3; prediction disabled in {held.zero} of {count(held.layers, 'layer')}"
-            out.append(Card("Beta, last rollout", f"{held.beta:.2f}", note))
-    missing, tokens = data.total("routes", "missing"), data.total("routes", "tokens")
-    replayed = f"{formats.percent(missing / tokens, 3)} of {formats.count(tokens)} tokens" if tokens > 0 else "nothing was replayed"
-    gaps = [v for r in records if math.isfinite(v := number(r, "logprob_gap", "max"))]
-    worst = formats.scientific(max(gaps, default=math.nan))
+            out.append(Card("Lift on stale routes", formats.points(later.mean(), 3), note))
+        if len(betas := held_back(data)):
+            last = betas.iloc[-1].dropna()
+            note = f"0 is R3; prediction disabled in {(last == 0).sum()} of {count(last.size, 'layer')}"
+            out.append(Card("Beta, last rollout", f"{last.mean():.2f}", note))
+    missing, tokens = (data.known(f"routes.{name}").sum() for name in ("missing", "tokens"))
+    replayed = f"{formats.percent(missing / tokens, 3)} of {count(tokens)} tokens" if tokens > 0 else "nothing was replayed"
+    worst = formats.scientific(data.known("logprob_gap.max").max())
     return [
         *out,
-        Card("Missing routes", formats.count(missing) if tokens > 0 else formats.ABSENT, replayed),
-        Card("Log-prob gap", formats.scientific(average("logprob_gap", "mean")), f"mean; max {worst}"),
-        Card("Throughput", formats.count(average("tokens_per_second")), "tokens per second, mean"),
+        Card("Missing routes", count(missing) if tokens > 0 else formats.ABSENT, replayed),
+        Card("Log-prob gap", formats.scientific(data.mean("logprob_gap.mean")), f"mean; max {worst}"),
+        Card("Throughput", count(data.mean("tokens_per_second")), "tokens per second, mean"),
     ]
 
 
-def mini_step_table(data: RunData) -> Table:
-    """Means over the run, one row per mini-step; columns without any number are left out."""
-    columns = [(heading, data.mini_step_means(key), form) for heading, key, form in MINI_STEP_TABLE]
-    return numbered("mini-step", [column for column in columns if np.isfinite(column[1]).any()])
+def mini_step_table(data: RunData) -> pd.DataFrame:
+    """Means over the run, one row per mini-step; measures without any number are left out."""
+    table = pd.DataFrame({m.short_title: each.map(m.unit.form) for m in MEASURES if len(each := m.per_mini_step(data))})
+    return table.fillna(formats.ABSENT).rename_axis("mini-step").reset_index()
 
 
 def _spread(error: float) -> str:
     return f"± {100 * error:.3f} standard error" if math.isfinite(error) else "one rollout, no error bar"
-
-
-def _pace(records: Sequence[Record]) -> str:
-    times = [sum(v for k in s if math.isfinite(v := number(r, "seconds", k))) for r in records if (s := r.get("seconds"))]
-    if not times:
-        return "no times recorded"
-    return f"{formats.duration(sum(times))} in all, {formats.duration(sum(times) / len(times))} each"

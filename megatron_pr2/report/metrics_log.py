@@ -1,4 +1,4 @@
-"""MetricsLog: one JSON line per rollout step in metrics.jsonl, mirrored to TensorBoard.
+"""MetricsLog: one JSON line per rollout step in metrics.jsonl, mirrored to TensorBoard; what is in a record is read here only.
 
 The file survives a crash at any moment: a record is one write, a torn last line is dropped on reading, and a resumed run
 removes the records of the steps that it is going to repeat.
@@ -10,26 +10,57 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report.records import Record, layer_values, mean, mini_steps_of, number
 
 logger = logging.getLogger(__name__)
 
+Record = Mapping[str, Any]
 FILE_NAME = "metrics.jsonl"
 
-# TensorBoard prefix -> numbers of the record itself that are mirrored under it.
-NUMBERS = {
-    "": ("reward", "reward_std", "response_length", "truncated", "tokens_per_second"),
-    "policy/": ("clip_fraction", "grad_norm", "lr"),
-    "routes/": ("agreement", "frozen_agreement", "lift", "lift_all"),
-}
-# Groups of a record whose every number is mirrored under the group's name.
-GROUPS = ("routes", "logprob_gap", "predictor", "seconds", "bytes", "importance")
+# Names as flat() gives them, and the TensorBoard tag under which they are mirrored.
+TAGS = (
+    (r"reward|reward_std|response_length|truncated|tokens_per_second", r"\g<0>"),
+    (r"clip_fraction|grad_norm|lr", r"policy/\g<0>"),
+    (r"policy_(loss)", r"policy/\1"),
+    (r"agreement|frozen_agreement|lift|lift_all", r"routes/\g<0>"),
+    (r"rollout\.(turns)", r"\1"),
+    (r"(routes|logprob_gap|predictor|seconds|bytes|importance)\.([^.]+)", r"\1/\2"),
+    (r"hold_back\.beta\.(\d+)", r"hold_back/beta_by_layer/\1"),
+    (r"mini_steps\.(\d+)\.(?!mini_step$)([^.]+)", r"mini_step/\2/\1"),
+)
+
+
+def flat(value: Any, name: str = "") -> dict[str, float]:
+    """The finite numbers of a record by dotted name; places in lists count from 1: "mini_steps.2.agreement", "hold_back.beta.1"."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {name: float(value)} if math.isfinite(value) else {}
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value, start=1) if isinstance(value, list) else ()
+    return {key: number for part, item in parts for key, number in flat(item, f"{name}.{part}" if name else str(part)).items()}
+
+
+def listed(numbers: Mapping[str, float], name: str) -> list[float]:
+    """The numbers that a list of the record holds."""
+    return [value for key, value in numbers.items() if re.fullmatch(rf"{re.escape(name)}\.\d+", key)]
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """TensorBoard tags and values of a record; what is absent has no tag."""
+    numbers = flat(record)
+    matches = ((re.fullmatch(pattern, name), tag, value) for name, value in numbers.items() for pattern, tag in TAGS)
+    out = {match.expand(tag): value for match, tag, value in matches if match}
+    for name in ("beta", "lift", "lift_error"):
+        if values := listed(numbers, f"hold_back.{name}"):
+            out[f"hold_back/{name}"] = fmean(values)
+    if betas := listed(numbers, "hold_back.beta"):
+        out["hold_back/held_layers"] = fmean(beta == 0 for beta in betas)
+    return out
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
@@ -45,16 +76,15 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
-        self.path = Path(run_dir) / FILE_NAME
+        self.path, self._last_step = Path(run_dir) / FILE_NAME, -1
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
         existing = _read_lines(self.path)
         if resume_step is None and existing:
             raise DataError(
                 f"{self.path} already holds {len(existing)} record(s) (last step {existing[-1][1]['step']}); "
                 "resume that run, or give the new run a directory of its own"
             )
-        self._last_step = -1
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
         self.truncate(0 if resume_step is None else resume_step)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -71,13 +101,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if not isinstance(step, int) or isinstance(step, bool) or step <= self._last_step:
             raise DataError(f"record: step={step!r}; expected an integer above the last logged step, {self._last_step}")
         line = json.dumps(clean, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(f"{self.path}: the record of step {step} was written only in part; is the disk full?")
-        except OSError:
-            self._file.truncate(start)  # or the next record would be glued to this one's torn half
-            raise
+        with open(self.path, "ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(f"{self.path}: the record of step {step} was written only in part; is the disk full?")
+            except OSError:
+                file.truncate(start)  # or the next record would be glued to this one's torn half
+                raise
         self._last_step = step
         for tag, value in scalars(clean).items():
             self._writer.add_scalar(tag, value, step)
@@ -92,16 +123,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         kept = [(line, record) for line, record in lines if record["step"] < step]
         self._last_step = max((record["step"] for _, record in kept), default=-1)
         content = b"".join(line + b"\n" for line, _ in kept)
-        if self.path.read_bytes() == content:
-            return
-        if len(kept) < len(lines):
-            logger.info("%s: removed %d record(s) from step %d on", self.path, len(lines) - len(kept), step)
-        self._file.close()
-        replace_atomically(self.path, content)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the log)
+        if self.path.read_bytes() != content:
+            if len(kept) < len(lines):
+                logger.info("%s: removed %d record(s) from step %d on", self.path, len(lines) - len(kept), step)
+            replace_atomically(self.path, content)
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
         self._writer.close()
 
 
@@ -125,27 +152,10 @@ def first_and_last_fifth(records: Sequence[Record]) -> dict[str, float]:
         difference; "rollouts": how many rollouts a fifth is. NaN where no rollout has a reward.
     """
     fifth = max(1, len(records) // 5)
-    first, last = (float(mean([number(r, "reward") for r in part])) for part in (records[:fifth], records[-fifth:]))
+    rewards = [flat(record).get("reward", math.nan) for record in records]
+    ends = [[reward for reward in part if math.isfinite(reward)] for part in (rewards[:fifth], rewards[-fifth:])]
+    first, last = (fmean(part) if part else math.nan for part in ends)
     return {"first": first, "last": last, "change": last - first, "rollouts": float(min(fifth, len(records)))}
-
-
-def scalars(record: Record) -> dict[str, float]:
-    """TensorBoard tags and values of a record; what is absent has no tag. Mini-steps are `mini_step/<name>/<mini-step>`."""
-    out = {f"{prefix}{name}": number(record, name) for prefix, names in NUMBERS.items() for name in names}
-    out |= {"policy/loss": number(record, "policy_loss"), "turns": number(record, "rollout", "turns")}
-    for key in GROUPS:
-        group = record.get(key)
-        if isinstance(group, Mapping):
-            out |= {f"{key}/{name}": number(group, name) for name in group}
-    # Hold-back: means over layers, the share of layers whose beta is 0, and beta by layer, from 1.
-    lists = {name: layer_values(record, "hold_back", name) for name in ("beta", "lift", "lift_error")}
-    out |= {f"hold_back/{name}": float(mean(values)) for name, values in lists.items()}
-    known = [beta for beta in lists["beta"] if math.isfinite(beta)]
-    out["hold_back/held_layers"] = float(mean([beta == 0 for beta in known]))
-    out |= {f"hold_back/beta_by_layer/{layer}": beta for layer, beta in enumerate(lists["beta"], start=1)}
-    for position, entry in enumerate(mini_steps_of(record), start=1):
-        out |= {f"mini_step/{name}/{position}": number(entry, name) for name in entry if name != "mini_step"}
-    return {tag: value for tag, value in out.items() if math.isfinite(value)}
 
 
 def replace_atomically(path: Path, content: bytes) -> None:
@@ -163,20 +173,16 @@ def replace_atomically(path: Path, content: bytes) -> None:
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line without newline, record) of every whole line; empty if there is no file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    lines = content.split(b"\n")
-    tail = lines.pop()  # empty after a whole last line
+    """(line without newline, record) of every whole line."""
+    *lines, tail = path.read_bytes().split(b"\n")  # the tail is empty after a whole last line
     out = []
-    for number_of, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number_of} is not JSON ({error}); restore or remove that line") from None
+            raise DataError(f"{path}:{number} is not JSON ({error}); restore or remove that line") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < 0:
-            raise DataError(f"{path}:{number_of} is not a metrics record: expected an object with an integer step >= 0")
+            raise DataError(f"{path}:{number} is not a metrics record: expected an object with an integer step >= 0")
         out.append((line, record))
     if tail:
         logger.warning("%s: line %d is torn (%d bytes without a line end) and is dropped", path, len(lines) + 1, len(tail))

@@ -2,261 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
-from matplotlib.axes import Axes
+import pandas as pd
 
 from megatron_pr2.report import figures, formats
-from megatron_pr2.report.figures import Line, Panel, Plot, X, chart
-from megatron_pr2.report.records import RunData, exists, mean, running_mean
+from megatron_pr2.report.figures import PAPER_COVERAGE_GAP, THIN, ZERO, Line, Panel, Plot, Plots, changed_rows, chart, share
+from megatron_pr2.report.records import RunData
 from megatron_pr2.report.summary import layer_lift, predicted
-from megatron_pr2.report.theme import LIGHT, STACK
+from megatron_pr2.report.theme import STACK
 
-Plots = Iterator[Plot | None]
-THIN: dict[str, object] = {"linewidth": 1}
 POINTS = "lift (percentage points)"
-ZERO = Line(0.0, "muted")
+
+
+def smooth(values: pd.Series, window: int) -> pd.Series:
+    """Mean of the last `window` values that exist."""
+    return values.rolling(window, min_periods=1).mean()
+
+
+def window_of(points: int) -> int:
+    """Window of the running means: a fifteenth of the run, at least 1."""
+    return max(1, points // 15)
 
 
 def learning(data: RunData) -> Plots:
     """What the policy achieves."""
-    x, reward = figures.steps(data), data.column("reward")
-    window = figures.smoothing_window(reward.size)
-    label = f"running mean ({window * data.bin_size} rollouts)"
-    smooth = Line(running_mean(reward, window), "blue", label, style={"linewidth": 2.4})
-    lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), smooth] if window > 1 else [Line(reward, "blue")]
+    reward = data["reward"]
+    window = window_of(reward.size)
+    line = Line(smooth(reward, window), "blue", f"running mean ({window * data.bin_size} rollouts)", style={"linewidth": 2.4})
+    lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), line] if window > 1 else [Line(reward)]
     caption = "Higher is better: the strong line averages over neighbouring rollouts."
-    yield chart(x, [Panel("mean reward", lines)], "reward", "Reward", caption)
+    yield chart("reward", "Reward", caption, Panel("mean reward", lines))
 
-    length = Panel("tokens", [Line(data.column("response_length"), "blue")])
-    cut = Panel("cut off", [Line(data.column("truncated"), "orange")], zero=True, percent=True)
     caption = "A length that runs away, or a rising share of responses cut off at the limit, says that the policy degenerates."
-    yield chart(x, [length, cut], "length", "Response length", caption)
+    cut = Panel("cut off", [Line(data["truncated"], "orange")], zero=True, form=share)
+    yield chart("length", "Response length", caption, Panel("tokens", [Line(data["response_length"])]), cut)
 
-    turns = data.column("rollout", "turns")
+    turns = data["rollout.turns"]
     caption = "Times that the policy wrote, with an environment's reply in between: more turns mean that it asks more often."
-    panel = Panel("turns per response", [Line(turns, "blue")], zero=True)
-    yield chart(x, [panel], "turns", "Turns", caption) if (turns > 1).any() else None
+    if (turns > 1).any():
+        yield chart("turns", "Turns", caption, Panel("turns per response", [Line(turns)], zero=True))
 
 
 def routes(data: RunData) -> Plots:
     """How well what was replayed matches what the updated routers would choose."""
-    x = figures.steps(data)
     yield _lift(data)
     yield _expected_lift(data)
-    yield _mismatch(data)
+
+    table = pd.DataFrame({name: 1 - data.means(f"mini_steps.#.{name}") for name in ("frozen_agreement", "agreement")})
+    bars = [Line(table["frozen_agreement"], "grey", "frozen"), Line(table["agreement"], "blue", "replayed")]
+    caption = (
+        "Experts that replay gets wrong, lower is better: a blue bar below its grey one is what prediction gained; in mini-step 1 "
+        "the policy has not moved, so that looking ahead can only cost."
+    )
+    panel = Panel("1 − agreement", bars, kind="bar", spread=0.4, form=share)
+    yield chart("mismatch", "Mismatch: frozen and replayed", caption, panel)
 
     caption = "Share of the replayed experts that the current router would choose too: later mini-steps are staler and lie lower."
-    panel = Panel("agreement", figures.mini_step_lines(data, "agreement"), percent=True)
-    yield chart(x, [panel], "agreement", "Agreement per mini-step", caption)
+    panel = Panel("agreement", figures.mini_step_lines(data.table("mini_steps.#.agreement")), form=share)
+    yield chart("agreement", "Agreement per mini-step", caption, panel)
 
-    means = data.changed_means()
     caption = "How many of a token's replayed experts the current router would not choose: shorter bars are better."
-    rows = [(f"mini-step {i + 1}", means[i]) for i in figures.chosen(data.kappa) if exists(means[i])]
-    yield figures.changed_rows(rows, " unchanged", "changed", "Changed experts per token and layer", caption) if rows else None
+    changed = data.changed()
+    rows = {f"mini-step {step}": shares for step, shares in changed.iloc[figures.chosen(len(changed))].iterrows()}
+    yield changed_rows("changed", "Changed experts per token and layer", caption, rows, " unchanged")
 
-    frozen = Line(data.later_mini_steps("kl_frozen"), "grey", "to the frozen router")
-    prediction = Line(data.later_mini_steps("kl_predicted"), "blue", "to the prediction")
+    lines = [
+        Line(data["mini_steps.+.kl_frozen"], "grey", "to the frozen router"),
+        Line(data["mini_steps.+.kl_predicted"], "blue", "to the prediction"),
+    ]
     caption = (
         "KL(ρ‖q̂) and KL(ρ‖ρ_old): where blue is below grey, the updated router is closer to the prediction than to the old one."
     )
-    panel = Panel("KL from current (nats)", [frozen, prediction], zero=True, log="wide")
-    yield chart(x, [panel], "kl", "Distance to the updated router", caption)
+    yield chart("kl", "Distance to the updated router", caption, Panel("KL from current (nats)", lines, zero=True, log=10))
 
-    average, per_layer = data.later_mini_steps("coverage_gap"), data.layers("coverage_gap")
-    worst = np.array([np.nanmax(c) if exists(c) else np.nan for c in per_layer.T])
-    lines = [
-        Line(worst, "orange", "worst layer", style=THIN),
-        Line(average, "blue", "mean of layers"),
-        Line(figures.PAPER_COVERAGE_GAP, "muted", "paper's max", style={"linestyle": "--"}),
-    ]
+    worst = data.table("mini_steps.+.per_layer.coverage_gap.#").max(axis=1)
+    lines = [Line(worst, "orange", "worst layer", style=THIN), Line(data["mini_steps.+.coverage_gap"], "blue", "mean of layers")]
     caption = "Router probability of its own top-k minus that of the replayed experts: what replay leaves out, lower is better."
-    yield chart(x, [Panel("coverage gap", lines, zero=True)], "coverage", "Coverage gap", caption)
+    panel = Panel("coverage gap", lines, zero=True, rules={"paper's max": PAPER_COVERAGE_GAP})
+    yield chart("coverage", "Coverage gap", caption, panel)
 
-    weight = data.column("predictor", "weight_norm")
-    panels = [
-        Panel("weight norm", [Line(weight, "purple")], zero=True),
-        Panel("gradient", [Line(data.column("predictor", "grad_norm"), "orange")], zero=True),
-    ]
+    weight = data["predictor.weight_norm"]
     caption = "It starts at zero and should settle: a weight norm that keeps growing while lift falls asks for a smaller alpha."
-    yield chart(x, panels, "predictor", "Predictor", caption) if (np.nan_to_num(weight) > 0).any() else None
+    gradient = Panel("gradient", [Line(data["predictor.grad_norm"], "orange")], zero=True)
+    if (weight > 0).any():
+        yield chart("predictor", "Predictor", caption, Panel("weight norm", [Line(weight, "purple")], zero=True), gradient)
 
 
 def _lift(data: RunData) -> Plot | None:
-    values, later = 100 * data.lift_all(), 100 * data.column("lift")
-    if not exists(later):
+    values, later = 100 * data["lift_all"], 100 * data["lift"]
+    if later.isna().all():
         return None
-    window = figures.smoothing_window(values.size)
-    smooth = running_mean(values, window)
-
-    def paint(axes: Axes) -> None:
-        for above, colour in ((True, "green"), (False, "red")):
-            where = (smooth >= 0) == above
-            axes.fill_between(data.steps, 0, smooth, where=where, interpolate=True, color=LIGHT[colour], alpha=0.3, linewidth=0)
-
-    lines = [ZERO, Line(values, "grey", style={**THIN, "alpha": 0.5})] if window > 1 else [ZERO]
-    lines += [Line(smooth, "ink", "all mini-steps"), Line(running_mean(later, window), "blue", "from the second on", style=THIN)]
+    window = window_of(values.size)
+    mean = smooth(values, window)
+    lines = [Line(values, "grey", style={**THIN, "alpha": 0.5})] if window > 1 else []
+    lines += [Line(mean, "ink", "all mini-steps"), Line(smooth(later, window), "blue", "from the second on", style=THIN)]
     caption = (
         "Agreement of the replayed routes minus that of frozen ones, which are R3's: above zero the run is better off than R3, "
         "below zero worse. In the first mini-step, part of the dark line only, a prediction can only be wrong."
         f"{_smoothed(window, data)}"
     )
-    return chart(figures.steps(data), [Panel(POINTS, lines, paint=paint)], "lift", "Lift: better or worse off than R3", caption)
+    return chart("lift", "Lift: better or worse off than R3", caption, Panel(POINTS, lines, rules=ZERO, shade=mean))
 
 
 def _expected_lift(data: RunData) -> Plot | None:
     """Lift that the held-out tokens predicted, with its error, next to the lift that was measured."""
-    lift_LP, error_LP = 100 * data.layer_columns("hold_back", "lift"), 100 * data.layer_columns("hold_back", "lift_error")
-    if not exists(lift_LP):
+    lift_PL, error_PL = 100 * data.table("hold_back.lift.#"), 100 * data.table("hold_back.lift_error.#")
+    if lift_PL.isna().all(axis=None):
         return None
     # Standard error of the mean over layers, as if they were independent.
-    known = np.isfinite(lift_LP) & np.isfinite(error_LP)
-    error = np.sqrt((np.where(known, error_LP, 0.0) ** 2).sum(axis=0)) / np.maximum(1, known.sum(axis=0))
-    spread = np.where(known.any(axis=0), 2 * error, np.nan)
-    window = figures.smoothing_window(data.steps.size)
+    known = error_PL.where(lift_PL.notna())
+    error = (known**2).sum(axis=1, min_count=1) ** 0.5 / known.count(axis=1)
+    window = window_of(len(lift_PL))
     lines = [
-        ZERO,
-        Line(mean(lift_LP, axis=0), "orange", "expected, 95 % interval", band=spread),
-        Line(running_mean(100 * data.lift_all(), window), "blue", "measured"),
+        Line(lift_PL.mean(axis=1), "orange", "expected, 95 % interval", half=2 * error),
+        Line(smooth(100 * data["lift_all"], window), "blue", "measured"),
     ]
     caption = (
         "Mean over layers and all mini-steps: the gain on held-out tokens of earlier rollouts at the beta in use, and the measured "
         "lift. The expectation is that of the best of several beta values, so it is a little too high. Neither should fall below "
         f"zero.{_smoothed(window, data)}"
     )
-    return chart(figures.steps(data), [Panel(POINTS, lines)], "expected-lift", "Expected and measured lift", caption)
+    return chart("expected-lift", "Expected and measured lift", caption, Panel(POINTS, lines, rules=ZERO))
 
 
 def _smoothed(window: int, data: RunData) -> str:
     return f" Running means of {window * data.bin_size} rollouts." if window > 1 else ""
 
 
-def _mismatch(data: RunData) -> Plot | None:
-    """Mean mismatch per mini-step, frozen next to replayed."""
-    replayed, frozen = 1 - data.mini_step_means("agreement"), 1 - data.mini_step_means("frozen_agreement")
-    if not exists(replayed):
-        return None
-    position = np.arange(data.kappa) + 1.0
-
-    def paint(axes: Axes) -> None:
-        for offset, values, colour, label in ((-0.2, frozen, "grey", "frozen"), (0.2, replayed, "blue", "replayed")):
-            axes.bar(position + offset, np.nan_to_num(values), 0.38, color=LIGHT[colour], label=label)
-        axes.grid(axis="x", visible=False)
-
-    caption = (
-        "Experts that replay gets wrong, lower is better: a blue bar below its grey one is what prediction gained; in mini-step 1 "
-        "the policy has not moved, so that looking ahead can only cost."
-    )
-    panel = Panel("1 − agreement", percent=True, paint=paint)
-    return chart(X("mini-step", position, whole=True), [panel], "mismatch", "Mismatch: frozen and replayed", caption)
-
-
 def per_layer(data: RunData) -> Plots:
     """The same by MoE layer."""
-    yield _layer_interval(data)
-    x, beta = figures.steps(data), data.layer_columns("hold_back", "beta")
-    caption = "Share of the prediction that is used: 0 (dark) is R3, 1 (bright) all of it. It rises where held-out tokens gain."
-    yield figures.heat_map(x, beta, "viridis", 0.0, 1.0, lambda v: f"{v:.2f}", "beta", "Beta per layer", caption)
+    if predicted(data):
+        lift_L, error_L = layer_lift(data)
+        better, worse = lift_L > 2 * error_L, lift_L < -2 * error_L
+        neither = ~(better | worse)
+        kinds = ((better, "green", "above zero"), (worse, "red", "below zero"), (neither, "grey", "no measurable difference"))
+        style = {"linestyle": "", "elinewidth": 1.6}
+        lines = [Line(100 * lift_L.where(where), colour, label, 200 * error_L, style) for where, colour, label in kinds]
+        caption = (
+            "Lift over the whole run, all mini-steps, with its 95 % interval over rollouts: above zero a layer's routes are better "
+            "than R3's. Of many layers one in twenty lies off zero by chance, and a bf16 engine's rounding lowers all, with R3 too."
+        )
+        yield chart("layer-interval", "Lift per layer, with interval", caption, Panel(POINTS, lines, kind="error", rules=ZERO))
 
-    agreement, lift = data.layers("agreement"), data.layers("lift")
-    mismatch = 1 - mean(agreement, axis=1)
-    frozen = mismatch + mean(lift, axis=1) if lift.shape == agreement.shape else np.full_like(mismatch, np.nan)
-    lines = [Line(frozen, "grey", "frozen"), Line(mismatch, "blue", "replayed")]
+    beta = data.table("hold_back.beta.#")
+    caption = "Share of the prediction that is used: 0 (dark) is R3, 1 (bright) all of it. It rises where held-out tokens gain."
+    yield figures.heat_map("beta", "Beta per layer", caption, beta, 0.0, 1.0, "{:.2f}".format)
+
+    agreement, lift = (data.table(f"mini_steps.+.per_layer.{name}.#") for name in ("agreement", "lift"))
+    mismatch = 1 - agreement.mean()
+    lines = [Line(mismatch + lift.mean(), "grey", "frozen"), Line(mismatch, "blue", "replayed")]
     caption = "Mean mismatch of every MoE layer, lower is better: the distance from grey down to blue is the layer's lift."
-    panel = Panel("1 − agreement", lines, zero=True, percent=True)
-    yield chart(figures.layers(mismatch.size), [panel], "layer-profile", "Mismatch per layer", caption) if mismatch.size else None
+    yield chart("layer-profile", "Mismatch per layer", caption, Panel("1 − agreement", lines, zero=True, form=share))
 
     caption = "Every row is an MoE layer: a dark row is a layer whose routing moves fast."
-    low, high = (float(np.nanmin(agreement)), float(np.nanmax(agreement))) if exists(agreement) else (0.0, 0.0)
-    high = max(high, low + 1e-6)
-    yield figures.heat_map(x, agreement, "viridis", low, high, formats.percent, "layer-agreement", "Agreement per layer", caption)
+    yield figures.heat_map("layer-agreement", "Agreement per layer", caption, agreement, None, None, formats.percent)
 
     # The 99th percentile: one noisy rollout must not wash out all others.
-    limit = max(1e-4, float(np.nanpercentile(np.abs(lift), 99))) if exists(lift) else 0.0
+    limit = max(1e-4, float(lift.abs().stack().quantile(0.99))) if lift.size else 0.0
     caption = "Blue layers gain from prediction, red layers lose, white ones show no difference."
-    yield figures.heat_map(x, lift, "RdBu", -limit, limit, formats.points, "layer-lift", "Lift per layer", caption)
-
-
-def _layer_interval(data: RunData) -> Plot | None:
-    """Lift of every layer with its confidence interval."""
-    lift_L, error_L = layer_lift(data)
-    if not predicted(data.records):
-        return None
-    spread_L = np.nan_to_num(2 * error_L)
-    known = np.isfinite(error_L)
-    better, worse = (lift_L - spread_L > 0) & known, (lift_L + spread_L < 0) & known
-    kinds = ((better, "green", "above zero"), (worse, "red", "below zero"), (~(better | worse), "grey", "no measurable difference"))
-    lines = [
-        Line(np.where(where, 100 * lift_L, np.nan), colour, label, error=100 * spread_L, style={"linestyle": "", "elinewidth": 1.6})
-        for where, colour, label in kinds
-    ]
-    caption = (
-        "Lift over the whole run, all mini-steps, with its 95 % interval over rollouts: above zero a layer's routes are better "
-        "than R3's. Of many layers one in twenty lies off zero by chance, and a bf16 engine's rounding lowers all, with R3 too."
-    )
-    return chart(
-        figures.layers(lift_L.size), [Panel(POINTS, [ZERO, *lines])], "layer-interval", "Lift per layer, with interval", caption
-    )
+    yield figures.heat_map("layer-lift", "Lift per layer", caption, lift, -limit, limit, formats.points, colours="RdBu")
 
 
 def policy(data: RunData) -> Plots:
     """How far an update moves the policy."""
-    x, low, high = figures.steps(data), data.last_mini_step("ratio_min", np.nanmin), data.last_mini_step("ratio_max", np.nanmax)
+    last = f"mini_steps.{data.kappa}.ratio_"
     lines = [
-        Line(data.last_mini_step("ratio_mean"), "blue", "mean ± std", band=data.last_mini_step("ratio_std")),
-        Line(high, "orange", "max", style=THIN),
-        Line(low, "green", "min", style=THIN),
+        Line(data[f"{last}mean"], "blue", "mean ± std", half=data[f"{last}std"]),
+        Line(data[f"{last}max"], "orange", "max", style=THIN),
+        Line(data[f"{last}min"], "green", "min", style=THIN),
     ]
     caption = "New over sampling policy in the last, stalest mini-step: a widening band or far extremes mean instability."
-    yield chart(x, [Panel("ratio", lines, log="wide")], "ratio", "Importance ratio", caption)
+    yield chart("ratio", "Importance ratio", caption, Panel("ratio", lines, log=10))
 
     caption = "Tokens whose importance ratio left the clip range: later mini-steps clip more, because the policy has moved further."
-    panel = Panel("clipped tokens", figures.mini_step_lines(data, "clip_fraction"), zero=True, percent=True)
-    yield chart(x, [panel], "clip", "Clip fraction", caption)
+    panel = Panel("clipped tokens", figures.mini_step_lines(data.table("mini_steps.#.clip_fraction")), zero=True, form=share)
+    yield chart("clip", "Clip fraction", caption, panel)
 
     caption = "Calm is good: an isolated spike is one bad batch, steady growth is a warning."
-    panel = Panel("policy gradient norm", [Line(data.column("grad_norm"), "blue")], log="wide")
-    yield chart(x, [panel], "gradient", "Policy gradient norm", caption)
+    yield chart("gradient", "Policy gradient norm", caption, Panel("policy gradient norm", [Line(data["grad_norm"])], log=10))
 
 
 def engine(data: RunData) -> Plots:
     """How engine and actor differ."""
-    x = figures.steps(data)
     series = (("mean", "blue", "mean |gap|"), ("max", "orange", "max |gap|"), ("kl", "grey", "KL"))
-    lines = [Line(data.column("logprob_gap", key), colour, label) for key, colour, label in series]
+    lines = [Line(data[f"logprob_gap.{name}"], colour, label) for name, colour, label in series]
     caption = "How differently engine and actor score the same tokens before any update: lower is better, growth is a warning."
-    yield chart(x, [Panel("nats", lines, log="always")], "gap", "Log-prob gap, engine to actor", caption)
+    yield chart("gap", "Log-prob gap, engine to actor", caption, Panel("nats", lines, log=10))
 
-    share = data.column("routes", "missing_share", reduce=np.nanmax)
-    style = {"drawstyle": "steps-mid", "clip_on": False, "linewidth": 2.2}
+    missing = Line(data["routes.missing_share"], "red", style={"drawstyle": "steps-mid", "linewidth": 2.2})
     caption = "Tokens that arrived without a usable route and fell back to the current router: look into anything above zero."
-    panel = Panel("missing", [Line(share, "red", style=style)], zero=True, floor=0.001, percent=True)
-    yield chart(x, [panel], "missing", "Missing routes", caption) if data.total("routes", "tokens") else None
+    if (data["routes.tokens"] > 0).any():
+        yield chart("missing", "Missing routes", caption, Panel("missing", [missing], zero=True, form=share))
 
 
 def cost(data: RunData) -> Plots:
     """Time and bytes."""
-    x = figures.steps(data)
-    seconds = {name: np.nan_to_num(data.column("seconds", name)) for name in data.keys_of("seconds")}
-    colours = [LIGHT[STACK[i % len(STACK)]] for i in range(len(seconds))]
-
-    def paint(axes: Axes) -> None:
-        labels = [name.replace("_", " ") for name in seconds]
-        if data.steps.size > 1:
-            axes.stackplot(data.steps, list(seconds.values()), labels=labels, colors=colours, alpha=0.85, linewidth=0, step="mid")
-            return
-        bottom = np.zeros(1)
-        for label, values, colour in zip(labels, seconds.values(), colours, strict=True):
-            axes.bar(data.steps, values, 0.4, bottom=bottom, color=colour, label=label)
-            bottom = bottom + values
-
+    seconds, size = ([(name.replace("_", " "), values) for name, values in data.group(key).items()] for key in ("seconds", "bytes"))
+    lines = [[Line(values, STACK[i % 6], name) for i, (name, values) in enumerate(group)] for group in (seconds, size)]
     caption = "The height is the time of one step; the thickest layer is what to speed up."
-    yield chart(x, [Panel("seconds", paint=paint)], "seconds", "Time per phase", caption) if seconds else None
-
-    lines = [
-        Line(data.column("bytes", name), STACK[i % len(STACK)], name.replace("_", " "))
-        for i, name in enumerate(data.keys_of("bytes"))
-    ]
-    caption = "What one step moves or keeps, on a log scale: routes, sampled features and the weights pushed to the engine."
-    yield chart(x, [Panel("bytes per step", lines, log="bytes")], "bytes", "Bytes per phase", caption)
+    yield chart("seconds", "Time per phase", caption, Panel("seconds", lines[0], kind="area", zero=True))
+    caption = "What one step moves or keeps: routes, sampled features and the weights pushed to the engine."
+    yield chart("bytes", "Bytes per phase", caption, Panel("bytes per step", lines[1], log=2, form=formats.size))

@@ -1,94 +1,64 @@
 """Numbers about saved route tables: the load of experts, how sticky routes are, and how two files of the same sequences differ.
 
-Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E experts; N a piece of tokens.
-
-Tables are read one by one and worked on in pieces, so that memory does not grow with the files.
+Shape suffixes (legend in docs/design.md): T tokens, L MoE layers, K top-k, E experts; P bins of positions. Tables are read one by
+one, so that memory does not grow with the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+from scipy.stats import entropy
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report.records import Array
 from megatron_pr2.routes.files import RouteFile
 from megatron_pr2.routes.table import RouteTable
 
 Counts = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.unsignedinteger]
-
 POSITION_BINS = 24
-# Tokens x layers x top-k of a piece: what is made of it stays in the cache.
-_PIECE_IDS = 1 << 20
+CHANGED = ("0 changed", "1", "2", "3 or more")
 
 
 @dataclass(frozen=True)
 class RouteStatistics:
-    """What one file says.
+    """What one file says; shares of nothing are NaN.
 
     Attributes:
         missing: tokens without a route; `missing_last` of them are the last token of their sequence, which never was an input.
-        topk: K.
-        load_LE: [L, E] how many tokens took the expert.
-        repeated_L: [L] experts that a token shares with the token before it, over `neighbours` pairs of tokens with routes.
+        neighbours: pairs of neighbouring tokens with routes.
+        load: by MoE layer and expert: tokens that took it, relative to an even load: 1 is an expert's fair share.
+        layers: by MoE layer: `busiest` expert's load relative to the mean; `entropy` of the load, 1 is even, 0 one expert for all;
+            `unused` share of the experts; `stickiness`, the share of a token's experts that the token before it took too, and what
+            it would be by `chance`, if the load were the same and neighbours had nothing to do with each other.
     """
 
     sequences: int
     tokens: int
     missing: int
     missing_last: int
-    topk: int
-    load_LE: Counts
-    repeated_L: Counts
     neighbours: int
-
-    @property
-    def routed(self) -> int:
-        """Tokens with a route."""
-        return self.tokens - self.missing
-
-    def share_LE(self) -> Array:
-        """[L, E] load relative to an even one: 1 is an expert's fair share; NaN without a route, as all that follows."""
-        return _ratio(self.load_LE, self.routed * self.topk / self.load_LE.shape[1])
-
-    def imbalance_L(self) -> Array:
-        """[L] load of the busiest expert relative to the mean: 1 is perfectly even."""
-        return self.share_LE().max(axis=1)
-
-    def entropy_L(self) -> Array:
-        """[L] entropy of the load, relative to that of an even one: 1 is even, 0 means that one expert does everything."""
-        p_LE = _ratio(self.load_LE, self.load_LE.sum(axis=1, keepdims=True))
-        return -(p_LE * np.log(np.where(p_LE == 0, 1.0, p_LE))).sum(axis=1) / np.log(max(2, p_LE.shape[1]))
-
-    def unused_L(self) -> Array:
-        """[L] share of the experts that no token took."""
-        return np.where(self.routed, (self.load_LE == 0).mean(axis=1), np.nan)
-
-    def stickiness_L(self) -> Array:
-        """[L] share of a token's experts that the token before it took too; NaN without neighbours."""
-        return _ratio(self.repeated_L, self.neighbours * self.topk)
-
-    def chance_L(self) -> Array:
-        """[L] what `stickiness_L` would be if the experts' load were the same and neighbours had nothing to do with each other."""
-        return (_ratio(self.load_LE, self.routed) ** 2).sum(axis=1) / self.topk
+    load: pd.DataFrame
+    layers: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class RouteDifference:
-    """How the second file's routes differ from the first's, for the same tokens.
+    """How the second file's routes differ from the first's, for the same tokens; shares of nothing are NaN.
 
     Attributes:
         sequences: that both files hold; `only_first` and `only_second` are in one file alone.
         tokens: of those sequences with a route in both files; `skipped` have none in at least one.
         touched: tokens that differ in at least one layer.
-        topk: K.
-        changed_L4: [L, 4] (token, layer) pairs with 0, 1, 2, 3 or more changed experts.
-        edges: [P + 1] positions that bound the bins of the next two; each has about as many tokens as any other.
-        kept_LP, pairs_P: [L, P] experts in both sets, and [P] tokens.
+        layers: by MoE layer: `agreement`, the share of the first file's experts that are in the second's too, and the shares of
+            tokens with CHANGED experts.
+        positions: agreement by position (where its bin begins, each has about as many tokens) and MoE layer.
+        end: of the last bin.
     """
 
     sequences: int
@@ -97,75 +67,48 @@ class RouteDifference:
     tokens: int
     skipped: int
     touched: int
-    topk: int
-    changed_L4: Counts
-    edges: Counts
-    kept_LP: Counts
-    pairs_P: Counts
-
-    @property
-    def kept_L(self) -> Counts:
-        """[L] experts that are in both sets."""
-        return self.kept_LP.sum(axis=1)
-
-    def changed(self) -> Array:
-        """[4] shares of (token, layer) pairs with 0, 1, 2, 3 or more changed experts."""
-        return _ratio(self.changed_L4.sum(axis=0), self.changed_L4.sum())
-
-    def changed_shares_L4(self) -> Array:
-        """[L, 4] the same by layer."""
-        return _ratio(self.changed_L4, self.changed_L4.sum(axis=1, keepdims=True))
-
-    def agreement_L(self) -> Array:
-        """[L] share of the first file's experts that are in the second's too."""
-        return _ratio(self.kept_L, self.tokens * self.topk)
-
-    def agreement_LP(self) -> Array:
-        """[L, P] the same by position; NaN where no token is."""
-        return _ratio(self.kept_LP, self.pairs_P * self.topk)
+    layers: pd.DataFrame
+    positions: pd.DataFrame
+    end: int
 
 
-def _ratio(counts: Counts, of: npt.ArrayLike) -> Array:
-    """Shares; NaN where there is nothing to take a share of."""
-    whole = np.asarray(of, dtype=np.float64)
-    return counts / np.where(whole > 0, whole, np.nan)
-
-
-def shared_experts(a_NLK: Ids, b_NLK: Ids) -> npt.NDArray[np.uint16]:
-    """[N, L] how many experts two sets of routes have in common, whatever their order; no set holds an expert twice."""
-    shared = np.zeros(a_NLK.shape[:2], dtype=np.uint16)
-    # Whole planes at a time: numpy is slow along a short axis.
-    a_KNL, b_KNL = (np.ascontiguousarray(np.moveaxis(ids, 2, 0)) for ids in (a_NLK, b_NLK))
-    for a_NL in a_KNL:
-        for b_NL in b_KNL:
-            shared += a_NL == b_NL
-    return shared
+def shared_experts(a_TLK: npt.NDArray[Any], b_TLK: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """[T, L] how many experts two sets of routes have in common, whatever their order; no set holds an expert twice."""
+    shared_TL = np.zeros(a_TLK.shape[:2], dtype=np.int64)
+    for i, j in itertools.product(range(a_TLK.shape[2]), repeat=2):
+        shared_TL += a_TLK[..., i] == b_TLK[..., j]
+    return shared_TL
 
 
 def describe(tables: Mapping[int, RouteTable]) -> RouteStatistics:
     """The numbers of one file: at least one table, all of one model."""
-    tokens = missing = missing_last = neighbours = 0
-    load_LE: Counts | None = None
-    for table in tables.values():
-        if load_LE is None:
-            load_LE = np.zeros((table.num_layers, table.num_experts), dtype=np.int64)
-            repeated_L: Counts = np.zeros(table.num_layers, dtype=np.int64)
-            topk = table.topk
-        tokens += table.num_tokens
-        missing += table.num_missing
-        missing_last += int(table.num_tokens > 0 and not table.valid[-1])
-        for piece in _pieces(table.experts):
-            ids_NLK, valid = table.experts[piece], table.valid[piece]
-            load_LE += _load(ids_NLK[valid], table.num_experts)
-            # With the last token of the piece before.
-            first = max(0, piece.start - 1)
-            pair = table.valid[first : piece.stop - 1] & table.valid[first + 1 : piece.stop]
-            before, after = table.experts[first : piece.stop - 1][pair], table.experts[first + 1 : piece.stop][pair]
-            repeated_L += shared_experts(after, before).sum(axis=0, dtype=np.int64)
-            neighbours += len(after)
-    if load_LE is None:
+    if not tables:
         raise DataError("no route tables; expected at least one sequence")
-    return RouteStatistics(len(tables), tokens, missing, missing_last, topk, load_LE, repeated_L, neighbours)
+    tokens = routed = missing_last = neighbours = 0
+    load_LE: Any = 0
+    repeated_L: Any = 0
+    for table in tables.values():
+        valid, layers, experts = table.valid, table.num_layers, table.num_experts
+        offsets_L = np.arange(layers)[:, None] * experts
+        ids = (table.experts[valid] + offsets_L).ravel()
+        load_LE = load_LE + np.bincount(ids, minlength=layers * experts).reshape(layers, experts)
+        pairs = valid[1:] & valid[:-1]
+        repeated_L = repeated_L + shared_experts(table.experts[1:][pairs], table.experts[:-1][pairs]).sum(axis=0)
+        tokens, routed = tokens + table.num_tokens, routed + int(valid.sum())
+        missing_last += int(table.num_tokens > 0 and not valid[-1])
+        neighbours += int(pairs.sum())
+    p_LE = _shares(load_LE, routed * table.topk)
+    statistics = {
+        "busiest": p_LE.max(axis=1) * experts,
+        "entropy": entropy(p_LE, axis=1) / np.log(max(2, experts)),
+        "unused": np.where(routed, (load_LE == 0).mean(axis=1), np.nan),
+        "stickiness": _shares(repeated_L, neighbours * table.topk),
+        "chance": (p_LE**2).sum(axis=1) * table.topk,
+    }
+    index = _layers(layers)
+    load = pd.DataFrame(p_LE * experts, index=index, columns=pd.RangeIndex(experts, name="expert"))
+    frame = pd.DataFrame(statistics, index=index)
+    return RouteStatistics(len(tables), tokens, tokens - routed, missing_last, neighbours, load, frame)
 
 
 def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
@@ -179,35 +122,31 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
         raise DataError(f"{first.path} has {models[0]}; {second.path} has {models[1]}: routes of two models cannot be compared")
     lengths, others = first.lengths(), second.lengths()
     both = [sid for sid in lengths if sid in others]
+    expected = "expected routes of the same sequences under the same numbers"
     if not both:
-        raise DataError(
-            f"{first.path} and {second.path} share no sequence; expected routes of the same sequences under the same numbers"
-        )
+        raise DataError(f"{first.path} and {second.path} share no sequence; {expected}")
     if odd := [sid for sid in both if lengths[sid] != others[sid]]:
         raise DataError(
             f"sequence {odd[0]} has {lengths[odd[0]]} tokens in {first.path} and {others[odd[0]]} in {second.path} "
-            f"({len(odd)} of {len(both)} differ); expected routes of the same sequences under the same numbers"
+            f"({len(odd)} of {len(both)} differ); {expected}"
         )
     edges = position_edges([lengths[sid] for sid in both])
-    bins = len(edges) - 1
-    changed_L4: Counts = np.zeros((first.num_layers, 4), dtype=np.int64)
-    kept_LP: Counts = np.zeros((first.num_layers, bins), dtype=np.int64)
-    pairs_P: Counts = np.zeros(bins, dtype=np.int64)
+    bins, layers = len(edges) - 1, first.num_layers
+    kept_PL, changed_4L, tokens_P = np.zeros((bins, layers)), np.zeros((4, layers)), np.zeros(bins)
     touched = 0
     for sid in both:
         a, b = first[sid], second[sid]
-        for piece in _pieces(a.experts):
-            (rows,) = np.nonzero(a.valid[piece] & b.valid[piece])
-            kept_NL = shared_experts(a.experts[piece][rows], b.experts[piece][rows])
-            changed_NL = np.minimum(first.topk - kept_NL, 3)
-            touched += int(np.count_nonzero(changed_NL.any(axis=1)))
-            for c in range(4):
-                changed_L4[:, c] += (changed_NL == c).sum(axis=0)
-            bin_N = np.searchsorted(edges, rows + piece.start, side="right") - 1
-            pairs_P += np.bincount(bin_N, minlength=bins)
-            for at in np.unique(bin_N):
-                kept_LP[:, at] += kept_NL[bin_N == at].sum(axis=0, dtype=np.int64)
-    tokens = int(pairs_P.sum())
+        (places,) = np.nonzero(a.valid & b.valid)
+        kept_TL = shared_experts(a.experts[places], b.experts[places])
+        at_T = np.searchsorted(edges, places, side="right") - 1
+        np.add.at(kept_PL, at_T, kept_TL)
+        tokens_P += np.bincount(at_T, minlength=bins)
+        changed_4L += [(np.minimum(first.topk - kept_TL, 3) == c).sum(axis=0) for c in range(4)]
+        touched += int((kept_TL < first.topk).any(axis=1).sum())
+    tokens = int(tokens_P.sum())
+    shares = {"agreement": _shares(kept_PL.sum(axis=0), tokens * first.topk)}
+    shares |= {name: _shares(row, tokens) for name, row in zip(CHANGED, changed_4L, strict=True)}
+    positions = _shares(kept_PL, tokens_P[:, None] * first.topk)
     return RouteDifference(
         sequences=len(both),
         only_first=len(lengths) - len(both),
@@ -215,36 +154,25 @@ def compare(first: RouteFile, second: RouteFile) -> RouteDifference:
         tokens=tokens,
         skipped=sum(lengths[sid] for sid in both) - tokens,
         touched=touched,
-        topk=first.topk,
-        changed_L4=changed_L4,
-        edges=edges,
-        kept_LP=kept_LP,
-        pairs_P=pairs_P,
+        layers=pd.DataFrame(shares, index=_layers(layers)),
+        positions=pd.DataFrame(positions, pd.Index(edges[:-1], name="position in the sequence"), _layers(layers)),
+        end=int(edges[-1]),
     )
 
 
-def position_edges(lengths: list[int], bins: int = POSITION_BINS) -> Counts:
-    """Edges of at most `bins` position bins with about as many tokens each; the last edge is the greatest length."""
-    longest = max(lengths, default=0)
-    if not longest:
-        return np.array([0, 1], dtype=np.int64)
-    # How many sequences are longer than each position: the tokens at that position.
-    there = len(lengths) - np.searchsorted(np.sort(lengths), np.arange(longest), side="right")
-    below = np.cumsum(there)
-    wanted = below[-1] * np.arange(1, bins) / bins
-    inner = np.searchsorted(below, wanted) + 1
-    return np.unique(np.concatenate([[0], inner, [longest]])).astype(np.int64)
+def position_edges(lengths: Sequence[int]) -> Counts:
+    """Edges of at most POSITION_BINS bins of positions with about as many tokens each; the last edge is the greatest length."""
+    places = np.concatenate([np.arange(length) for length in lengths])
+    shares = np.arange(1, POSITION_BINS) / POSITION_BINS
+    inner = np.quantile(places, shares, method="higher") if places.size else []
+    return np.unique([0, *inner, max(1, *lengths)]).astype(np.int64)
 
 
-def _load(ids_NLK: Ids, num_experts: int) -> Counts:
-    """[L, E] how often each expert occurs."""
-    layers = ids_NLK.shape[1]
-    flat = ids_NLK + (np.arange(layers, dtype=np.int64) * num_experts)[:, None]
-    return np.bincount(flat.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)
+def _shares(counts: npt.NDArray[Any], of: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """NaN where there is nothing to take a share of."""
+    whole = np.asarray(of, dtype=np.float64)
+    return counts / np.where(whole > 0, whole, np.nan)
 
 
-def _pieces(experts_TLK: Ids) -> Iterator[slice]:
-    tokens = len(experts_TLK)
-    step = max(1, _PIECE_IDS * tokens // max(1, experts_TLK.size))
-    for start in range(0, tokens, step):
-        yield slice(start, min(tokens, start + step))
+def _layers(count: int) -> pd.RangeIndex:
+    return pd.RangeIndex(1, count + 1, name="MoE layer")

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report import figures, formats
-from megatron_pr2.report.figures import Form, Line, Panel, X, chart
+from megatron_pr2.report import formats
+from megatron_pr2.report.figures import PAPER_CHANGED, Line, Panel, Plots, changed_rows, chart, chosen, drawn, heat_map, share
+from megatron_pr2.report.formats import count
 from megatron_pr2.report.metrics_log import replace_atomically
-from megatron_pr2.report.page import Card, count, drawn, numbered, render_page
-from megatron_pr2.report.plots import Plots
-from megatron_pr2.report.records import Array, exists
-from megatron_pr2.report.route_statistics import RouteDifference, RouteStatistics, compare, describe
+from megatron_pr2.report.page import Card, render_page
+from megatron_pr2.report.route_statistics import CHANGED, RouteDifference, RouteStatistics, compare, describe
 from megatron_pr2.routes.files import RouteFile
 
 # arXiv 2510.11370: tokens whose routes differ between engine and actor in at least one layer, without replay.
 R3_TOUCHED = 0.94
+percent = partial(formats.percent, digits=1)
+# column of RouteStatistics.layers or RouteDifference.layers: heading, format
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "busiest": ("busiest ÷ mean", partial(formats.fixed, digits=2)),
+    "entropy": ("entropy", formats.fixed),
+    "unused": ("never used", percent),
+    "stickiness": ("stickiness", percent),
+    "chance": ("by chance", percent),
+    **{name: (name, formats.percent) for name in ("agreement", *CHANGED)},
+}
 
 
 def write_routes_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Path:
@@ -39,25 +49,18 @@ def write_routes_report(files: Sequence[str | os.PathLike[str]], output: str | o
         raise DataError(f"{len(paths)} files of routes; expected one, or two of the same sequences to compare")
     target = Path(output) if output is not None else paths[0].with_name(paths[0].name + ".html")
     with ExitStack() as stack:
-        text = render_routes([stack.enter_context(RouteFile(path)) for path in paths])
-    replace_atomically(target, text.encode())
+        page = render_routes([stack.enter_context(RouteFile(path)) for path in paths])
+    replace_atomically(target, page)
     return target
 
 
-def render_routes(files: Sequence[RouteFile]) -> str:
-    """The page of one or two open files as text."""
+def render_routes(files: Sequence[RouteFile]) -> bytes:
+    """The page of one or two open files."""
     # Before the long part: files that cannot be compared are refused at once.
     difference = compare(*files) if len(files) == 2 else None
     sections = []
     for number, file in enumerate(files, start=1):
         statistics = describe(file)
-        columns: list[tuple[str, Array, Form]] = [
-            ("busiest ÷ mean", statistics.imbalance_L(), lambda v: formats.fixed(v, 2)),
-            ("entropy", statistics.entropy_L(), formats.fixed),
-            ("never used", statistics.unused_L(), _percent),
-            ("stickiness", statistics.stickiness_L(), _percent),
-            ("by chance", statistics.chance_L(), _percent),
-        ]
         sections.append(
             {
                 "anchor": f"file-{number}",
@@ -65,158 +68,150 @@ def render_routes(files: Sequence[RouteFile]) -> str:
                 "name": file.path.name,
                 "cards": file_cards(file, statistics),
                 "plots": drawn(file_plots(statistics, number)),
-                "table": numbered("MoE layer", columns),
+                "table": _table(statistics.layers),
             }
         )
+    compared = None
+    if difference is not None:
+        kind, headline, detail = verdict(difference)
+        compared = {
+            "kind": kind,
+            "headline": headline,
+            "detail": detail,
+            "cards": difference_cards(difference),
+            "plots": drawn(difference_plots(difference)),
+            "table": _table(difference.layers),
+        }
     return render_page(
         "routes.html.j2",
         name=" and ".join(file.path.name for file in files),
         files=[(number, file.path.name, file.note) for number, file in enumerate(files, start=1)],
         sections=sections,
-        compared=None if difference is None else _comparison(difference),
+        compared=compared,
     )
 
 
-def _percent(share: float) -> str:
-    return formats.percent(share, 1)
+def _table(layers: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({COLUMNS[name][0]: values.map(COLUMNS[name][1]) for name, values in layers.items()}).reset_index()
 
 
 def file_cards(file: RouteFile, statistics: RouteStatistics) -> list[Card]:
     """The numbers of one file."""
-    inner = statistics.missing - statistics.missing_last
     last = f"and {count(statistics.missing_last, 'last token')}, which were no input"
-    imbalance_L = statistics.imbalance_L()
     out = [
-        Card("Tokens", formats.count(statistics.tokens), f"in {count(statistics.sequences, 'sequence')}"),
+        Card("Tokens", count(statistics.tokens), f"in {count(statistics.sequences, 'sequence')}"),
         Card("Routers", f"{file.num_layers} × top-{file.topk}", f"MoE layers, of {count(file.num_experts, 'expert')} each"),
-        Card("Missing rows", formats.count(inner), last if statistics.missing_last else "tokens without a route"),
+        Card(
+            "Missing rows",
+            count(statistics.missing - statistics.missing_last),
+            last if statistics.missing_last else "tokens without a route",
+        ),
     ]
-    if statistics.routed:
+    layers, mean = statistics.layers, statistics.layers.mean()
+    if statistics.tokens > statistics.missing:
         out += [
-            Card("Busiest expert", f"{imbalance_L.max():.2f} ×", f"the mean load, in layer {1 + int(imbalance_L.argmax())}"),
-            Card("Entropy of the load", formats.fixed(float(statistics.entropy_L().mean())), "mean of the layers; 1 is even"),
-            Card("Never used", _percent(float(statistics.unused_L().mean())), "of the experts, mean of the layers"),
+            Card("Busiest expert", f"{layers['busiest'].max():.2f} ×", f"the mean load, in layer {layers['busiest'].idxmax()}"),
+            Card("Entropy of the load", formats.fixed(mean["entropy"]), "mean of the layers; 1 is even"),
+            Card("Never used", percent(mean["unused"]), "of the experts, mean of the layers"),
         ]
     if statistics.neighbours:
-        sticky, chance = (_percent(float(v.mean())) for v in (statistics.stickiness_L(), statistics.chance_L()))
-        out.append(Card("Stickiness", sticky, f"experts shared by neighbours; chance {chance}"))
+        note = f"experts shared by neighbours; chance {percent(mean['chance'])}"
+        out.append(Card("Stickiness", percent(mean["stickiness"]), note))
     return out
 
 
 def file_plots(statistics: RouteStatistics, number: int) -> Plots:
     """Load and stickiness of one file; `number` is the file's, for the plots' names."""
-    share_LE, imbalance_L = statistics.share_LE(), statistics.imbalance_L()
-    x = figures.layers(imbalance_L.size)
-    if not exists(share_LE):
-        return
+    load, layers = statistics.load, statistics.layers
     # The 99.5th percentile: one expert that does it all must not make all others look idle.
-    high = max(2.0, float(np.percentile(share_LE, 99.5)))
+    high = max(2.0, float(np.nanpercentile(load, 99.5))) if load.notna().any(axis=None) else None
     caption = "Tokens that took the expert, relative to an even load (1×): dark ones idle, bright ones are bottlenecks."
-    experts = X("expert", np.arange(share_LE.shape[1]))
-    words = f"load-{number}", "Load of the experts", caption
-    yield figures.heat_map(experts, share_LE, "viridis", 0.0, high, lambda v: f"{v:g}×", *words)
+    yield heat_map(f"load-{number}", "Load of the experts", caption, load.T, 0.0, high, "{:g}×".format)
 
-    even = Line(1.0, "muted", style={"linestyle": "--"})
     panels = [
-        Panel("busiest ÷ mean", [Line(imbalance_L, "orange"), even], zero=True),
-        Panel("entropy", [Line(statistics.entropy_L(), "blue"), even], zero=True),
+        Panel("busiest ÷ mean", [Line(layers["busiest"], "orange")], zero=True, rules={"": 1.0}),
+        Panel("entropy", [Line(layers["entropy"])], zero=True, rules={"": 1.0}),
     ]
     caption = "Above: load of a layer's busiest expert. Below: entropy of the load, 0 if one expert does all. 1 is even in both."
-    yield chart(x, panels, f"balance-{number}", "Balance per layer", caption, height=3.4)
+    yield chart(f"balance-{number}", "Balance per layer", caption, *panels, height=3.4)
 
-    lines = [
-        Line(statistics.chance_L(), "grey", "by chance, at this load"),
-        Line(statistics.stickiness_L(), "purple", "neighbouring tokens"),
-    ]
-    caption = "Share of a token's experts that the token before it took too: far above chance, load comes in bursts of neighbours."
-    panel = Panel("shared experts", lines, zero=True, percent=True)
-    yield chart(x, [panel], f"sticky-{number}", "Stickiness of routes", caption) if statistics.neighbours else None
-
-
-def _comparison(difference: RouteDifference) -> dict[str, Any]:
-    kind, headline, detail = verdict(difference)
-    shares_L4 = difference.changed_shares_L4()
-    headings = ("0 changed", "1", "2", "3 or more")
-    columns: list[tuple[str, Array, Form]] = [("agreement", difference.agreement_L(), formats.percent)]
-    columns += [(name, shares_L4[:, c], formats.percent) for c, name in enumerate(headings)]
-    return {
-        "kind": kind,
-        "headline": headline,
-        "detail": detail,
-        "cards": difference_cards(difference),
-        "plots": drawn(difference_plots(difference)),
-        "table": numbered("MoE layer", columns),
-    }
+    if statistics.neighbours:
+        chance = Line(layers["chance"], "grey", "by chance, at this load")
+        lines = [chance, Line(layers["stickiness"], "purple", "neighbouring tokens")]
+        panel = Panel("shared experts", lines, zero=True, form=share)
+        caption = "Share of a token's experts that the one before it took too: far above chance, load comes in bursts."
+        yield chart(f"sticky-{number}", "Stickiness of routes", caption, panel)
 
 
 def verdict(difference: RouteDifference) -> tuple[str, str, str]:
     """(kind, headline, detail) of two files, in words."""
     if not difference.tokens:
         return "absent", "Nothing to compare", "No token has a route in both files."
-    unchanged = float(difference.changed()[0])
-    pairs = f"{formats.count(difference.tokens)} tokens in {count(len(difference.kept_LP), 'MoE layer')}"
-    if unchanged == 1:
+    unchanged = difference.layers["0 changed"].mean()
+    pairs = f"{count(difference.tokens)} tokens in {count(len(difference.layers), 'MoE layer')}"
+    if not difference.touched:
         return "same", "The routes are the same", f"All {pairs} took the same experts in both files."
-    paper = ", ".join(f"{name.removeprefix('paper: ')} {_percent(shares[0])}" for name, shares in figures.PAPER_CHANGED)
+    paper = ", ".join(f"{name.removeprefix('paper: ')} {percent(shares[0])}" for name, shares in PAPER_CHANGED.items())
     detail = f"Of {pairs}. The paper's figures, replayed against current routes in training: {paper}."
     return "info", f"{_share(unchanged)} of the routes are the same", detail
 
 
 def difference_cards(difference: RouteDifference) -> list[Card]:
     """The numbers of two files."""
-    alone = f"; {formats.count(difference.only_first)} only in file 1, {formats.count(difference.only_second)} only in file 2"
+    alone = f"; {count(difference.only_first)} only in file 1, {count(difference.only_second)} only in file 2"
     only = alone if difference.only_first + difference.only_second else ""
     out = [
-        Card("Sequences compared", formats.count(difference.sequences), f"in both files{only}"),
-        Card("Tokens compared", formats.count(difference.tokens), f"{formats.count(difference.skipped)} lack a route in one file"),
+        Card("Sequences compared", count(difference.sequences), f"in both files{only}"),
+        Card("Tokens compared", count(difference.tokens), f"{count(difference.skipped)} lack a route in one file"),
     ]
     if difference.tokens:
-        agreement_L, unchanged = difference.agreement_L(), float(difference.changed()[0])
-        touched = _share(difference.touched / difference.tokens)
-        frozen = _percent(figures.PAPER_CHANGED[0][1][0])
+        agreement = difference.layers["agreement"]
+        frozen = percent(PAPER_CHANGED["paper: frozen, off-2"][0])
         r3 = f"differ in some layer; R3's paper: {formats.percent(R3_TOUCHED, 0)} between engine and actor"
+        unchanged = _share(difference.layers["0 changed"].mean())
         out += [
-            Card("Unchanged pairs", _share(unchanged), f"of (token, layer); the paper's frozen routes {frozen}"),
-            Card("Agreement", _share(float(agreement_L.mean())), "of the experts, whatever their order"),
-            Card("Least alike", _share(float(agreement_L.min())), f"agreement in layer {1 + int(np.argmin(agreement_L))}"),
-            Card("Touched tokens", touched, r3),
+            Card("Unchanged pairs", unchanged, f"of (token, layer); the paper's frozen routes {frozen}"),
+            Card("Agreement", _share(agreement.mean()), "of the experts, whatever their order"),
+            Card("Least alike", _share(agreement.min()), f"agreement in layer {agreement.idxmin()}"),
+            Card("Touched tokens", _share(difference.touched / difference.tokens), r3),
         ]
     return out
 
 
 def difference_plots(difference: RouteDifference) -> Plots:
     """Where two files differ."""
-    if not difference.tokens:
-        return
     caption = (
         "How many of a token's experts the second file lacks, per MoE layer. The paper's rows compare replayed with current routes "
         "in training."
     )
-    rows = [("these two files", difference.changed())]
-    yield figures.changed_rows(rows, " unchanged", "files-changed", "Changed experts per token and layer", caption)
+    rows = {"these two files": difference.layers[list(CHANGED)].mean()}
+    yield changed_rows("files-changed", "Changed experts per token and layer", caption, rows, " unchanged")
 
-    mismatch_L, mismatch_LP, edges = 1 - difference.agreement_L(), 1 - difference.agreement_LP(), difference.edges
+    mismatch = 1 - difference.layers["agreement"]
     caption = "Share of a token's experts that the second file does not have: a high point is a layer whose routes differ most."
-    panel = Panel("1 − agreement", [Line(mismatch_L, "blue")], zero=True, percent=True)
-    yield chart(figures.layers(mismatch_L.size), [panel], "files-layers", "Difference per layer", caption)
+    panel = Panel("1 − agreement", [Line(mismatch)], zero=True, form=share)
+    yield chart("files-layers", "Difference per layer", caption, panel)
 
-    mean_P = mismatch_LP.mean(axis=0)
-    line = Line(np.append(mean_P, mean_P[-1]), "blue", style={"drawstyle": "steps-post", "marker": ""})
+    positions = 1 - difference.positions
+    mean = positions.mean(axis=1)
+    mean.loc[difference.end] = mean.iloc[-1]
     caption = (
         "Mean over layers; every step averages about as many tokens. A rise says that something builds up along the sequence, such "
         "as an engine's numerics; a level line says that the position does not matter."
     )
-    panel = Panel("1 − agreement", [line], zero=True, percent=True)
-    yield chart(X("position in the sequence", edges), [panel], "files-positions", "Difference by position", caption)
+    line = Line(mean, style={"drawstyle": "steps-post", "marker": ""})
+    yield chart("files-positions", "Difference by position", caption, Panel("1 − agreement", [line], zero=True, form=share))
 
     caption = "1 − agreement by layer and position: a bright column is a place in the sequence, a bright row a layer."
-    ticks = {i + 0.5: str(edges[i]) for i in figures.chosen(len(edges))}
-    x = X("position in the sequence", np.arange(mean_P.size) + 1.0, ticks=ticks)
-    words = "files-layers-positions", "Difference per layer and position", caption
-    high = max(1e-4, float(np.nanmax(mismatch_LP)))
-    yield figures.heat_map(x, mismatch_LP, "viridis", 0.0, high, _percent, *words) if min(mismatch_LP.shape) > 1 else None
+    if min(positions.shape) > 1 and difference.tokens:
+        edges = [*positions.index, difference.end]
+        ticks = {i + 0.5: str(edges[i]) for i in chosen(len(edges))}
+        table = positions.set_axis(pd.RangeIndex(1, len(edges), name=positions.index.name))
+        high = max(1e-4, float(np.nanmax(positions)))
+        title = "Difference per layer and position"
+        yield heat_map("files-layers-positions", title, caption, table, 0.0, high, percent, ticks=ticks)
 
 
-def _share(share: float) -> str:
+def _share(value: float) -> str:
     """A share that is not all stays below "100 %" in print."""
-    return "> 99.99 %" if 0.99995 <= share < 1 else formats.percent(share)
+    return "> 99.99 %" if 0.99995 <= value < 1 else formats.percent(value)

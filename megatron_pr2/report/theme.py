@@ -33,8 +33,7 @@ COLOURS: dict[str, tuple[str, str]] = {
 PAGE = {"paper": ("#ffffff", "#12171e"), "card": ("#f4f6f9", "#1b222b")}
 LIGHT = {name: pair[0] for name, pair in COLOURS.items()}
 STACK = ("blue", "orange", "green", "purple", "red", "grey")
-RAMP = 6
-WIDTH = 5.2  # inches
+WIDTH = 5.2  # inches: as wide as a phone's screen at 72 points, so that a figure's text stays readable there
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small files, the page's font, selectable
@@ -51,36 +50,24 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.8,
     "xtick.color": LIGHT["muted"],
     "ytick.color": LIGHT["muted"],
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "ytick.minor.size": 0,
+    "figure.constrained_layout.use": True,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
-    "path.simplify": True,
 }
 
 
-def new_figure(height: float = 3.0) -> Figure:
-    """A figure as wide as a phone's screen (5.2 inches at 72 points), so that its text stays readable there.
-
-    Margins are fixed: a layout engine would draw every figure twice, and axes of neighbouring plots would not line up.
-    """
-    figure = Figure(figsize=(WIDTH, height))
-    figure.subplots_adjust(left=0.98 / WIDTH, right=1 - 0.12 / WIDTH, bottom=0.48 / height, top=1 - 0.1 / height, hspace=0.18)
-    return figure
-
-
 def ramp(position: int, count: int) -> str:
-    """Colour of the `position`-th of `count` ordered things."""
-    return LIGHT[f"ramp{RAMP - 1 if count <= 1 else round(position * (RAMP - 1) / (count - 1))}"]
+    """Name of the colour of the `position`-th of `count` ordered things."""
+    return f"ramp{5 if count <= 1 else round(position * 5 / (count - 1))}"
 
 
 def css() -> str:
@@ -90,17 +77,11 @@ def css() -> str:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an inline <svg> element: scalable, without ids that clash with other figures, without any URL."""
+    """The figure as an <svg> element in the page's colours, without ids that clash with other figures and without any link."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
-    head, body = svg[svg.index("<svg") :].split(">", 1)
-    view_box = re.search(r'viewBox="[^"]+"', head)
-    head = f'<svg {view_box.group(0) if view_box else ""} aria-hidden="true" focusable="false"'
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', body)
-    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", body)
-    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
     for colour, value in LIGHT.items():
-        body = body.replace(value, f"var(--{colour})")
-    return f"{head}>{body}".strip()
+        svg = svg.replace(value, f"var(--{colour})")
+    return svg.strip()

@@ -10,19 +10,19 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import theme
-from megatron_pr2.report.comparison import measures
 from megatron_pr2.report.comparison.comparison import BEGIN, END, Comparison
-from megatron_pr2.report.comparison.measures import against_baseline, of_method, over_settings
+from megatron_pr2.report.comparison.numbers import BETTER, SAME, UNKNOWN, WORSE, Interval, interval
 from megatron_pr2.report.comparison.runs import load, short
-from megatron_pr2.report.comparison.stats import BETTER, SAME, UNKNOWN, WORSE, interval, paired, verdict
-from megatron_pr2.report.comparison.tables import conclude, lift_verdict, overall, reward_verdict, verdicts
+from megatron_pr2.report.measures import BY_KEY, FINAL_REWARD
 from tests.report.synthetic import run
 from tests.report.test_html import Page
 
@@ -86,32 +86,44 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_intervals_are_those_of_scipy() -> None:
     for values in ([0.3, 0.5], [0.1, -0.4, 0.7], list(np.random.default_rng(0).normal(size=9))):
         low, high = scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
-        found = interval([*values, math.nan])
-        assert (found.low, found.high, found.count) == (pytest.approx(low), pytest.approx(high), len(values))
+        found = interval(pd.Series([*values, math.nan]))
+        assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+        assert found.seeds == len(values)
 
 
-def test_paired_differences_are_those_of_scipy() -> None:
+def test_paired_differences_are_those_of_scipy(tmp_path: Path) -> None:
     """Seeds differ by far more than methods, and pairs see through it."""
     rng = np.random.default_rng(1)
     level, effect = rng.normal(0, 10, 6), rng.normal(0.5, 0.2, 6)
-    reference, values = dict(enumerate(level)), dict(enumerate(level + effect))
-    expected = scipy.stats.ttest_rel(list(values.values()), list(reference.values())).confidence_interval(0.95)
-    found = interval(paired({**values, 99: 1.0}, reference).values())
-    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
-    assert found.count == 6
-    assert verdict(found) == BETTER
-    unpaired = scipy.stats.ttest_ind(list(values.values()), list(reference.values())).confidence_interval(0.95)
+    paths = []
+    for seed in range(6):
+        for name, preset, reward in (("a", "r3", level[seed]), ("b", "pr2", level[seed] + effect[seed])):
+            paths.append(write(tmp_path / f"{name}{seed}", [{"step": 0, "reward": reward}], preset, seed, 4, 1e-4))
+    paths.append(write(tmp_path / "alone", [{"step": 0, "reward": 99.0}], "pr2", 9, 4, 1e-4))
+    expected = scipy.stats.ttest_rel(level + effect, level).confidence_interval(0.95)
+    comparison = Comparison(paths)
+    found = comparison.numbers.against_baseline(comparison.settings[0], "pr2", FINAL_REWARD)
+    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (found.seeds, found.verdict()) == (6, BETTER)
+    unpaired = scipy.stats.ttest_ind(level + effect, level).confidence_interval(0.95)
     assert unpaired.low < 0 < unpaired.high
 
 
-def test_without_an_interval_there_is_no_verdict() -> None:
-    assert verdict(interval([0.7])) == UNKNOWN
-    assert verdict(interval([math.nan])) == UNKNOWN
-    assert interval([]).count == 0
-    assert verdict(interval([0.2, 0.2, 0.2])) == BETTER
-    assert verdict(interval([-0.2, -0.21]), more_is_better=False) == BETTER
-    assert verdict(interval([0.0, 0.0])) == SAME
-    assert verdict(interval([-0.1, 0.1])) == SAME
+@pytest.mark.parametrize(
+    ("values", "better", "word"),
+    [
+        ([0.7], 1, UNKNOWN),
+        ([math.nan], 1, UNKNOWN),
+        ([], 1, UNKNOWN),
+        ([0.2, 0.2, 0.2], 1, BETTER),
+        ([-0.2, -0.21], -1, BETTER),
+        ([-0.2, -0.21], 1, WORSE),
+        ([0.0, 0.0], 1, SAME),
+        ([-0.1, 0.1], 1, SAME),
+    ],
+)
+def test_an_interval_beside_zero_is_a_verdict(values: list[float], better: int, word: str) -> None:
+    assert interval(pd.Series(values, dtype=float)).verdict(better) == word
 
 
 # ---- sorting -------------------------------------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ def test_names_say_what_differs_and_has_an_effect(tmp_path: Path) -> None:
 def test_the_same_seed_twice_is_no_replicate(tmp_path: Path) -> None:
     (setting,) = load([make(tmp_path / "a", "r3"), make(tmp_path / "b", "r3")])
     assert list(setting.methods) == ["r3 [a]", "r3 [b]"]
-    assert of_method(setting, "r3 [a]", measures.FINAL_REWARD).count == 1
+    assert set(setting.methods["r3 [a]"]) == {0}
 
 
 def test_another_temperature_is_another_setting(tmp_path: Path) -> None:
@@ -190,68 +202,67 @@ def test_values_read_as_they_are_typed() -> None:
 # ---- verdicts ------------------------------------------------------------------------------------------------------------
 
 
-def test_known_effects_get_the_right_verdict(runs: list[Path]) -> None:
-    off4, off8 = load(runs)
-    found = {name: reward_verdict(off4, name) for name in off4.methods if name != "r3"}
-    assert found == {"grpo": WORSE, "pr2 post": BETTER, "pr2 delta": SAME}
-    assert reward_verdict(off8, "pr2 post") == SAME
-    assert lift_verdict(off4, "pr2 post") == BETTER
-    assert lift_verdict(off4, "pr2 delta") == WORSE
-    difference = against_baseline(off4, "pr2 post", measures.FINAL_REWARD)
+@pytest.fixture(scope="module")
+def comparison(runs: list[Path]) -> Comparison:
+    return Comparison(runs, title="Does <it> pay?", facts=[("Machine", "a & b")])
+
+
+def rows_of(table: pd.DataFrame) -> dict[str, list[str]]:
+    return {name: texts for name, *texts in table.itertuples(index=False)}
+
+
+def test_known_effects_get_the_right_verdict(comparison: Comparison) -> None:
+    """Also a hopeless lift shows; without a predictor there is no verdict on lift."""
+    off4, off8 = (rows_of(comparison.tables.verdicts(setting)) for setting in comparison.settings)
+    assert {name: texts[:2] for name, texts in off4.items()} == {
+        "r3": ["baseline", "-"],
+        "grpo": [WORSE, "-"],
+        "pr2 post": [BETTER, "above zero"],
+        "pr2 delta": [SAME, "below zero"],
+    }
+    assert off8["pr2 post"][:2] == [SAME, "above zero"]
+    assert off4["pr2 post"][3] == "+0.200 ± 0.025"
+    difference = comparison.numbers.against_baseline(comparison.settings[0], "pr2 post", FINAL_REWARD)
     assert difference.mean == pytest.approx(0.2)
     assert difference.half == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3))
 
 
-def test_every_comparison_is_counted(runs: list[Path]) -> None:
-    conclusion = conclude(load(runs))
+def test_every_comparison_is_counted(comparison: Comparison) -> None:
+    conclusion = comparison.tables.conclude()
     assert conclusion.headline == "Final reward against r3: 1 better, 2 no different, 1 worse"
     text = " ".join(conclusion.details)
     assert "above zero in 2, not different from zero in 0, below zero in 1 of 3 measurements" in text
     assert "of 4 comparisons about 0.2 would look better or worse by chance alone" in text
 
 
-def test_over_all_settings_a_seed_counts_once(runs: list[Path]) -> None:
-    settings = load(runs)
-    together = over_settings(settings, "pr2 post", measures.FINAL_REWARD, difference=True)
-    assert together.count == 3
-    assert together.mean == pytest.approx(0.1)
-    rows = {row[0].text: [cell.text for cell in row[1:]] for row in overall(settings).rows}
+def test_over_all_settings_a_seed_counts_once(comparison: Comparison, runs: list[Path]) -> None:
+    together = comparison.numbers.over_settings("pr2 post", FINAL_REWARD, difference=True)
+    assert (together.seeds, together.mean) == (3, pytest.approx(0.1))
+    rows = rows_of(comparison.tables.overall())
     assert rows["pr2 post"][:2] == ["1 / 1 / 0", "2 / 0 / 0"]
-    assert rows["grpo"][1:2] == ["-"]
-    assert rows["r3"][0] == "-"
-
-
-def test_over_all_settings_a_seed_that_one_lacks_is_left_out(runs: list[Path]) -> None:
-    settings = load([path for path in runs if path.name != "post-8-2"])
-    together = over_settings(settings, "pr2 post", measures.FINAL_REWARD, difference=True)
-    assert together.count == 2
-    assert together.mean == pytest.approx(((0.19 - 0.01) / 2 + 0.2 / 2) / 2)
-
-
-def test_a_hopeless_lift_shows_in_the_table(runs: list[Path]) -> None:
-    rows = {row[0].text: row for row in verdicts(load(runs)[0]).rows}
-    assert [(cell.text, cell.kind) for cell in rows["pr2 delta"][1:3]] == [("no different", "same"), ("below zero", "hurt")]
-    assert rows["grpo"][2].text == rows["r3"][2].text == "-"
-    assert "±" in rows["pr2 post"][3].text
+    assert (rows["grpo"][1], rows["r3"][0]) == ("-", "-")
+    # A seed that one setting lacks is left out.
+    fewer = Comparison([path for path in runs if path.name != "post-8-2"])
+    together = fewer.numbers.over_settings("pr2 post", FINAL_REWARD, difference=True)
+    assert (together.seeds, together.mean) == (2, pytest.approx(((0.19 - 0.01) / 2 + 0.2 / 2) / 2))
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
-    settings = load([make(tmp_path / "r3", "r3"), make(tmp_path / "pr2", "pr2", bonus=0.5)])
-    assert reward_verdict(settings[0], "pr2") == UNKNOWN
-    row = verdicts(settings[0]).rows[1]
-    assert row[1].text == "one seed: not known"
-    assert not any("±" in cell.text for cell in row)
-    assert conclude(settings).kind == "early"
-    page = Page(Comparison([tmp_path / "r3", tmp_path / "pr2"]).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
+    comparison = Comparison([make(tmp_path / "r3", "r3"), make(tmp_path / "pr2", "pr2", bonus=0.5)])
+    row = rows_of(comparison.tables.verdicts(comparison.settings[0]))["pr2"]
+    assert row[0] == "one seed: not known"
+    assert not any("±" in text for text in row)
+    assert comparison.tables.conclude().kind == "early"
+    page = Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "One seed and therefore no interval: r3, pr2." in page.text
 
 
 def test_lengths_are_cut_to_what_all_have(tmp_path: Path) -> None:
-    short_run = make(tmp_path / "short", "r3", steps=5)
-    (setting,) = load([short_run, make(tmp_path / "long", "pr2", steps=20)])
-    assert (setting.rollouts, setting.lengths) == (5, (5, 20))
-    assert of_method(setting, "pr2", measures.FINAL_REWARD).mean == pytest.approx(0.3 + 0.01 * 4)
-    page = Page(Comparison([short_run, tmp_path / "long"]).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
+    comparison = Comparison([make(tmp_path / "short", "r3", steps=5), make(tmp_path / "long", "pr2", steps=20)])
+    (setting,) = comparison.settings
+    assert setting.lengths == (5, 20)
+    assert comparison.numbers.of_method(setting, "pr2", FINAL_REWARD).mean == pytest.approx(0.3 + 0.01 * 4)
+    page = Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "5 to 20 rollouts: every number and plot is of the first 5" in page.text
 
 
@@ -262,15 +273,16 @@ def test_missing_values_are_left_out_not_zero(tmp_path: Path) -> None:
         record["mini_steps"][1]["approx_kl"] = None
         del record["logprob_gap"], record["seconds"]
     paths = [write(tmp_path / "holes", records, "pr2", 0, 2, 1e-4), write(tmp_path / "bare", [{"step": 0}], "r3", 0, 2, 1e-4)]
-    (setting,) = load([*paths])
-    assert math.isnan(of_method(setting, "r3", measures.FINAL_REWARD).mean)
-    assert against_baseline(setting, "pr2", measures.FINAL_REWARD).count == 0
-    assert reward_verdict(setting, "pr2") == UNKNOWN
-    (alone,) = load(paths[:1])
-    assert of_method(alone, "pr2", measures.MEAN_REWARD).mean == pytest.approx(records[0]["reward"])
-    assert of_method(alone, "pr2", measures.POLICY_KL).mean == pytest.approx(records[0]["mini_steps"][1]["approx_kl"])
-    source = Comparison(paths).write_page(tmp_path / "page.html").read_text(encoding="utf-8")
+    comparison = Comparison(paths)
+    (setting,) = comparison.settings
+    assert comparison.numbers.of_method(setting, "r3", FINAL_REWARD) == Interval(ANY, ANY, 0)
+    assert comparison.numbers.against_baseline(setting, "pr2", FINAL_REWARD).verdict() == UNKNOWN
+    source = comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", source, re.I)
+    alone = Comparison(paths[:1])
+    means = {key: alone.numbers.of_method(alone.settings[0], "pr2", BY_KEY[key]).mean for key in ("reward_mean", "approx_kl")}
+    assert means["reward_mean"] == pytest.approx(records[0]["reward"])
+    assert means["approx_kl"] == pytest.approx(records[0]["mini_steps"][1]["approx_kl"])
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
@@ -298,9 +310,9 @@ def test_a_run_without_configuration_is_known_by_its_records(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Page:
     target = tmp_path_factory.mktemp("page") / "deep" / "comparison.html"
-    assert Comparison(runs, title="Does <it> pay?", facts=[("Machine", "a & b")]).write_page(target) == target
+    assert comparison.write_page(target) == target
     return Page(target.read_text(encoding="utf-8"))
 
 
@@ -328,7 +340,7 @@ def test_page_has_every_plot_with_a_caption(page: Page) -> None:
 
 
 def test_page_needs_no_network_and_follows_the_reader(page: Page) -> None:
-    assert set(re.findall(r"https?://[^\s\"'<>)]+", page.source)) == {"https://arxiv.org/abs/2606.00395"}
+    assert page.addresses == {"https://arxiv.org/abs/2606.00395"}
     assert not {"script", "link", "iframe", "img"} & page.tags
     assert len(page.ids) == len(set(page.ids))
     used = {link[1:] for link in page.links if link.startswith("#")} | page.references
@@ -352,23 +364,22 @@ def test_hold_back_is_drawn_where_there_is_some(tmp_path: Path) -> None:
     records = run(6, preset="pr2", kappa=2, layers=2)
     for record in records:
         record["hold_back"] = {"beta": [0.25, 0.75], "lift": [0.0, 0.0], "lift_error": [0.0, 0.0]}
-    path = write(tmp_path / "held", records, "pr2", 0, 2, 1e-4)
-    (setting,) = load([path])
-    assert of_method(setting, "pr2", measures.BETA).mean == pytest.approx(0.5)
-    assert "off-2-lr-1e-4-beta" in Page(Comparison([path]).write_page(tmp_path / "page.html").read_text(encoding="utf-8")).plots
+    comparison = Comparison([write(tmp_path / "held", records, "pr2", 0, 2, 1e-4)])
+    assert comparison.numbers.of_method(comparison.settings[0], "pr2", BY_KEY["hold_back_beta"]).mean == pytest.approx(0.5)
+    assert "off-2-lr-1e-4-beta" in Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8")).plots
 
 
-def test_markdown_keeps_what_people_wrote(runs: list[Path], tmp_path: Path) -> None:
+def test_markdown_keeps_what_people_wrote(comparison: Comparison, tmp_path: Path) -> None:
     target = tmp_path / "docs" / "results.md"
     target.parent.mkdir()
     target.write_text(f"# Mine\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
-    assert Comparison(runs, title="Results", facts=[("Machine", "m")]).write_markdown(target) == target
+    assert comparison.write_markdown(target) == target
     text = target.read_text(encoding="utf-8")
     assert text.startswith("# Mine\n\nbefore\n")
     assert text.endswith("after\n")
     assert "\nold\n" not in text
-    assert "| pr2 post | 1 / 1 / 0 | 2 / 0 / 0 |" in text
-    assert "- Machine: m" in text
+    assert "| pr2 post | 1 / 1 / 0 | 2 / 0 / 0 |" in re.sub(" +", " ", text)
+    assert "- Machine: a & b" in text
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert {f"results/{file.name}" for file in (tmp_path / "docs" / "results").glob("*.svg")} == set(images)
     names = ["reward_final-difference", "lift_all", "agreement-mini-steps", "ratio_variance-mini-steps"]
@@ -388,36 +399,27 @@ def test_markdown_keeps_what_people_wrote(runs: list[Path], tmp_path: Path) -> N
         assert "https" not in content
 
 
-def test_markdown_of_others_is_not_overwritten(runs: list[Path], tmp_path: Path) -> None:
+def test_markdown_of_others_is_not_overwritten(comparison: Comparison, tmp_path: Path) -> None:
     target = tmp_path / "results.md"
     target.write_text("precious\n")
     with pytest.raises(DataError, match="has no lines"):
-        Comparison(runs, title="Results").write_markdown(target)
+        comparison.write_markdown(target)
     assert target.read_text() == "precious\n"
 
 
-def test_csv_holds_the_numbers_of_the_page(runs: list[Path], tmp_path: Path) -> None:
-    comparison = Comparison(runs)
+def test_csv_holds_the_numbers_of_the_page(comparison: Comparison, tmp_path: Path) -> None:
     comparison.write_cells(tmp_path / "cells.csv")
     comparison.write_summary(tmp_path / "summary.csv")
-    with open(tmp_path / "cells.csv", newline="") as file:
-        cells = list(csv.DictReader(file))
+    cells = pd.read_csv(tmp_path / "cells.csv")
     off4 = comparison.settings[0]
-    agreement = {
-        int(row["mini_step"]): float(row["value"])
-        for row in cells
-        if row["run"] == "post-1" and row["measure"] == "agreement" and row["mini_step"]
-    }
-    expected = off4.data["pr2 post", 1].mini_step_means("agreement")
-    assert [agreement[i + 1] for i in range(4)] == pytest.approx(expected.tolist())
-    second = [row for row in cells if row["run"] == "post-1" and row["mini_step"] == "2"]
-    changed = [float(row["value"]) for row in second if row["measure"].startswith("changed_")]
-    assert sum(changed) == pytest.approx(1.0)
-    with open(tmp_path / "summary.csv", newline="") as file:
-        summary = {(r["mini_steps"], r["method"], r["measure"]): r for r in csv.DictReader(file)}
-    row = summary["4", "pr2 post", "reward_final"]
-    found = against_baseline(off4, "pr2 post", measures.FINAL_REWARD)
-    assert float(row["difference_low"]) == pytest.approx(found.low)
-    assert row["verdict"] == BETTER
-    assert summary["4", "r3", "reward_final"]["difference"] == ""
-    assert ("4", "grpo", "agreement") not in summary
+    mine = cells[(cells["run"] == "post-1") & cells["mini_step"].notna()].set_index(["measure", "mini_step"])["value"]
+    expected = [np.mean([r["mini_steps"][i]["agreement"] for r in off4.methods["pr2 post"][1].records]) for i in range(4)]
+    assert mine["agreement"].tolist() == pytest.approx(expected)
+    assert sum(mine[f"changed_{c}", 2] for c in range(4)) == pytest.approx(1.0)
+    summary = pd.read_csv(tmp_path / "summary.csv").set_index(["mini_steps", "method", "measure"])
+    row = summary.loc[(4, "pr2 post", "reward_final")]
+    found = comparison.numbers.against_baseline(off4, "pr2 post", FINAL_REWARD)
+    assert row["difference_low"] == pytest.approx(found.mean - found.half)
+    assert (row["common_seeds"], row["verdict"]) == (3, BETTER)
+    assert summary.loc[(4, "r3", "reward_final")][["common_seeds", "difference", "verdict"]].isna().all()
+    assert (4, "grpo", "agreement") not in summary.index

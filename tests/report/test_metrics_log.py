@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_pr2.errors import DataError
-from megatron_pr2.report.metrics_log import MetricsLog, first_and_last_fifth, read_records, scalars
+from megatron_pr2.report import metrics_log
+from megatron_pr2.report.metrics_log import MetricsLog, first_and_last_fifth, flat, listed, read_records, scalars
 from tests.report.synthetic import run
 
 
@@ -122,23 +124,17 @@ def test_a_new_run_refuses_a_used_directory(tmp_path):
         assert steps(tmp_path) == []
 
 
-def test_a_partial_write_leaves_no_torn_line(tmp_path):
-    class FullDisk:
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, line):
-            return self.file.write(line[:10])
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+def test_a_partial_write_leaves_no_torn_line(tmp_path, monkeypatch):
+    def full_disk(*arguments, **options):
+        file = open(*arguments, **options)  # noqa: SIM115
+        return mock.MagicMock(wraps=file, __enter__=lambda self: self, write=lambda line: file.write(line[:10]))
 
     with MetricsLog(tmp_path) as log:
         log.append({"step": 0})
-        file, log._file = log._file, FullDisk(log._file)
+        monkeypatch.setattr(metrics_log, "open", full_disk, raising=False)
         with pytest.raises(OSError, match="step 1 was written only in part"):
             log.append({"step": 1, "reward": 0.5})
-        log._file = file
+        monkeypatch.undo()
         log.append({"step": 1, "reward": 0.25})
     assert read_records(tmp_path) == [{"step": 0}, {"step": 1, "reward": 0.25}]
 
@@ -183,6 +179,13 @@ def test_tensorboard_hides_repeated_steps_after_a_resume(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(0, 0.25), (1, 0.25), (2, 0.25), (3, 0.75)]
+
+
+def test_numbers_of_a_record():
+    record = {"a": 1, "b": {"c": 2.5, "d": None, "e": "x", "f": True}, "list": [0.5, None, {"g": 2}], "h": math.nan}
+    numbers = flat(record)
+    assert numbers == {"a": 1, "b.c": 2.5, "list.1": 0.5, "list.3.g": 2}
+    assert listed(numbers, "list") == [0.5]
 
 
 def test_live_routes_have_no_route_scalars():

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import route_statistics
-from megatron_pr2.report.route_statistics import compare, describe, position_edges, shared_experts
+from megatron_pr2.report.route_statistics import CHANGED, compare, describe, position_edges, shared_experts
 from megatron_pr2.routes.files import RouteFile, save_routes
 from megatron_pr2.routes.table import RouteTable
 from tests.report.synthetic import route_tables
@@ -38,17 +38,16 @@ def pair(tmp_path):
 
 def test_numbers_of_one_file():
     numbers = describe({0: table([[0, 1], [1, 0], [1, 2], None]), 5: table([None, [0, 1], None, [0, 1]])})
-    assert (numbers.sequences, numbers.tokens, numbers.missing, numbers.missing_last, numbers.routed) == (2, 8, 3, 1, 5)
-    assert numbers.load_LE.tolist() == [[4, 5, 1, 0]]
-    np.testing.assert_allclose(numbers.share_LE(), [[1.6, 2.0, 0.4, 0]])
-    np.testing.assert_allclose(numbers.imbalance_L(), [2.0])
-    np.testing.assert_allclose(numbers.unused_L(), [0.25])
+    assert (numbers.sequences, numbers.tokens, numbers.missing, numbers.missing_last) == (2, 8, 3, 1)
+    np.testing.assert_allclose(numbers.load, [[1.6, 2.0, 0.4, 0]])
+    layer = numbers.layers.loc[1]
+    assert (layer["busiest"], layer["unused"]) == (pytest.approx(2.0), 0.25)
     p = np.array([0.4, 0.5, 0.1])
-    np.testing.assert_allclose(numbers.entropy_L(), [-(p * np.log(p)).sum() / np.log(4)])
+    assert layer["entropy"] == pytest.approx(-(p * np.log(p)).sum() / np.log(4))
     # Neighbours with routes: rows 0-1 (the same set in another order) and 1-2 of the first sequence.
     assert numbers.neighbours == 2
-    np.testing.assert_allclose(numbers.stickiness_L(), [3 / 4])
-    np.testing.assert_allclose(numbers.chance_L(), [(0.8**2 + 1.0**2 + 0.2**2) / 2])
+    assert layer["stickiness"] == 3 / 4
+    assert layer["chance"] == pytest.approx((0.8**2 + 1.0**2 + 0.2**2) / 2)
 
 
 def test_stickiness_of_unrelated_neighbours_is_chance():
@@ -56,34 +55,31 @@ def test_stickiness_of_unrelated_neighbours_is_chance():
     logits = rng.normal(0, 1, (20000, 2, 8)) + np.array([0, 0, 0, 0, 0, 1, 1, 2])
     ids = logits.argsort(-1)[..., :3]
     numbers = describe({0: RouteTable.from_ids(ids, 8)})
-    np.testing.assert_allclose(numbers.stickiness_L(), numbers.chance_L(), rtol=0.01)
+    np.testing.assert_allclose(numbers.layers["stickiness"], numbers.layers["chance"], rtol=0.01)
     repeated = describe({0: RouteTable.from_ids(ids[:1].repeat(9, 0), 8)})
-    assert (repeated.stickiness_L() == 1).all()
+    assert (repeated.layers["stickiness"] == 1).all()
 
 
 def test_the_extremes_of_balance():
-    even = describe({0: table([[0, 1], [2, 3]])})
-    assert (even.imbalance_L()[0], even.entropy_L()[0], even.unused_L()[0]) == (1.0, pytest.approx(1.0), 0.0)
-    one = describe({0: table([[2], [2], [2]])})
-    assert (one.imbalance_L()[0], one.entropy_L()[0], one.unused_L()[0]) == (4.0, 0.0, 0.75)
-    single = describe({0: table([[0], [0]], experts=1)})
-    assert (single.imbalance_L()[0], single.entropy_L()[0]) == (1.0, 0.0)
+    for rows, experts, expected in (
+        ([[0, 1], [2, 3]], 4, [1.0, 1.0, 0.0]),
+        ([[2], [2], [2]], 4, [4.0, 0.0, 0.75]),
+        ([[0], [0]], 1, [1.0, 0.0, 0.0]),
+    ):
+        found = describe({0: table(rows, experts)}).layers
+        np.testing.assert_allclose(found.loc[1, ["busiest", "entropy", "unused"]], expected)
 
 
 def test_without_a_route_there_are_no_numbers():
     numbers = describe({0: RouteTable.missing(3, 2, 1, 4), 1: RouteTable.missing(0, 2, 1, 4)})
     assert (numbers.tokens, numbers.missing, numbers.missing_last, numbers.neighbours) == (3, 3, 1, 0)
-    for values in (numbers.imbalance_L(), numbers.entropy_L(), numbers.unused_L(), numbers.stickiness_L(), numbers.chance_L()):
-        assert np.isnan(values).all()
-        assert values.shape == (2,)
+    assert numbers.layers.shape == (2, 5)
+    assert numbers.layers.isna().all(axis=None)
     with pytest.raises(DataError, match="no route tables"):
         describe({})
 
 
-@pytest.mark.parametrize("piece", [1, 40, 1 << 20])
-def test_pieces_make_no_difference(pair, monkeypatch, piece):
-    """Against loops over tokens; also where a piece ends between two neighbours."""
-    monkeypatch.setattr(route_statistics, "_PIECE_IDS", piece)
+def test_numbers_are_those_of_loops(pair):
     first, second = route_tables(3, sequences=3, layers=2), route_tables(3, sequences=3, layers=2, drift=0.5)
     first[1].valid[7] = False
     numbers = describe(first)
@@ -101,12 +97,13 @@ def test_pieces_make_no_difference(pair, monkeypatch, piece):
             touched += min(both) < 4
             for layer in range(2):
                 changed[layer, min(3, 4 - both[layer])] += 1
-    np.testing.assert_array_equal(numbers.load_LE, load)
-    np.testing.assert_array_equal(numbers.repeated_L, repeated)
+    routed = numbers.tokens - numbers.missing
+    np.testing.assert_allclose(numbers.load, load * 32 / (4 * routed))
+    np.testing.assert_allclose(numbers.layers["stickiness"], repeated / (4 * numbers.neighbours))
     difference = compare(*pair(first, second))
-    np.testing.assert_array_equal(difference.kept_L, kept)
-    np.testing.assert_array_equal(difference.changed_L4, changed)
-    assert (difference.touched, difference.tokens) == (touched, numbers.routed)
+    assert (difference.touched, difference.tokens) == (touched, routed)
+    np.testing.assert_allclose(difference.layers["agreement"], kept / (4 * routed))
+    np.testing.assert_allclose(difference.layers[list(CHANGED)], changed / routed)
     assert 0 < touched < difference.tokens
 
 
@@ -116,18 +113,15 @@ def test_difference_of_two_files(pair):
     difference = compare(*pair(first, second))
     assert (difference.sequences, difference.only_first, difference.only_second) == (2, 1, 0)
     assert (difference.tokens, difference.skipped, difference.touched) == (3, 2, 2)
-    assert difference.changed_L4.tolist() == [[1, 1, 1, 0]]
-    np.testing.assert_allclose(difference.changed(), [1 / 3, 1 / 3, 1 / 3, 0])
-    np.testing.assert_allclose(difference.agreement_L(), [0.5])
-    assert difference.edges.tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_allclose(difference.agreement_LP(), [[1.0, 0.5, 0.0, np.nan]])
+    np.testing.assert_allclose(difference.layers, [[0.5, 1 / 3, 1 / 3, 1 / 3, 0]])
+    assert [*difference.positions.index, difference.end] == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(difference.positions[1], [1.0, 0.5, 0.0, np.nan])
 
 
 def test_nothing_in_common(pair):
     difference = compare(*pair({0: table([[0, 1], None])}, {0: table([None, [0, 1]])}))
     assert (difference.tokens, difference.skipped) == (0, 2)
-    assert np.isnan(difference.changed()).all()
-    assert np.isnan(difference.agreement_L()).all()
+    assert difference.layers.isna().all(axis=None)
     empty = RouteTable.missing(0, 1, 2, 4)
     assert compare(*pair({0: empty}, {0: empty})).tokens == 0
 

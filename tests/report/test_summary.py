@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from megatron_pr2.report import formats
 from megatron_pr2.report.records import RunData
-from megatron_pr2.report.summary import PRESET_TEXT, engine_rounding, held_back, judge, layer_lift, standard_error, what_ran
+from megatron_pr2.report.summary import PRESET_TEXT, engine_rounding, held_back, layer_lift, standard_error, what_ran
+from megatron_pr2.report.summary import judge as judge_data
 from tests.report.synthetic import run
+
+
+def judge(records):
+    return judge_data(RunData(records))
 
 
 def records_with(lifts, frozen=0.98, predictor=True):
@@ -48,7 +54,6 @@ def test_verdict_numbers():
     assert verdict.removed == pytest.approx(0.2)
     assert "removed 20.0 % of the route mismatches" in verdict.detail
     assert "lift +0.400 pp, 95 % interval +0.377 pp to +0.423 pp, over all mini-steps of 20 rollouts" in verdict.detail
-    verdict = judge(records_with([-0.002] * 9))
     verdict = judge(records_with([0.0002, -0.0002] * 10))
     assert "that is at most 0.5 % of R3's route mismatches, more or less" in verdict.detail
     verdict = judge(records_with([-0.002] * 9))
@@ -102,8 +107,8 @@ def test_held_back_in_part_is_judged_and_told():
     assert "In the last rollout beta was 0 in 1 of 3 layers (mean beta 0.50)." in verdict.detail
     verdict = judge(with_beta(records, [1.0, 1.0], *[[0.0, 0.0]] * 19))
     assert "In the last rollout beta was 0 in 2 of 2 layers" in verdict.detail
-    assert held_back(records) is None
-    assert held_back(with_beta(records[:1], [])) is None
+    assert held_back(RunData(records)).empty
+    assert held_back(RunData(with_beta(records[:1], []))).empty
     hurt = judge(with_beta(records_with([-0.004] * 9), *[[1.0]] * 9))
     assert "hold_back on" not in hurt.detail
     assert "beta was 0 in 0 of 1 layers" in hurt.detail
@@ -112,22 +117,21 @@ def test_held_back_in_part_is_judged_and_told():
 def test_an_engines_rounding_is_not_blamed_on_prediction():
     records = [r | {"handshake": {"route_agreement": 0.97}} for r in records_with([-0.02 + n for n in NOISE])]
     verdict = judge(records)
-    assert (verdict.kind, engine_rounding(records)) == ("same", pytest.approx(0.03))
+    assert (verdict.kind, engine_rounding(RunData(records))) == ("same", pytest.approx(0.03))
     assert "under the same weights 3.00 % of its experts were not the actor's" in verdict.detail
     assert judge([r | {"handshake": {"route_agreement": 1.0}} for r in records]).kind == "hurt"
     assert judge([r | {"lift": -0.05} for r in records]).kind == "hurt"
 
 
 def test_layer_lift_has_an_error_of_each_layers_own():
-    lifts = [[0.01, 0.002 * (-1) ** i, None] for i in range(16)]
+    lifts = [[0.01, 0.002 * (-1) ** i] for i in range(16)]
     records = [{"step": i, "mini_steps": [{"per_layer": {"lift": v}}] * 2} for i, v in enumerate(lifts)]
     means, errors = layer_lift(RunData(records, limit=4))
-    np.testing.assert_allclose(means, [0.01, 0, math.nan], atol=1e-12)
-    assert errors[0] == 0
-    assert errors[1] == pytest.approx(np.std([0.002, -0.002] * 8, ddof=1) / 4)
-    assert math.isnan(errors[2])
+    np.testing.assert_allclose(means, [0.01, 0], atol=1e-12)
+    assert errors[1] == 0
+    assert errors[2] == pytest.approx(np.std([0.002, -0.002] * 8, ddof=1) / 4)
     first_counts = [{"step": 0, "mini_steps": [{"per_layer": {"lift": [v]}} for v in (-0.03, 0.01, 0.02)]}]
-    assert layer_lift(RunData(first_counts))[0] == pytest.approx([0.0])
+    assert layer_lift(RunData(first_counts))[0].tolist() == pytest.approx([0.0])
     assert all(values.size == 0 for values in layer_lift(RunData([{"step": 0}])))
 
 
@@ -149,16 +153,17 @@ def test_synthetic_runs():
 
 def test_standard_error_counts_correlated_rollouts_once():
     rng = np.random.default_rng(0)
-    independent = rng.normal(size=400)
+    independent = pd.Series(rng.normal(size=400))
     assert standard_error(independent) == pytest.approx(independent.std(ddof=1) / 20, rel=0.2)
-    assert standard_error(np.repeat(independent[:100], 4)) > 1.7 * standard_error(independent)
-    assert math.isnan(standard_error(np.array([1.0])))
-    assert standard_error(np.array([1.0, 1.0])) == 0
+    assert standard_error(independent[:100].repeat(4)) > 1.7 * standard_error(independent)
+    assert math.isnan(standard_error(pd.Series([1.0])))
+    assert standard_error(pd.Series([1.0, 1.0])) == 0
 
 
 def test_what_ran():
-    assert what_ran(run(2, preset="r3")) == [("r3", PRESET_TEXT["r3"])]
-    assert [name for name, _ in what_ran([{"preset": "mine"}, {}, {"preset": "mine"}])] == ["mine", "unknown"]
+    assert what_ran(RunData(run(2, preset="r3"))) == [("r3", PRESET_TEXT["r3"])]
+    records = [{"step": 0, "preset": "mine"}, {"step": 1}, {"step": 2, "preset": "mine"}]
+    assert [name for name, _ in what_ran(RunData(records))] == ["mine", "unknown"]
 
 
 def test_formats():
@@ -173,5 +178,5 @@ def test_formats():
     assert [formats.percent(v) for v in (0.98765, math.inf)] == ["98.77 %", "-"]
     assert [formats.size(v) for v in (12, 2048, 3 << 20, 5 << 40)] == ["12 B", "2.0 KiB", "3.0 MiB", "5.0 TiB"]
     assert [formats.duration(v) for v in (4.2, 185, 7620)] == ["4.2 s", "3 min 05 s", "2 h 07 min"]
-    assert formats.count(1234567) == "1 234 567"
+    assert [formats.count(1234567), formats.count(1, "run"), formats.count(2, "run")] == ["1 234 567", "1 run", "2 runs"]
     assert [formats.scientific(v) for v in (0.0, 1.24e-4)] == ["0", "1.2e-04"]

@@ -5,6 +5,7 @@ What `preset` and `pr2.*` say is the method; every other setting that decides re
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import DataError
-from megatron_pr2.report.metrics_log import FILE_NAME, read_records
-from megatron_pr2.report.records import Record, RunData, mini_steps_of, number
+from megatron_pr2.report.metrics_log import FILE_NAME, Record, read_records
+from megatron_pr2.report.records import RunData
 
 BASELINE = "r3"
 
@@ -31,7 +33,6 @@ _OF_PREDICTOR = {"learned": ("target", "alpha", "betas", "eps"), "momentum": ("m
 _OF_HOLD_BACK = ("held_out_share", "hold_back_decay", "hold_back_confidence")
 _MINI_STEPS, _LR = "algorithm.mini_steps", "optimizer.lr"
 _GROUP = "group"
-_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -62,45 +63,34 @@ class Setting:
 
     Attributes:
         label: "off-4, lr 1e-4" and what else differs from other settings.
-        slug: the label for file names and anchors.
         methods: name -> seed -> run, in the order in which methods were given.
+        slug: the label for file names and anchors.
         baseline: the method that the others are compared with: replay without prediction, or else the first.
         lengths: (shortest, longest) run.
         data: (method, seed) -> the rollouts that every run here has; all numbers are of these.
-        read: (method, seed, measure) -> numbers that were asked for before.
     """
 
     label: str
-    slug: str
     mini_steps: int
     lr: float
     methods: dict[str, dict[int, Run]]
-    read: dict[tuple[str, int, str], float] = field(default_factory=dict)
+    slug: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.slug = re.sub(r"[^\w.]+", "-", self.label)
         lengths = [len(run.records) for _, _, run in self.runs()]
         self.lengths = min(lengths), max(lengths)
-        self.data = self.curves(points=self.rollouts)
+        self.data = {(name, seed): RunData(run.records[: self.lengths[0]], limit=200) for name, seed, run in self.runs()}
         r3 = (name for name, seeds in self.methods.items() if all(run.method["preset"] == BASELINE for run in seeds.values()))
         self.baseline = next(r3, next(iter(self.methods)))
 
-    @property
-    def rollouts(self) -> int:
-        return self.lengths[0]
-
-    def curves(self, points: int = _CURVE_POINTS) -> dict[tuple[str, int], RunData]:
-        """(method, seed) -> the rollouts, thinned for plots."""
-        return {(name, seed): RunData(run.records[: self.rollouts], limit=points) for name, seed, run in self.runs()}
-
     def runs(self) -> Iterator[tuple[str, int, Run]]:
         """(method, seed, run) of all."""
-        for name, replicates in self.methods.items():
-            for seed, run in replicates.items():
-                yield name, seed, run
+        return ((name, seed, run) for name, replicates in self.methods.items() for seed, run in replicates.items())
 
-    @property
-    def kappa(self) -> int:
-        return max(data.kappa for data in self.data.values())
+    def predicts(self, method: str) -> bool:
+        """Whether the method has a predictor: without one a lift is no verdict on anything."""
+        return any(run.method.get("predictor", "none") != "none" for run in self.methods[method].values())
 
 
 def load(paths: Iterable[str | Path], groups: Mapping[Path, tuple[str, str]] | None = None) -> list[Setting]:
@@ -119,29 +109,22 @@ def load(paths: Iterable[str | Path], groups: Mapping[Path, tuple[str, str]] | N
     if not runs:
         raise DataError("no run to compare; expected at least one run directory")
     methods = _method_names(runs)
-    settings: dict[tuple[tuple[str, str], ...], list[int]] = {}
-    for index, run in enumerate(runs):
-        key = tuple((key, short(value)) for key, value in sorted(run.config.items()) if not key.startswith(_INCIDENTAL))
-        settings.setdefault(key, []).append(index)
-    differing = {key for key, count in Counter(pair for pairs in settings for pair in pairs).items() if count < len(settings)}
-    order = list(dict.fromkeys(methods))
+    decisive = [{key: short(value) for key, value in run.config.items() if not key.startswith(_INCIDENTAL)} for run in runs]
+    table = pd.DataFrame(decisive, dtype=object).fillna("").sort_index(axis=1)
+    differing = [key for key in table if table[key].nunique() > 1 and key not in (_MINI_STEPS, _LR)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(methods))}
     out = []
-    for pairs, members in settings.items():
-        ordered = sorted(members, key=lambda i: (order.index(methods[i]), runs[i].seed))
-        chosen = _replicates([(methods[i], runs[i]) for i in ordered])
-        config = runs[members[0]].config
+    for _, members in table.groupby(list(table), sort=False):
+        ordered = sorted(members.index, key=lambda i: (order[methods[i]], runs[i].seed))
+        config = runs[ordered[0]].config
+        values = members.iloc[0]
+        others = [values[key] if key == _GROUP else f"{key.rsplit('.', 1)[-1]} {values[key]}" for key in differing if values[key]]
         mini_steps, lr = int(config[_MINI_STEPS]), float(config[_LR])
-        others = [
-            value if key == _GROUP else f"{key.rsplit('.', 1)[-1]} {value}"
-            for key, value in pairs
-            if (key, value) in differing and key not in (_MINI_STEPS, _LR)
-        ]
         label = ", ".join([f"off-{mini_steps}", f"lr {short(lr)}", *others])
-        slug = re.sub(r"[^\w.]+", "-", label)
-        out.append(Setting(label, slug, mini_steps, lr, chosen))
+        out.append(Setting(label, mini_steps, lr, _replicates([(methods[i], runs[i]) for i in ordered])))
     out.sort(key=lambda s: (s.mini_steps, s.lr, s.label))
-    for number_of, setting in enumerate(out, start=1):  # slugs are anchors and file names: never twice the same
-        setting.slug += f"-{number_of}" if sum(other.slug == setting.slug for other in out) > 1 else ""
+    for place, setting in enumerate(out, start=1):  # slugs are anchors and file names: never twice the same
+        setting.slug += f"-{place}" if sum(other.slug == setting.slug for other in out) > 1 else ""
     return out
 
 
@@ -175,8 +158,8 @@ def _read(path: Path, given: str | None, group: str) -> Run:
     config: dict[str, Any] = {
         "preset": str(first.get("preset", "unknown")),
         "seed": int(first.get("seed") or 0),
-        _MINI_STEPS: len(mini_steps_of(first)),
-        _LR: number(first, "lr"),
+        _MINI_STEPS: len(first.get("mini_steps") or []),
+        _LR: first.get("lr") or math.nan,
     }
     file = path / "config.yaml"
     if file.exists():
