@@ -66,8 +66,12 @@ class PR2(Parts):
 
     @property
     def engine_agreement(self) -> float | None:
-        """Share of the engine's experts that the current router chose as well in the last old-log-prob pass."""
-        return self.measurement.engine_agreement
+        """Share of the engine's experts that the current router chose as well in the last old-log-prob pass.
+
+        Under the prediction that the engine had; over some rows of every sequence, all layers and all ranks.
+        """
+        found = self.measurement.engine_agreement
+        return None if found is None else found.overall
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
@@ -91,7 +95,7 @@ class PR2(Parts):
         self.token_check.begin(batch.tokens, sequences)
         self.routes.begin(batch.tokens, batch.tables, batch.valid)
         self.horizon.end_batch()
-        self.measurement.begin(self.sequences, batch.tokens, batch.sampled, self.horizon.known_horizon(self.sequences))
+        self.measurement.begin(self.sequences, batch.tokens, batch.valid, batch.sampled, self.horizon.known_horizon(self.sequences))
         report = RolloutReport(batch.total, batch.missing, self.routes.table_bytes)
         self._mini_steps.begin_batch(report)
         return report
@@ -113,8 +117,8 @@ class PR2(Parts):
         replica pass the same ones in the same order.
 
         Raises:
-            ReplayError: a micro-batch was not run exactly once, or the router agrees with fewer of the engine's experts than
-                `min_agreement`: routes and tokens are not aligned.
+            ReplayError: a micro-batch was not run exactly once, or the routers agree with too few of the engine's experts in a
+                layer, in a sequence or on the whole (`min_agreement`).
         """
         self._passes.require_closed("old_logprobs")
         self._mini_steps.end_open("old_logprobs")
@@ -233,6 +237,7 @@ class PR2(Parts):
                 silently).
         """
         self._mini_steps.end_open("engine_weights")
+        self.measurement.pushed()
         if self.predictor is None:
             return iter(weights)
         own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
@@ -241,6 +246,7 @@ class PR2(Parts):
     def merged_gates(self) -> AbstractContextManager[None]:
         """The model itself with W + W_p in its gates, for an embedded rollout; the gates come back bit-identical."""
         self._mini_steps.end_open("merged_gates")
+        self.measurement.pushed()
         return merged_in_place(self.sites, self.measurement.prediction)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:

@@ -83,8 +83,11 @@ class PR2Config:
             with `feature_device=cpu` 256 MiB of transfers.
         feature_device: where features are kept: `device`, where they were computed, or `cpu`, in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
-        min_agreement: smallest share of an engine's routes that the actor's own router must agree with in the old-log-prob pass, on
-            the sampled tokens; fewer mean that routes lie on other tokens' rows, and the step fails. 0 disables the check.
+        min_agreement: smallest share of an engine's routes that the actor's own routers must agree with in the old-log-prob pass,
+            in every MoE layer, in every sequence and on the whole. Fewer mean that routes were not taken, lie on other tokens' rows
+            or are of other weights, and the pass fails. Some rows of each sequence are compared; few rows get an allowance.
+            `null` takes what working engines of the same weights reach by dtype, top-k and number of experts, and half-way to
+            chance where the weights have changed since the push, or a prediction is in use (docs/sglang.md). 0 disables the check.
         strict: above `max_missing_share`: `true` raises RouteError, `false` warns, and those tokens use the model's own router.
         seed: seeds the choice of sampled tokens. `megatron-pr2 train` uses its own `seed` unless this is set.
     """
@@ -106,13 +109,15 @@ class PR2Config:
     feature_bytes: int = 4 << 30
     feature_device: str = "device"
     max_missing_share: float = 0.02
-    min_agreement: float = 0.5
+    min_agreement: float | None = None
     strict: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), type(f.default))
+            if getattr(self, f.name) is None and f.default is None:
+                continue
+            _check_type(f.name, getattr(self, f.name), float if f.default is None else type(f.default))
             if f.name in CHOICES and getattr(self, f.name) not in CHOICES[f.name]:
                 raise ConfigError(f"pr2.{f.name}={getattr(self, f.name)!r}: expected one of {', '.join(CHOICES[f.name])}")
         if self.predictor != "none" and self.routes == "live":
@@ -121,7 +126,7 @@ class PR2Config:
                 "use routes=engine (or actor), or predictor=none"
             )
         for name, (right, expected) in RANGES.items():
-            if not right(getattr(self, name)):
+            if getattr(self, name) is not None and not right(getattr(self, name)):
                 raise ConfigError(f"pr2.{name}={getattr(self, name)}: expected {expected}")
         if self.hold_back and self.learns and self.held_out_share == 1.0:
             raise ConfigError("pr2.held_out_share=1.0 leaves no sampled token to learn from; lower it, or set pr2.hold_back=false")

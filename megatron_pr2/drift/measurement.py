@@ -28,7 +28,7 @@ from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.hold_back import HoldBack
 from megatron_pr2.prediction.horizon import Horizon
 from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
-from megatron_pr2.replay.alignment import AgreementCheck, require_alignment
+from megatron_pr2.replay.alignment import Agreement, AgreementCheck, compared_rows
 from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.replay.router import select_experts
 from megatron_pr2.replay.sequences import ReplaySequence, held_out_tokens, horizons
@@ -57,7 +57,8 @@ class Measurement:
 
     Attributes:
         features, plan: router inputs and logits of the sampled tokens, and which rank holds which.
-        agreement, engine_agreement: of an engine's routes with the current router's, in this and in the last log-prob pass.
+        agreement, engine_agreement: of an engine's routes with what the current router chooses under the prediction that they were
+            taken with, in this and in the last log-prob pass.
         drift: metrics of the training passes.
         hold_back: chooses the share of W_p that is used, or None.
         held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
@@ -74,11 +75,12 @@ class Measurement:
         replica: Replica,
         token_group: dist.ProcessGroup | None,
         device: torch.device,
+        moe_layers: Sequence[int],
     ) -> None:
-        """Args: `device` is the routers'."""
+        """Args: `device` is the routers'; `moe_layers` are those of the whole model."""
         self._config, self._sites, self._predictor = config, list(sites), predictor
         self._tp_cp, self._token_group, self._device = replica.tp_cp, token_group, device
-        self._topk, self._experts = model_config.moe_router_topk, model_config.num_moe_experts
+        self._experts = model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
         kept_on = device if config.feature_device == "device" else torch.device("cpu")
         self.features = FeatureStore(
@@ -88,8 +90,12 @@ class Measurement:
         # The pipeline stage with most layers decides which sequences are dropped, so that all of them drop the same.
         layers = max(len(member.columns) for member in replica.ranks.members)
         self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
-        self.agreement = AgreementCheck(device)
-        self.engine_agreement: float | None = None
+        self.agreement = AgreementCheck(
+            moe_layers, [site.column for site in sites], model_config, replica.tp_cp.handle, everyone(token_group), device,
+            config.min_agreement,
+        )  # fmt: skip
+        self.engine_agreement: Agreement | None = None
+        self._updates, self._updates_at_push = 0, -1
         self.drift = DriftMetrics(len(sites), device)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
@@ -109,13 +115,22 @@ class Measurement:
         # A mini-step that was never ended by step() belongs to the last batch.
         self.discard()
 
+    def pushed(self) -> None:
+        """The engine gets the present weights."""
+        self._updates_at_push = self._updates
+
     def begin(
-        self, sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], horizon: float | None
+        self,
+        sequences: Sequence[ReplaySequence],
+        tokens: TokenIndex,
+        valid: npt.NDArray[np.bool_],
+        sampled: npt.NDArray[np.bool_],
+        horizon: float | None,
     ) -> None:
         """Forgets the last rollout batch.
 
         Args:
-            sampled: which tokens of the new one are sampled.
+            valid, sampled: which tokens of the new one have a route, and which are sampled.
             horizon: updates that W_p is made for, where every sequence says its mini-step and is predicted for its own number.
         """
         self._forget()
@@ -129,6 +144,10 @@ class Measurement:
         if self.hold_back is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
         self._horizon = horizons(sequences, tokens, horizon) if horizon else None
+        compared, changed = compared_rows(tokens, valid, self._config.seed), self._updates != self._updates_at_push
+        older = [changed or sequence.older for sequence in sequences]
+        predicted = self._predictor is not None and (self.hold_back is None or any(self.hold_back.used["beta"]))
+        self.agreement.begin(tokens, compared, older, predicted=predicted)
         self.plan.begin(tokens, sampled)
 
     def end(self) -> None:
@@ -171,16 +190,18 @@ class Measurement:
                     of_rows = np.where(tokens_T >= 0, self._horizon[tokens_T], np.float32(1.0))
                     self._row_horizons[micro_batch.key] = self._to_device(of_rows[:, None])  # [T, 1]; padding is 1
             self._locate(micro_batches, rows)
+            self.agreement.open(micro_batches, rows)
             yield
             if self._config.routes == "engine":
-                self.engine_agreement = self.agreement.read(everyone(self._token_group))
-                require_alignment(self.engine_agreement, self._config.min_agreement, self._topk, self._experts)
+                self.engine_agreement = self.agreement.read()
+                if self.engine_agreement is not None:
+                    self.engine_agreement.require()
         except BaseException:
             # Room without features would be learned from as zeros by a second attempt.
             self.plan.forget_last()
-            self.agreement.discard()
             raise
         finally:
+            self.agreement.discard()
             self._located, self._row_horizons = {}, {}
         self.features.settle()
 
@@ -210,6 +231,7 @@ class Measurement:
         Args:
             lr: the policy's learning rate.
         """
+        self._updates += 1
         update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
         if self._predictor is not None:
             if self.learning:
@@ -244,14 +266,26 @@ class Measurement:
 
     def keep_features(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         """The observer of the log-prob pass."""
+        self._compare_routes(site, bound, h_TH, p_TE)
         where = self._located[bound.micro_batch.key].where
         if not where.count:
             return
         p_SE = p_TE.index_select(0, where.rows)
         self.features.write(site.local, where, h_TH[:, : self.features.hidden].index_select(0, where.rows), p_SE)
-        if bound.routes_TLK is not None:
-            replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
-            self.agreement.add(select_experts(site.router, p_SE), replayed_SK, p_SE.shape[1])
+
+    def _compare_routes(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+        rows_C = self.agreement.rows(bound.micro_batch.key)
+        if rows_C is None or bound.routes_TLK is None:
+            return
+        p_CE = p_TE.index_select(0, rows_C)
+        beta = 1.0 if self.hold_back is None else self.hold_back.used["beta"][site.local]
+        if self._predictor is not None and beta:
+            # The engine's gate was the merged one.
+            pushed = self._predictor.pushed_LEH
+            weight_EH = self._predictor.weight(site.local) if pushed is None else pushed[site.local]
+            p_CE = (p_CE.float() + beta * shift_logits(h_TH.index_select(0, rows_C), weight_EH)).to(p_CE.dtype)
+        replayed_CK = bound.routes_TLK[:, site.local].index_select(0, rows_C)
+        self.agreement.add(site.local, bound.micro_batch.key, select_experts(site.router, p_CE), replayed_CK)
 
     def compare(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         """The observer of a training pass."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pr2.replay.alignment import Agreement
 from megatron_pr2.replay.scores import divergence_terms
 from megatron_pr2.replay.sequences import RolloutReport
 
@@ -125,12 +126,13 @@ def missing_share(report: RolloutReport) -> dict[str, float]:
     return {"pr2/missing_share": report.missing / report.tokens} if report.tokens else {}
 
 
-def scalars(report: Mapping[str, Any], engine_agreement: float | None) -> dict[str, float]:
+def scalars(report: Mapping[str, Any], engine_agreement: Agreement | None) -> dict[str, float]:
     """What a logger wants: a step's report in a few plain numbers, averaged over MoE layers. What was not measured is absent.
 
     | Key | What it is |
     | --- | --- |
     | `pr2/engine_agreement` | engine's experts that the current router chose as well in the last old-log-prob pass |
+    | `pr2/engine_agreement_min` | the same of the layer where it is lowest |
     | `pr2/agreement`, `pr2/frozen_agreement`, `pr2/lift`, ... | COLUMNS and lift, means over sampled tokens |
     | `pr2/predictor/tokens`, `/grad_norm`, `/weight_norm` | the predictor's last update |
     | `pr2/hold_back/beta`, `/lift`, `/lift_error` | the share of W_p that is used, and the measured gain that decides it |
@@ -142,7 +144,8 @@ def scalars(report: Mapping[str, Any], engine_agreement: float | None) -> dict[s
     drift: Mapping[str, Sequence[float]] = report["drift"]
     held: Mapping[str, Sequence[float]] = report.get("hold_back", {})
     found: dict[str, float | None] = {
-        "pr2/engine_agreement": engine_agreement,
+        "pr2/engine_agreement": None if engine_agreement is None else engine_agreement.overall,
+        "pr2/engine_agreement_min": None if engine_agreement is None else engine_agreement.least_layer,
         "pr2/features_absent": float(report["features_absent"]),
         **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name != "tokens"},
         **{f"pr2/predictor/{name}": value for name, value in report["predictor"].items()},

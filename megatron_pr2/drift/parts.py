@@ -65,7 +65,9 @@ class Parts:
             self.predictor: RoutePredictor | None = make_predictor(config, model, len(self.sites), device)
             self.horizon = Horizon(config, model, self.sites, self.predictor, self.token_group, device)
             self.horizon.optimizer = optimizer
-            self.measurement = Measurement(config, model, self.sites, self.predictor, self.replica, self.token_group, device)
+            self.measurement = Measurement(
+                config, model, self.sites, self.predictor, self.replica, self.token_group, device, self.moe_layers
+            )
             self.features, self.feature_plan = self.measurement.features, self.measurement.plan
             self.routes = RouteStore(
                 self.replica, len(self.moe_layers), model.moe_router_topk, model.num_moe_experts, device,

@@ -31,6 +31,7 @@ class ReplaySequence:
             predicted for that many updates instead of the average; an engine has one gate for all sequences.
         token_ids: [length], prompt and response, to be compared with what the model runs (replay.token_check); None: the ids
             of the first pass are what later ones are compared with.
+        older: whether some of it was sampled under older weights than those of the last push, so that its routes may agree less.
     """
 
     id: int
@@ -41,6 +42,7 @@ class ReplaySequence:
     loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None
     mini_step: int | None = None
     token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
+    older: bool = False
 
 
 @dataclass(frozen=True)

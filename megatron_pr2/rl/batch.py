@@ -68,9 +68,10 @@ class Sample:
             )
         return logprobs
 
-    def replay_sequence(self, mini_step: int | None = None) -> ReplaySequence:
-        """What PR2 has to know of it; `mini_step` is the one that will train on it, from 1."""
+    def replay_sequence(self, mini_step: int | None = None, version: int = 0) -> ReplaySequence:
+        """What PR2 has to know of it; `mini_step` is the one that will train on it, from 1, `version` that of the last push."""
         response = self.response
+        versions = response.weight_versions[response.loss_mask]
         return ReplaySequence(
             self.id,
             self.length,
@@ -79,6 +80,7 @@ class Sample:
             loss_mask=response.loss_mask,
             mini_step=mini_step,
             token_ids=response.token_ids,
+            older=bool((versions < version).any()),
         )
 
 

@@ -67,8 +67,8 @@ def replay_summary(
     num_bytes = {"routes": routes.pop("route_bytes"), "features": routes.pop("feature_bytes")}
     routes["missing_share"] = routes["missing"] / max(1, routes["tokens"])
     # Engine and actor hold the same weights then, up to the prediction.
-    if pr2.engine_agreement is not None:
-        routes["agreement"] = pr2.engine_agreement
+    if (agreement := pr2.measurement.engine_agreement) is not None:
+        routes["agreement"], routes["agreement_min"] = agreement.overall, agreement.least_layer
     routes["features_absent"] = sum(step["features_absent"] for step in mini_steps)
     return {"routes": routes, "bytes": num_bytes}
 

@@ -131,7 +131,7 @@ class Trainer:
         kappa = self._config.algorithm.mini_steps
         size = len(samples) // kappa
         with self._timed("old_logprobs"):
-            sequences = [sample.replay_sequence(i // size + 1) for i, sample in enumerate(samples)]
+            sequences = [sample.replay_sequence(i // size + 1, self._step) for i, sample in enumerate(samples)]
             report = self._actor.pr2.begin_rollout(sequences)
             self._actor.old_logprobs(samples)
         mini_steps = []

@@ -322,7 +322,7 @@ def test_what_a_rollout_batch_costs() -> None:
         gone = meter.live
     features, indices = sampled * FEATURE, sampled * 8
     assert model.pr2.features.peak_bytes == 0
-    assert begun - empty == pytest.approx(tokens * 25, rel=0.05)  # holder, segment and slot per token, its id, five flags
+    assert begun - empty == pytest.approx(tokens * 26, rel=0.05)  # holder, segment and slot per token, its id, six flags
     # Where a micro-batch's rows and features are (two indices) is known during a pass.
     assert features <= kept - begun - rows * ROUTE - indices <= features + 2 * indices
     assert stepped - begun == features + indices + (rows + again) * ROUTE

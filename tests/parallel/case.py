@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_pr2.replay.alignment import Agreement
 from tests.host.training import Weights
 from tests.parallel.batch import ONE, Split
 
@@ -76,6 +77,7 @@ class Result:
         drift: per layer and column, of the whole model.
         update: tokens and norms that the predictor's step reported, of the whole model.
         absent: sampled tokens without features.
+        agreement: of the routes with the routers in the old-log-prob pass; of_sequence is of this replica's.
         counts: (replayed_rows, missing_rows) of the two sessions.
         rows: rows of this rank's routers in the two passes.
         seen: every call of a decoder router.
@@ -91,6 +93,7 @@ class Result:
     drift: dict[int, dict[str, float]]
     update: dict[str, float]
     absent: int
+    agreement: Agreement | None
     counts: list[tuple[int, int]]
     rows: list[int]
     seen: list[Seen]

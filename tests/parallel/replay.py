@@ -129,6 +129,7 @@ class _Run:
             drift=drift,
             update=report["predictor"],
             absent=report["features_absent"],
+            agreement=pr2.measurement.engine_agreement,
             counts=[(session.replayed_rows, session.missing_rows) for session in (first, second)],
             rows=[sum(len(item["rows"]) for item in pass_items) for pass_items in (self.first_items, items)],
             seen=self.seen,
