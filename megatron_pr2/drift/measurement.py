@@ -194,8 +194,7 @@ class Measurement:
             yield
             if self._config.routes == "engine":
                 self.engine_agreement = self.agreement.read()
-                if self.engine_agreement is not None:
-                    self.engine_agreement.require()
+                self.agreement.require()
         except BaseException:
             # Room without features would be learned from as zeros by a second attempt.
             self.plan.forget_last()

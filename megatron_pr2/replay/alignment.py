@@ -41,18 +41,11 @@ class Agreement:
         overall: of all compared rows, over all ranks.
         least_layer: of the layer in which it is lowest.
         of_sequence: of each sequence of this rank's replica that was compared, by id.
-        problem: what agrees too little; None if nothing does.
     """
 
     overall: float
     least_layer: float
     of_sequence: dict[int, float]
-    problem: str | None = None
-
-    def require(self) -> None:
-        """Raises ReplayError if a layer, a sequence or the whole agrees too little; on every rank."""
-        if self.problem is not None:
-            raise ReplayError(self.problem)
 
 
 def compared_rows(tokens: TokenIndex, valid: npt.NDArray[np.bool_], seed: int) -> npt.NDArray[np.bool_]:
@@ -99,6 +92,7 @@ class AgreementCheck:
         self._dtype, self._topk, self._chance = str(half).removeprefix("torch."), topk, topk / experts
         # For sequences under present weights, and for the others.
         rule = least_share(self._dtype, topk, experts), least_share_of_older(topk, experts)
+        self._problem: str | None = None
         self._bounds = rule if least is None else (float(least), float(least))
         self.begin(TokenIndex({}), np.zeros(0, dtype=bool), [])
 
@@ -147,6 +141,7 @@ class AgreementCheck:
 
     def read(self) -> Agreement | None:
         """Judges the pass, with one read, and starts over; None if no row was compared. Collective."""
+        self._problem = None
         slots_B, older_B = self._to_device(self._rows_B * float(self._topk)), self._to_device(self._older_B)
         of_sequence_2B = torch.stack((self._hits_LB.sum(0).double(), slots_B * len(self._columns)))
         # Hits and slots of sequences under present weights, and of the others.
@@ -170,20 +165,24 @@ class AgreementCheck:
         hits_L, slots_L = of_layer_22L.sum(0)
         if not slots_L.sum():
             return None
-        problem = None
         if self._bounds[0]:
             wrong_B, wrong_anywhere = of_sequence_4B[3 if predicted else 2], (wrong_older if predicted else wrong_now) > 0
-            problem = self._problem(of_layer_22L, of_sequence_4B[:2], wrong_B, wrong_anywhere=wrong_anywhere)
+            self._problem = self._what_is_wrong(of_layer_22L, of_sequence_4B[:2], wrong_B, wrong_anywhere=wrong_anywhere)
         shares_L = hits_L[slots_L > 0] / slots_L[slots_L > 0]
         of_sequence = {
             sid: float(hits / slots) for sid, hits, slots in zip(self._tokens.lengths, *of_sequence_4B[:2], strict=True) if slots
         }
-        return Agreement(float(hits_L.sum() / slots_L.sum()), float(shares_L.min()), of_sequence, problem)
+        return Agreement(float(hits_L.sum() / slots_L.sum()), float(shares_L.min()), of_sequence)
+
+    def require(self) -> None:
+        """Raises ReplayError if in the pass that was read a layer, a sequence or the whole agreed too little; on every rank."""
+        if self._problem is not None:
+            raise ReplayError(self._problem)
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def _problem(self, of_layer_22L: Counts, of_sequence_2B: Counts, wrong_B: Counts, *, wrong_anywhere: bool) -> str | None:
+    def _what_is_wrong(self, of_layer_22L: Counts, of_sequence_2B: Counts, wrong_B: Counts, *, wrong_anywhere: bool) -> str | None:
         wrong: dict[str, str] = {}
         for (hits_L, slots_L), least in zip(of_layer_22L, self._bounds, strict=True):
             (layers,) = np.nonzero(hits_L < least_hits(least, slots_L))
