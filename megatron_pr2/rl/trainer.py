@@ -22,6 +22,7 @@ from megatron.core import parallel_state as mpu
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.parallel.consensus import attempt, failures_of_all
 from megatron_pr2.replay.sequences import RolloutReport
+from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
 from megatron_pr2.rl import checkpoint
@@ -35,10 +36,9 @@ from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import logprob_gap, replay_summary, rollout_summary, update_summary
 from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
-from megatron_pr2.rollout.handshake import handshake, require_routes
+from megatron_pr2.rollout.handshake import PROBE_TOKENS, handshake, probe_of, require_routes
 
 logger = logging.getLogger(__name__)
-_PROBE_TOKENS = 48
 T = TypeVar("T")
 
 
@@ -170,9 +170,12 @@ class Trainer:
 
     def _handshake(self) -> None:
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
-        ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)[:_PROBE_TOKENS]
+        ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)
         # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-        report, failure = attempt(lambda: handshake(self._engine, self._reference, ids, self._config.model.dtype))
+        # An engine samples one token after it.
+        longest = getattr(unwrapped(self._actor.model), "max_sequence_length", PROBE_TOKENS + 1) - 1
+        probe, dtype, layers = probe_of(ids, min(PROBE_TOKENS, longest)), self._config.model.dtype, self._actor.pr2.moe_layers
+        report, failure = attempt(lambda: handshake(self._engine, self._reference, probe, dtype, layers))
         if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
             raise RolloutError(failures[min(failures)])
         assert report is not None

@@ -48,6 +48,8 @@ def least_hits(share: Any, slots: Any) -> Any:
 def enough_rows(share: float, topk: int, num_experts: int) -> int:
     """Rows of one layer from which on unrelated routes, with their own deviation, are below the bound."""
     chance = topk / num_experts
+    if chance >= 1.0:
+        return 1
     for rows in range(1, 4096):
         slots = rows * topk
         if chance * slots + _DEVIATIONS * math.sqrt(chance * (1.0 - chance) * slots) < least_hits(share, slots):

@@ -232,8 +232,8 @@ def out_of_range(rows: np.ndarray, call: int) -> np.ndarray:
     [
         (lambda rows, call: rows[:, :3], "= 12 per token, expected 4 x 4"),
         (lambda rows, call: rows[:-1], "expected 4 x 4"),
-        (out_of_range, "1 of 48 tokens have duplicate or out-of-range"),
-        (zero_layer, r"48 of 48 tokens .*layers [2] hold zeros only"),
+        (out_of_range, "1 of 256 tokens have duplicate or out-of-range"),
+        (zero_layer, r"256 of 256 tokens .*layers [2] hold zeros only"),
         (constant, "all tokens have the same routes"),
     ],
 )

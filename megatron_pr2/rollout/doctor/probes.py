@@ -20,15 +20,14 @@ from megatron_pr2.rollout.base import Probe
 from megatron_pr2.rollout.doctor import reference
 from megatron_pr2.rollout.doctor.client import EngineClient
 from megatron_pr2.rollout.doctor.findings import Finding, Status
-from megatron_pr2.rollout.handshake import compare
+from megatron_pr2.rollout.handshake import PROBE_TOKENS, compare
 from megatron_pr2.rollout.sglang.refusals import TESTED
 from megatron_pr2.rollout.sglang.routes import decode_ids, parse_body
 from megatron_pr2.rollout.sglang.wire import parse_score, parse_version
 from megatron_pr2.routes.table import replayable
 
-_PROBE_TOKENS = 48
 # The length of the routes of a probe: prompt + 1 sampled - 1.
-_ROWS = _PROBE_TOKENS
+_ROWS = PROBE_TOKENS
 _SHORT_TOKENS, _SHORT_REPEATS, _LONG_TOKENS = 8, 5, 256
 # A batch-dependent kernel moves near ties; whatever moves more is no rounding.
 _LEAST_REPEATED = 0.9
@@ -54,7 +53,7 @@ class Probes:
         self.label: Any = None
         # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones.
         vocabulary = shape.vocab_size if shape is not None else 100
-        self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(_PROBE_TOKENS)]
+        self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(PROBE_TOKENS)]
 
     def _ask(self, *, through_rid: bool, score: bool = False) -> tuple[Any, Mapping[str, Any]]:
         """The parsed response to the probe, and its meta_info; raises RolloutError."""
@@ -162,11 +161,13 @@ class Probes:
             expected = reference.score(model, self._ids, self._shape, dtype)
             if parse_version(self.label) > 0:
                 fix = f"weights of version {self.label} were pushed: compare with a checkpoint of them"
-            report = compare(Probe("the engine", logprobs, routes), expected, "float32" if dtype is torch.float32 else "bfloat16")
+            name = "float32" if dtype is torch.float32 else "bfloat16"
+            report = compare(Probe("the engine", logprobs, routes), expected, name, self._shape.moe_layers)
         except (RouteError, ConfigError, RolloutError) as error:
             return Finding("handshake", Status.FAIL, str(error), fix)
-        agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, log-probs to {report.logprob_mean:.1e}"
-        return Finding("handshake", Status.OK, agreement)
+        layers = f"at least {report.least_layer_agreement:.2%} in every layer"
+        agreement = f"{report.route_agreement:.2%} of the routes as {expected.name}, {layers}"
+        return Finding("handshake", Status.OK, f"{agreement}, log-probs to {report.logprob_mean:.1e}")
 
     def latency(self) -> Finding:
         """Median time of short responses, and tokens per second of a long one; one request at a time."""
