@@ -206,13 +206,13 @@ class SGLangEngine:
         if not self._generating.acquire(blocking=False):
             raise RolloutError("generate() is running already in another thread; one engine serves one call at a time")
         try:
-            if not fleet.halted and not fleet.live():
+            if fleet.open.is_set() and not fleet.live():
                 raise RolloutError(fleet.nothing_left())
             began, before = time.monotonic(), self._totals(fleet)
-            fleet.forget_groups()
+            fleet.of_group.clear()
             sampling = self._bounded(sampling, requests)
             episodes = [self._episode(request, sampling, return_routes) for request in requests]
-            call = RolloutCall(fleet, self.config, episodes, sampling, self.spill, enough=enough, on_progress=self.on_progress)
+            call = RolloutCall(fleet, self.config, episodes, sampling, self.spill, enough, self.on_progress)
             finished: list[int] = []
             try:
                 self._servers.run(call.run())

@@ -38,6 +38,8 @@ class Fleet:
         front: client of the router, None where attempts go to the replicas directly.
         lost: replicas that died while sampling and have not been started again, by index, and why.
         halts: how often everything in flight was told to stop.
+        open: whether attempts may be sent; not while weights are replaced.
+        of_group: the replica that holds the prefix of a group of this call, by index.
     """
 
     def __init__(self, config: SGLangConfig, shape: ModelShape, replicas: list[SGLangReplica]) -> None:
@@ -47,12 +49,12 @@ class Fleet:
         self.halts = 0
         self._config, self._shape = config, shape
         self._budget = ByteBudget(config.answer_bytes)
-        self._open = asyncio.Event()
-        self._open.set()
+        self.open = asyncio.Event()
+        self.open.set()
         self._paused: list[SGLangReplica] = []
         self._in_flight: dict[str, SGLangReplica | None] = {}
         self._left: dict[str, SGLangReplica | None] = {}
-        self._of_group: dict[int, int] = {}
+        self.of_group: dict[int, int] = {}
 
     def live(self) -> list[SGLangReplica]:
         """Replicas that are connected, usable and not lost."""
@@ -61,10 +63,6 @@ class Fleet:
     def reachable(self) -> list[SGLangReplica]:
         """Replicas that are connected and not lost, whatever their weights are."""
         return [r for r in self.replicas if r.connected and r.index not in self.lost]
-
-    async def opened(self) -> None:
-        """Waits while weights are replaced; attempts may be sent then."""
-        await self._open.wait()
 
     async def attempt(self, episode: Episode, sampling: SamplingParams, where: str) -> Sampled:
         """Sends one attempt and returns its checked response.
@@ -114,7 +112,7 @@ class Fleet:
                 limit = wire.max_answer_bytes(num_tokens, self._shape)
                 body = await client.body("POST", "/generate", payload, where=where, max_bytes=limit, reserve=reserve)
                 if self._config.interrupt == "in_place":  # an update of this very moment may yet fail
-                    await self.opened()
+                    await self.open.wait()
                 check_usable()
                 # Weights may be replaced any number of times while attempts are paused in place.
                 labels = [label for r, first in zip(asked, began, strict=True) for label in r.labels[first:]]
@@ -151,15 +149,11 @@ class Fleet:
         group = episode.request.group
         chosen = by_index.get(episode.engine)
         if chosen is None:
-            chosen = by_index.get(self._of_group.get(group), idlest)
+            chosen = by_index.get(self.of_group.get(group), idlest)
             if chosen.load - idlest.load > self._config.max_running_requests // 2:
                 chosen = idlest
-        self._of_group[group] = episode.engine = chosen.index
+        self.of_group[group] = episode.engine = chosen.index
         return chosen
-
-    def forget_groups(self) -> None:
-        """Before a call: group numbers are of one call."""
-        self._of_group.clear()
 
     def nothing_left(self) -> str:
         """Why no replica can be asked."""
@@ -200,7 +194,7 @@ class Fleet:
 
     async def halt(self) -> None:
         """Before weights are replaced: sends nothing more, and stops or pauses what is in flight; raises RolloutError."""
-        self._open.clear()
+        self.open.clear()
         if self._config.interrupt == "abort":
             await self.drain()
         elif self._in_flight:
@@ -212,7 +206,7 @@ class Fleet:
     async def go_on(self) -> None:
         """After an update or its failure: attempts may be sent again, and paused ones go on."""
         paused, self._paused = self._paused, []
-        self._open.set()
+        self.open.set()
         # Those that were given up meanwhile as well: nobody else would tell them to go on.
         reachable = [r for r in paused if r.connected and r.paused]
         replies = await asyncio.gather(*(self._post(r, "/continue_generation", {}) for r in reachable), return_exceptions=True)
@@ -221,11 +215,6 @@ class Fleet:
         for replica, outcome in zip(reachable, replies, strict=True):
             if isinstance(outcome, BaseException) and replica.index not in self.lost:
                 raise outcome
-
-    @property
-    def halted(self) -> bool:
-        """Whether attempts wait for new weights."""
-        return not self._open.is_set()
 
     @property
     def busy(self) -> bool:

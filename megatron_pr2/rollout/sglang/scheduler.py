@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from megatron_pr2.errors import EnvironmentFailed, RolloutError, RouteError
@@ -28,6 +28,7 @@ _RETRIED = (AnswerError, RouteError, TimedOutError, TooLongError, UnavailableErr
 Kept = TypeVar("Kept", RolloutResponse, Sampled)
 
 
+@dataclass
 class RolloutCall:
     """Runs the episodes of one call, one per request.
 
@@ -39,42 +40,37 @@ class RolloutCall:
         tokens: sampled in this call.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        config: SGLangConfig,
-        episodes: Sequence[Episode],
-        sampling: SamplingParams,
-        spill: RouteSpill,
-        *,
-        enough: int | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._fleet, self._config, self._spill = fleet, config, spill
-        self._episodes, self._sampling, self._enough = episodes, sampling, enough
-        self._on_progress = on_progress
-        self.responses: dict[int, RolloutResponse] = {}
-        self.complete: list[int] = []
-        self.counts: Counter[str] = Counter()
-        self.route_bytes = 0
-        self.tokens = 0
+    fleet: Fleet
+    config: SGLangConfig
+    episodes: Sequence[Episode]
+    sampling: SamplingParams
+    spill: RouteSpill
+    enough: int | None
+    on_progress: Callable[[Progress], None] | None
+    responses: dict[int, RolloutResponse] = field(default_factory=dict)
+    complete: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    route_bytes: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
         self._reported = 0.0
         self._stopping = False
         # Slow tools must not delay decoding.
-        self._environments = ThreadPoolExecutor(config.concurrency, thread_name_prefix="environment")
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._left = Counter(episode.request.group for episode in episodes)
+        self._environments = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="environment")
+        self._slots = asyncio.Semaphore(self.config.concurrency)
+        self._left = Counter(episode.request.group for episode in self.episodes)
 
     async def run(self) -> None:
         """Returns when all episodes, or enough groups, are finished and the rest has stopped. Raises as the first that is lost."""
-        tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self._episodes))]
+        tasks = [asyncio.ensure_future(self._in_slot(index)) for index in range(len(self.episodes))]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._fleet.abort_left()
+            await self.fleet.abort_left()
             self._environments.shutdown(wait=False, cancel_futures=True)
             self._report(at_once=True)
 
@@ -82,9 +78,9 @@ class RolloutCall:
         async with self._slots:
             if self._stopping:
                 return
-            request, limit = self._episodes[index].request, self._config.deadline_s
+            request, limit = self.episodes[index].request, self.config.deadline_s
             key = f", key {request.key}" if request.key else ""
-            where = f"request {index} of {len(self._episodes)} (seed {request.seed}{key})"
+            where = f"request {index} of {len(self.episodes)} (seed {request.seed}{key})"
             try:
                 async with asyncio.timeout(limit):
                     await self._sample(index, where)
@@ -93,12 +89,12 @@ class RolloutCall:
 
     async def _sample(self, index: int, where: str) -> None:
         """All attempts and turns of one response, until it is finished or everything stops."""
-        episode = self._episodes[index]
+        episode = self.episodes[index]
         if episode.num_sampled:
             self.counts["resumed"] += 1
         while episode.finished is None:
             while episode.finish_reason is None:
-                await self._fleet.opened()
+                await self.fleet.open.wait()
                 if self._stopping:
                     return
                 await self._try(episode, where)
@@ -111,25 +107,25 @@ class RolloutCall:
         self._left[group] -= 1
         if not self._left[group]:
             self.complete.append(group)
-            if self._enough is not None and len(self.complete) >= self._enough and not self._stopping:
+            if self.enough is not None and len(self.complete) >= self.enough and not self._stopping:
                 self._stopping = True
-                await self._fleet.drain()
+                await self.fleet.drain()
 
     async def _kept(self, item: Kept) -> Kept:
         """The same with its routes within the budget of memory."""
         if item.routes is None:
             return item
-        return replace(item, routes=await asyncio.to_thread(self._spill.keep, item.routes))
+        return replace(item, routes=await asyncio.to_thread(self.spill.keep, item.routes))
 
     async def _try(self, episode: Episode, where: str) -> None:
-        halts = self._fleet.halts
+        halts = self.fleet.halts
         try:
-            sampled = await self._fleet.attempt(episode, self._sampling, where)
+            sampled = await self.fleet.attempt(episode, self.sampling, where)
             if sampled.finish == "abort":
-                if halts == self._fleet.halts and not self._stopping:
+                if halts == self.fleet.halts and not self._stopping:
                     raise AnswerError(f"{where}: the server aborted the request; the response is lost")
                 self.counts["interrupted"] += 1
-            if sampled.invalid_rows and episode.failures < self._config.rerolls:
+            if sampled.invalid_rows and episode.failures < self.config.rerolls:
                 raise RouteError(
                     f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids"
                 )
@@ -140,7 +136,7 @@ class RolloutCall:
             episode.failures += 1
             self.counts["rerolls"] += 1
             self.counts["timeouts"] += isinstance(error, TimedOutError)
-            if episode.failures > self._config.rerolls:
+            if episode.failures > self.config.rerolls:
                 raise
             logger.info("attempt %d: %s", episode.failures, error)
         except EngineDiedError:
@@ -148,7 +144,7 @@ class RolloutCall:
                 return
             self.counts["rerolls"] += 1
             # Another replica goes on from what is known; while weights are replaced none is live, but some will be.
-            if self._fleet.front is not None or not (self._fleet.live() or self._fleet.halted):
+            if self.fleet.front is not None or not (self.fleet.live() or not self.fleet.open.is_set()):
                 raise
         else:
             self.route_bytes += sampled.route_bytes
@@ -174,8 +170,8 @@ class RolloutCall:
 
     def _report(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if self._on_progress is None or (now - self._reported < _REPORT_EVERY_S and not at_once):
+        if self.on_progress is None or (now - self._reported < _REPORT_EVERY_S and not at_once):
             return
         self._reported = now
-        self._on_progress(Progress(len(self.responses), len(self._episodes), self.tokens))
+        self.on_progress(Progress(len(self.responses), len(self.episodes), self.tokens))
 
