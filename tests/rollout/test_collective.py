@@ -166,33 +166,25 @@ def failing_job(method: str, error: Exception | None) -> tuple[str, list[str], b
     return raised, walked, len(engine.generate(requests[:4], SAMPLING, return_routes=False).responses) == 2
 
 
-@pytest.mark.parametrize("method", ["start", "restart", "update_weights", "generate", "score"])
-def test_a_failure_on_rank_0_is_raised_on_every_rank(method: str) -> None:
+OUT_OF_ORDER = "ValueError: out of order"
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        *((method, None, OUT_OF_ORDER) for method in ("start", "restart", "update_weights", "generate", "score")),
+        ("generate", RolloutError("the server is down"), "the server is down"),
+        # engine_weights() raises after the last weight, on all ranks alike.
+        ("export", None, "KeyError: 'the gates did not come by'"),
+        ("share", None, "5 requests cannot be shared equally by 2 data-parallel ranks"),
+    ],
+)
+def test_a_failure_is_raised_on_every_rank(method: str, error: Exception | None, message: str) -> None:
     """And leaves all of them in step: the next call works."""
-    for raised, walked, works in pool(2).run(failing_job, method, None, timeout=60):
-        assert raised == "ValueError: out of order"
+    for raised, walked, works in pool(2).run(failing_job, method, error, timeout=60):
+        assert raised == message
         assert works
-        if method == "update_weights":
-            assert walked == ["w0", "w1", "w2", "w3"]
-
-
-def test_errors_of_the_package_keep_their_words() -> None:
-    for raised, _, _ in pool(2).run(failing_job, "generate", RolloutError("the server is down"), timeout=60):
-        assert raised == "the server is down"
-
-
-def test_a_failing_export_is_raised_on_every_rank() -> None:
-    """engine_weights() raises after the last weight, on all ranks alike."""
-    for raised, walked, works in pool(2).run(failing_job, "export", None, timeout=60):
-        assert raised == "KeyError: 'the gates did not come by'"
-        assert len(walked) == 4
-        assert works
-
-
-def test_requests_that_cannot_be_shared_are_refused_everywhere() -> None:
-    for raised, _, works in pool(2).run(failing_job, "share", None, timeout=60):
-        assert raised == "5 requests cannot be shared equally by 2 data-parallel ranks"
-        assert works
+        assert walked == (["w0", "w1", "w2", "w3"] if method in ("update_weights", "export") else [])
 
 
 def test_shares_are_contiguous() -> None:

@@ -66,7 +66,7 @@ def set_meta(**fields: Any) -> Callable[[dict[str, Any]], None]:
     return lambda answer: answer["meta_info"].update(fields)
 
 
-def test_honest_answers_are_believed(engine: SGLangEngine, fake: FakeServer) -> None:
+def test_honest_answers_are_accepted(engine: SGLangEngine, fake: FakeServer) -> None:
     batch = engine.generate(REQUESTS, SAMPLING, return_routes=True)
     responses, stats = batch.responses, batch.stats
     assert [r.response_ids for r in responses] == [(7, 8, 9, 10)] * 2
@@ -111,26 +111,6 @@ def test_sampled_ids_outside_the_vocabulary_are_an_error(engine: SGLangEngine, f
     damage(fake, change)
     with pytest.raises(RolloutError, match=r"request 1 .*260.*0\.\.259"):
         engine.generate(REQUESTS, SAMPLING, return_routes=True)
-
-
-def set_row(row: int, values: Any) -> Callable[[dict[str, Any]], None]:
-    def change(rows: np.ndarray) -> None:
-        rows[row, 2] = values
-
-    return with_routes(change)
-
-
-@pytest.mark.parametrize("values", [[1, 2, 3, 16], [1, 2, 3, -1], [1, 2, 3, 3], [0, 0, 0, 0]])
-def test_a_bad_row_becomes_a_missing_row_and_is_counted(engine: SGLangEngine, fake: FakeServer, values: list[int]) -> None:
-    damage(fake, set_row(2, values))
-    batch = engine.generate(REQUESTS, SAMPLING, return_routes=True)
-    responses, stats = batch.responses, batch.stats
-    assert responses[0].routes is not None
-    assert responses[1].routes is not None
-    assert responses[0].routes.num_missing == 1
-    assert responses[1].routes.valid.tolist() == [True, True, False, True, True, True, False]
-    assert not responses[1].routes.experts[2].any()
-    assert stats.extra["invalid_rows"] == 1
 
 
 def test_an_oversized_answer_is_refused_while_it_arrives(engine: SGLangEngine, fake: FakeServer) -> None:

@@ -73,7 +73,7 @@ def check(damaged: Damaged, ask: Ask, shape: ModelShape, answer: dict[str, Any])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"top-{shape.topk} of {shape.num_experts}")
-def test_honest_answers_are_believed(shape: ModelShape) -> None:
+def test_honest_answers_are_accepted(shape: ModelShape) -> None:
     for seed in range(20):
         ask, answer = honest(shape, Random(seed), first_row=seed % 3)
         found = parsed(json.dumps(answer).encode(), ask, shape)

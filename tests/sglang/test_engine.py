@@ -110,61 +110,6 @@ def test_seeded_samples_follow_the_distribution(fresh: SGLangEngine, tiny: TinyM
     assert statistic < degrees + 5 * np.sqrt(2 * degrees)
 
 
-def test_merged_push_changes_routes_of_a_repeated_prompt(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    requests = make_requests(6, seed=3)
-    before = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
-    assert {r.weight_version for r in before} == {1}
-    merged = tiny.merged_gates(seed=7)
-    fresh.update_weights(merged.items(), 5)
-    after = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
-    assert {r.weight_version for r in after} == {5}
-    assert_matches(after, tiny, merged)
-    prompt_rows = [slice(0, len(r.prompt_ids)) for r in requests]
-    changed = [
-        (b.routes.experts[s] != a.routes.experts[s]).any(-1).mean() for a, b, s in zip(after, before, prompt_rows, strict=True)
-    ]
-    assert min(changed) > 0.5  # nothing came from the prefix cache of the old weights
-    fresh.update_weights(tiny.gates().items(), 6)
-    again = fresh.generate(requests, SamplingParams(8), return_routes=True).responses
-    assert [r.response_ids for r in again] == [r.response_ids for r in before]
-
-
-def test_full_push_in_many_buckets(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    """A whole other model, names as save_pretrained writes them, in buckets smaller than its largest tensors."""
-    from safetensors.torch import load_file
-
-    original = load_file(f"{tiny.path}/model.safetensors")
-    generator = torch.Generator().manual_seed(5)
-    scaled = {name: w * (1 + 0.2 * torch.rand(w.shape, generator=generator)) for name, w in original.items()}
-    fresh.update_weights(iter(scaled.items()), 8)
-    responses = fresh.generate(make_requests(4), SamplingParams(8), return_routes=True).responses
-    from transformers import AutoModelForCausalLM
-
-    try:
-        from safetensors.torch import save_file
-
-        other = type(tiny.model)(tiny.model.config).eval()
-        target = f"{tiny.path}/scaled"
-        other.save_pretrained(target)
-        save_file(scaled, f"{target}/model.safetensors", metadata={"format": "pt"})
-        reference = TinyModel(target, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
-        assert_matches(responses, reference)
-    finally:
-        fresh.update_weights(iter(original.items()), 9)
-
-
-def test_score_returns_logprobs_and_routes_of_every_token(fresh: SGLangEngine, tiny: TinyModel) -> None:
-    ids = [random.Random(4).randrange(3, 260) for _ in range(100)]
-    fresh.generate([RolloutRequest(tuple(ids), 0)], SamplingParams(1), return_routes=False)  # warms the prefix cache
-    (probe,) = fresh.score(ids)
-    logprobs, table = probe.logprobs, probe.routes
-    routes, want = tiny.routes_and_logprobs(ids)
-    assert table.num_missing == 0
-    assert (np.sort(table.experts, axis=-1) == routes.numpy()).all()
-    assert logprobs.dtype == np.float32
-    np.testing.assert_allclose(logprobs, want, atol=LOGPROB)
-
-
 def test_empty_push_is_refused_and_blocks_sampling(fresh: SGLangEngine, tiny: TinyModel) -> None:
     with pytest.raises(RolloutError, match="no tensors were given"):
         fresh.update_weights([], 3)

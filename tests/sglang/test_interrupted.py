@@ -114,7 +114,7 @@ def test_an_attempt_that_lives_through_two_pushes_in_place(server: Server) -> No
     engine.close()
 
 
-def test_what_was_paused_in_a_push_that_failed_is_not_believed(server: Server) -> None:
+def test_what_was_paused_in_a_push_that_failed_is_not_used(server: Server) -> None:
     """Its tokens may be from a mixture of weights, under the old label."""
     engine = engine_on(server)
     thread, out = generating(engine)

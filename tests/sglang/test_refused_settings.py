@@ -54,22 +54,14 @@ HARMLESS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("flags", "setting", "reason"), REFUSED)
-def test_refused_before_anything_is_started(flags: tuple[str, ...], setting: str, reason: str) -> None:
+def test_refused_before_anything_is_started_and_on_connecting(flags: tuple[str, ...], setting: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=r"sglang\.extra_flags: ") as refused:
         SGLangServer(SGLangConfig(model_path="m", extra_flags=("--mem-fraction-static", "0.5", *flags)))
-    assert setting in str(refused.value)
-    assert reason in str(refused.value)
-    assert "; use " in str(refused.value)
-
-
-@pytest.mark.parametrize(("flags", "setting", "reason"), REFUSED)
-def test_refused_on_connecting(flags: tuple[str, ...], setting: str, reason: str) -> None:
+    assert all(words in str(refused.value) for words in (setting, reason, "; use "))
     name, _, value = setting.partition("=")
     typed: Any = True if value == "True" else int(value) if value.lstrip("-").isdigit() else value
-    with pytest.raises(RolloutError, match="cannot be used with") as refused:
+    with pytest.raises(RolloutError, match=rf"^SGLang server X cannot be used with .*{reason}"):
         check_server_info(FakeServer().info | {name: typed}, "SGLang server X")
-    assert str(refused.value).startswith("SGLang server X")
-    assert reason in str(refused.value)
 
 
 @pytest.mark.parametrize("settings", HARMLESS)
@@ -136,7 +128,7 @@ try:
     fields = {field.name for field in dataclasses.fields(ServerArgs)}
 except TypeError:
     fields = set(ServerArgs.__annotations__) | set(ServerArgs.__struct_fields__)
-print(sorted({rule.name for rule in sglang_refusals._RULES} - fields))
+print(sorted({rule[0] for rule in sglang_refusals._RULES} - fields))
 print(sorted(set(sglang_refusals.RUNNERS_PAST_CAPTURE) - {backend.value for backend in MoeRunnerBackend}))
 """
     returned, output = preloaded.run(sglang_python, code, os.environ)

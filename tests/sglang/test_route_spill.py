@@ -74,16 +74,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 
 class TestBudget:
-    def test_tables_stay_as_they_are_while_it_lasts(self, directory: Path) -> None:
-        tables = [table_of(seed=i) for i in range(4)]
-        size = held(tables[0])
-        spill = RouteSpill(3 * size, directory)
-        kept = [spill.keep(table) for table in tables]
-        assert [k is t for k, t in zip(kept, tables, strict=True)] == [True, True, True, False]
-        assert (spill.memory_bytes, spill.spilled_bytes) == (3 * size, size)
-        for found, wanted in zip(kept, tables, strict=True):
-            assert_same_table(found, wanted)
-
     def test_tables_that_were_dropped_make_room(self, directory: Path) -> None:
         table = table_of()
         spill = RouteSpill(held(table), directory)
@@ -115,12 +105,6 @@ class TestBudget:
         spilled = spill.keep(table_of(seed=1))
         assert spill.keep(spilled) is spilled
         assert (spill.memory_bytes, spill.spilled_bytes) == (held(table), held(table))
-
-    def test_without_a_budget_all_go_to_files(self, directory: Path) -> None:
-        spill = RouteSpill(0, directory)
-        kept = [spill.keep(table_of(seed=i)) for i in range(5)]
-        assert spill.memory_bytes == 0
-        assert spill.spilled_bytes == sum(map(held, kept))
 
     def test_nonsense_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="does not exist"):

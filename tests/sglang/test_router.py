@@ -133,23 +133,6 @@ def test_it_is_the_request_id_that_brings_them(engines: list[SGLangServer], rout
     assert "routed_experts" not in generate(engines[0].url, request(None))["meta_info"]
 
 
-def test_a_start_beyond_the_prompt_is_refused_by_the_engine(router: SGLangRouter) -> None:
-    answer = post(router.url, "/generate", request(len(PROMPT) + 1))
-    assert answer.status_code == 400
-    assert "routed_experts_start_len" in answer.text
-
-
-def test_prefixes_are_shared_within_an_extra_key_only(router: SGLangRouter) -> None:
-    (prompt,) = random_prompts(1)
-    cached: dict[str, list[int]] = {"a": [], "b": []}
-    for key in ("a", "a", "a", "b", "b", "b"):
-        answer = generate(router.url, request(0, prompt=prompt, new=1, extra_key=key))
-        cached[key].append(answer["meta_info"]["cached_tokens"])
-    for counts in cached.values():
-        assert counts[:2] == [0, 0]  # one per engine
-        assert counts[2] > 0
-
-
 def test_groups_stay_together_and_spread(engines: list[SGLangServer]) -> None:
     """cache_aware; also a second router in front of the same engines."""
     router = SGLangRouter([e.url for e in engines], api_key=KEY, policy="cache_aware")

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pytest
 
-from megatron_pr2.rollout.base import SamplingParams
+from megatron_pr2.rollout.base import RolloutRequest, SamplingParams
 from megatron_pr2.rollout.sglang.engine import SGLangEngine
 from megatron_pr2.rollout.sglang.python import package_environment
 from megatron_pr2.rollout.sglang.refusals import TESTED_RELEASES
@@ -128,11 +128,15 @@ def test_a_push_arrives_and_nothing_comes_from_the_old_prefix_cache(release: SGL
         for a, b, r in zip(after, before, requests, strict=True)
     ]
     assert min(changed) > 0.5
+    release.update_weights(tiny.gates().items(), 6)
+    again = release.generate(requests, SamplingParams(8), return_routes=True).responses
+    assert [r.response_ids for r in again] == [r.response_ids for r in before]
 
 
 def test_the_handshake_probe_scores_every_token(release: SGLangEngine, tiny: TinyModel) -> None:
     release.update_weights(tiny.gates().items(), 1)
     ids = [3 + 7 * i % 250 for i in range(90)]
+    release.generate([RolloutRequest(tuple(ids), 0)], SamplingParams(1), return_routes=False)  # warms the prefix cache
     (probe,) = release.score(ids)
     routes, logprobs = tiny.routes_and_logprobs(ids)
     assert probe.routes.num_missing == 0

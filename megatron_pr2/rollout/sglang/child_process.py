@@ -170,11 +170,11 @@ class ChildProcess:
         how = "was not started" if code is None else f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{self.name} {how}.{self.describe_log()}"
 
-    def describe_log(self, lines: int = _LOG_LINES) -> str:
+    def describe_log(self) -> str:
         """The last lines of the log, ready to be appended to an error message."""
         if self.log_path is None:
             return ""
-        tail = log_tail(self.log_path, lines, self._noise)
+        tail = log_tail(self.log_path, _LOG_LINES, self._noise)
         for secret in self._secrets:
             tail = tail.replace(secret, "<redacted>")
         return f" Last lines of {self.log_path}:\n{tail}" if tail else f" Its log {self.log_path} is empty."

@@ -173,7 +173,7 @@ class SGLangConfig:
                 raise ConfigError(f"sglang.extra_flags: {name} is set by the engine; use the field of SGLangConfig")
 
     def resolved_device(self) -> str:
-        """ "cpu" or "cuda"; raises ConfigError for "cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where not."""
+        """What own servers run on; ConfigError for "cpu" where CUDA is available (the CPU adapters refuse), or "cuda" where not."""
         import torch  # only here: settings are checked before torch is imported
 
         cuda = torch.cuda.is_available()

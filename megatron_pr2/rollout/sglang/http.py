@@ -36,16 +36,12 @@ class RefusedError(RolloutError):
         self.status, self.body = status, body
 
 
-class TimedOutError(RolloutError):
-    """One attempt took too long; the server is alive."""
+class AttemptError(RolloutError):
+    """No response, HTTP 429 or 5xx, or more than any valid response, from a server that is alive; another attempt may succeed."""
 
 
-class UnavailableError(RolloutError):
-    """Every attempt failed on the way or with an HTTP 429 or 5xx; the server is alive."""
-
-
-class TooLongError(RolloutError):
-    """A response is longer than any valid one."""
+class TimedOutError(AttemptError):
+    """One attempt took too long."""
 
 
 class EngineDiedError(RolloutError):
@@ -229,7 +225,7 @@ class HttpClient:
         if not retry:
             await asyncio.sleep(self._backoff_s)  # the end of a dying process takes a moment to be seen
         await self._raise_if_dead(where, problem)
-        raise UnavailableError(f"{where}: {path} failed {attempts} times although the server is alive; last: {problem}")
+        raise AttemptError(f"{where}: {path} failed {attempts} times although the server is alive; last: {problem}")
 
     async def _raise_if_dead(self, where: str, problem: str) -> None:
         reason = await asyncio.to_thread(self._why_dead)
@@ -239,7 +235,7 @@ class HttpClient:
     async def _attempt(
         self, method: str, path: str, payload: Any, max_bytes: int, where: str, reserve: Reserve | None, limit: asyncio.Timeout
     ) -> tuple[int, bytearray]:
-        too_long = TooLongError(f"{where}: {path} answered with more than the expected {max_bytes} bytes")
+        too_long = AttemptError(f"{where}: {path} answered with more than the expected {max_bytes} bytes")
         async with self._client.stream(method, self._url + path, json=payload) as response:
             announced = response.headers.get("content-length", "")
             expected = int(announced) if announced.isascii() and announced.isdigit() else max_bytes

@@ -16,7 +16,7 @@ from megatron_pr2.rollout.base import Progress, RolloutResponse, SamplingParams
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.episode import Episode
 from megatron_pr2.rollout.sglang.fleet import Fleet
-from megatron_pr2.rollout.sglang.http import EngineDiedError, TimedOutError, TooLongError, UnavailableError
+from megatron_pr2.rollout.sglang.http import AttemptError, EngineDiedError, TimedOutError
 from megatron_pr2.rollout.sglang.route_spill import RouteSpill
 from megatron_pr2.rollout.sglang.routes import AnswerError
 from megatron_pr2.rollout.sglang.wire import Sampled
@@ -24,7 +24,7 @@ from megatron_pr2.rollout.sglang.wire import Sampled
 logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.25
-_RETRIED = (AnswerError, RouteError, TimedOutError, TooLongError, UnavailableError)
+_RETRIED = (AnswerError, AttemptError, RouteError)
 Kept = TypeVar("Kept", RolloutResponse, Sampled)
 
 

@@ -30,12 +30,11 @@ _KERNELS = "sgl_kernel"
 _library: torch.library.Library | None = None
 
 
-def install() -> tuple[str, ...]:
-    """Installs what is missing, before SGLang is imported; returns the names of what this call installed, nothing with CUDA."""
-    if torch.cuda.is_available():
-        return ()
-    done = {"torchvision_operators": declare_operators(), "kernel_stub": install_kernel_stub()}
-    return tuple(name for name, installed in done.items() if installed)
+def install() -> None:
+    """Installs what is missing, before SGLang is imported; nothing where there is CUDA."""
+    if not torch.cuda.is_available():
+        declare_operators()
+        install_kernel_stub()
 
 
 def operators_needed() -> bool:
