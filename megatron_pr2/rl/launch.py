@@ -28,9 +28,6 @@ if TYPE_CHECKING:  # settings are checked before torch is imported
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-ERRORS_FILE = "errors.log"
-LOCK_FILE = "lock"
 # What may differ when a run is continued: how far it goes and where results are kept, not what it computes.
 _MAY_CHANGE = (
     "steps", "checkpoint_every", "run", "rollout.restarts", "rollout.handshake", "rollout.urls", "rollout.engines",
@@ -61,7 +58,7 @@ def train(config: TrainConfig) -> Path:
         _move_finished(directory, config)
     with _alone(directory):
         _claim(directory, config)
-        _check_gpus(config)
+        _require_gpus(config.parallel.processes)
         model_path = config.model.path or str(warm_start(config))
         data_path = config.data or str(write_problems(training_problems(config.seed), directory / "train.jsonl"))
         try:
@@ -77,16 +74,13 @@ def train(config: TrainConfig) -> Path:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Two runs in one directory, which is made if needed, would overwrite each other's settings and checkpoints.
-
-    Raises:
-        ConfigError: another process is training in it, or it cannot be made or written to.
-    """
+    """Two runs in one directory, which is made if needed, would overwrite each other's settings and checkpoints."""
+    lock = directory / "lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        opened = (directory / LOCK_FILE).open("w")
+        opened = lock.open("w")
     except OSError as error:
-        raise _unwritable(directory, error) from error
+        raise ConfigError(f"run={directory} cannot be written to ({error}); choose another directory") from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +88,6 @@ def _alone(directory: Path) -> Iterator[None]:
             raise ConfigError(f"run={directory}: another process is training in it; choose another directory, or end it") from error
         except OSError:
             logger.debug("%s lies on a file system without locks", directory)
-        lock = directory / LOCK_FILE
         if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
             raise ConfigError(f"run={directory}: another process has just moved it aside; start again")
         yield
@@ -122,7 +115,7 @@ def _run_ranks(config: TrainConfig, model_path: str, data_path: str) -> None:
     try:
         elastic_launch(launch, _rank)(config, model_path, data_path)
     except ChildFailedError as error:
-        raise TrainingFailed(_reason(error, Path(config.run) / ERRORS_FILE)) from error
+        raise TrainingFailed(_reason(error, Path(config.run) / "errors.log")) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
 
@@ -178,7 +171,7 @@ def _move_finished(directory: Path, config: TrainConfig) -> None:
 
 def _claim(directory: Path, config: TrainConfig) -> None:
     """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there."""
-    file = directory / CONFIG_FILE
+    file = directory / "config.yaml"
     new = OmegaConf.structured(config)
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
@@ -190,16 +183,9 @@ def _claim(directory: Path, config: TrainConfig) -> None:
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
                 "or remove that one to start over"
             )
-    try:
-        temporary = file.with_suffix(".tmp")
-        OmegaConf.save(new, temporary)
-        temporary.rename(file)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-
-
-def _unwritable(directory: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"run={directory} cannot be written to ({error}); choose another directory")
+    temporary = file.with_suffix(".tmp")
+    OmegaConf.save(new, temporary)
+    temporary.rename(file)
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -210,13 +196,13 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_gpus(config: TrainConfig) -> None:
-    """One GPU for each process, where there are any."""
+def _require_gpus(processes: int) -> None:
+    """One for each process, where there are any."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < gpus < config.parallel.processes:
-        raise ConfigError(f"parallel.processes={config.parallel.processes}: this machine has {gpus} GPUs; every process takes one")
+    if 0 < gpus < processes:
+        raise ConfigError(f"parallel.processes={processes}: this machine has {gpus} GPUs; every process takes one")
 
 
 def warm_start(config: TrainConfig) -> Path:

@@ -53,7 +53,6 @@ def check(config: TrainConfig) -> None:
         else [Example(problem.prompt, problem.answer, generated) for problem in training_problems(config.seed)]
     )
     load_environment(config.rollout.environment)
-    model, longest = SimpleNamespace(), 0
     if config.model.path is None:
         if not examples_model(config).is_dir():  # one that is there is only read
             check_place(Path(config.model.cache), "model.cache")
@@ -61,10 +60,9 @@ def check(config: TrainConfig) -> None:
         _check_experts(TinyModelConfig().num_experts, config.parallel.expert)
     else:
         directory = Path(config.model.path)
-        model = _check_model(directory, config.parallel.expert, config.model.bridge)
-        longest = check_tokenizer(directory, getattr(model, "vocab_size", None), examples)
+        check_tokenizer(directory, _check_model(directory, config.parallel.expert, config.model.bridge), examples)
     if config.rollout.engine == "sglang":
-        _check_sglang(sglang_config(config, config.model.path or ""), model, longest)
+        _check_sglang(sglang_config(config, config.model.path or ""))
 
 
 def examples_model(config: TrainConfig) -> Path:
@@ -85,8 +83,8 @@ def check_place(directory: Path, setting: str) -> None:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNamespace:
-    """Config and weights of a Hugging Face directory; returns what config.json sets of the text model, without defaults."""
+def _check_model(directory: Path, expert_parallel: int, bridge: str) -> int | None:
+    """Config and weights of a Hugging Face directory; returns the vocabulary's size, None if it is left to Transformers."""
     file = directory / "config.json"
     if not file.is_file():
         found = "no config.json there" if directory.is_dir() else "no such directory"
@@ -94,12 +92,11 @@ def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNa
     raw = _read_json(file)
     kind, text = raw.get("model_type"), raw.get("text_config")
     given = {**raw, **(text if isinstance(text, dict) else {}), "model_type": kind}
-    config = SimpleNamespace(**given)
     try:
         choose_bridge(kind, bridge)
         # What is not given is left to Transformers' defaults.
         if {"num_experts_per_tok", "num_hidden_layers", "vocab_size"} <= given.keys() and given.keys() & {*EXPERTS}:
-            shape = model_shape(config)
+            shape = model_shape(SimpleNamespace(**given))
             _check_experts(shape.num_experts, expert_parallel)
             if not 1 <= shape.topk <= shape.num_experts:
                 raise ConfigError(f"top-{shape.topk} of {shape.num_experts} experts; expected 1 to all")
@@ -108,7 +105,7 @@ def _check_model(directory: Path, expert_parallel: int, bridge: str) -> SimpleNa
     except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"{file}: a size or a list of layers cannot be used ({error})") from error
     tensor_files(directory)
-    return config
+    return given.get("vocab_size")
 
 
 def _check_experts(experts: int, expert_parallel: int) -> None:
@@ -120,11 +117,11 @@ def _check_experts(experts: int, expert_parallel: int) -> None:
         )
 
 
-def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> int:
-    """Tokenizer files, and the prompts as they encode; `vocab_size` is the number of rows of the model's embedding.
+def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> None:
+    """Tokenizer files, and the prompts as they encode, unless Transformers would have to convert the tokenizer first.
 
-    Returns:
-        The most tokens of a prompt that was encoded; 0 where Transformers would have to convert the tokenizer first.
+    Args:
+        vocab_size: rows of the model's embedding.
     """
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise ConfigError(
@@ -139,30 +136,26 @@ def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[
         )
     file = directory / "tokenizer.json"
     if not file.is_file():
-        return 0
+        return
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{file} cannot be read ({error}); copy it again") from error
-    # As they were when it was saved; Transformers takes neither from the file.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    longest = characters = 0
+    tokenizer.no_padding()  # as it was when it was saved; Transformers does not take it from the file
+    characters = 0
     for example in examples:
         characters += len(example.prompt)
         if characters > _CHARACTERS:
             break
         ids = tokenizer.encode(example.prompt, add_special_tokens=False).ids
         check_length(ids, example.prompt, f"{example.where}: the prompt")
-        longest = max(longest, len(ids))
         if vocab_size is not None and max(ids) >= vocab_size:
             raise ConfigError(
                 f"{example.where}: the prompt has token {max(ids)}, and the model's vocab_size is {vocab_size}; the tokenizer in "
                 "model.path is another model's"
             )
-    return longest
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -180,8 +173,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def _check_sglang(settings: SGLangConfig, model: SimpleNamespace, longest: int) -> None:
-    """Args: `longest` is the number of tokens of the longest prompt."""
+def _check_sglang(settings: SGLangConfig) -> None:
     settings.read_api_key()
     for name in ("push_directory", "spill_directory"):
         if (place := getattr(settings, name)) is not None:
@@ -195,19 +187,8 @@ def _check_sglang(settings: SGLangConfig, model: SimpleNamespace, longest: int) 
             raise ConfigError(f"{url}: nothing answers there ({error}); start the server first") from error
     if settings.router == "own":
         find_python(settings.python, module="sglang_router")
-    if settings.urls:
-        return
-    limits = {"rollout.sglang.max_total_tokens": settings.max_total_tokens}
-    scaled = getattr(model, "rope_scaling", None) or "factor" in (getattr(model, "rope_parameters", None) or {})
-    if not scaled and not any(flag.startswith("--context-length") for flag in settings.extra_flags):
-        limits["the model's max_position_embeddings"] = getattr(model, "max_position_embeddings", None)
-    for name, limit in limits.items():
-        if isinstance(limit, int) and longest >= limit:
-            raise ConfigError(
-                f"a prompt has {longest} tokens, and {name} is {limit}, for prompt and response together; use shorter prompts or a "
-                "larger limit"
-            )
-    find_python(settings.python)
+    if not settings.urls:
+        find_python(settings.python)
 
 
 def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:

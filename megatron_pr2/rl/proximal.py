@@ -64,11 +64,6 @@ class ProximalPolicy:
             for name, parameter in self._parameters.items()
         }
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the average on this rank."""
-        return sum(average.nbytes for average in self._average.values())
-
     @torch.no_grad()
     def update(self) -> None:
         """Takes the current weights into the average; after every update of the policy."""
@@ -93,20 +88,20 @@ class ProximalPolicy:
             self._write(saved)
 
     def sharded_state_dict(self, model: dict[str, Any]) -> dict[str, Any]:
-        """The average as shards that any parallel layout can read; `model` are the chunks' own (sharding.model_shards).
+        """The average as shards that any parallel layout can read; `model` are the chunks' own (checkpoint.model_shards).
 
         Raises:
             CheckpointError: the model does not say how one of its weights is sharded.
         """
-        names = list(self._parameters)
         sharded = get_param_id_to_sharded_param_map(model, self._parameters.values())
-        if absent := [name for number, name in enumerate(names) if number not in sharded]:
+        if absent := [name for i, name in enumerate(self._parameters) if i not in sharded]:
             raise CheckpointError(
                 f"the model's sharded state dict has no entry for {absent[0]} and {len(absent) - 1} other weights; a module "
                 "without sharded_state_dict() cannot be in a checkpoint of the moving average"
             )
         shards = {
-            name: make_sharded_optimizer_tensor(sharded[i], self._average[name], "proximal") for i, name in enumerate(names)
+            name: make_sharded_optimizer_tensor(sharded[i], average, "proximal")
+            for i, (name, average) in enumerate(self._average.items())
         }
         return {"average": shards, "total": self._total, "updates": self.updates}
 

@@ -87,11 +87,9 @@ class Trainer:
         self.monitor = monitor or Monitor()
         self._prompts = PromptQueue(config, examples, tokenizer)
         self._directory = Path(config.run) / "checkpoints"
-        self._step = 0
-        self._seconds: dict[str, float] = {}
-        self._weight_bytes = 0
-        self._pushed = -1
-        self._handshake_report: dict[str, float] | None = None
+        self._step, self._pushed = 0, -1
+        # Of the step at work.
+        self._record: dict[str, Any] = {}
 
     def resume(self) -> int:
         """Continues from the newest checkpoint of the run, if there is one; returns the step that comes next."""
@@ -109,22 +107,20 @@ class Trainer:
         if self._config.pr2_needs_engine_routes:
             require_routes(self._engine)
         while self._step < self._config.steps:
-            record = self._train_step()
+            self._train_step()
             self._step += 1
             if self._step % self._config.checkpoint_every == 0 or self._step == self._config.steps:
                 with self._timed("checkpoint"):
                     state = {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()}
                     checkpoint.save(self._directory, self._step, state)
-            record["seconds"] = dict(self._seconds)
-            if self._handshake_report is not None:
-                record["handshake"], self._handshake_report = self._handshake_report, None
-            self.monitor.step(record)
+            self.monitor.step(self._record)
         self.monitor.phase("export")
         self._actor.save_pretrained(Path(self._config.run) / "final")
 
-    def _train_step(self) -> dict[str, Any]:
+    def _train_step(self) -> None:
         started = time.monotonic()
-        self._seconds = {}
+        own = {"step": self._step, "seed": self._config.seed, "preset": self._config.preset}
+        self._record = {**own, "seconds": {}, "weight_bytes": 0}
         self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
@@ -140,9 +136,19 @@ class Trainer:
                 self.monitor.phase(f"mini-step {mini_step} of {kappa}")
                 mini_batch = samples[(mini_step - 1) * size : mini_step * size]
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
-        record = self._record(samples, stats, report, mini_steps, time.monotonic() - started)
+        seconds, group = time.monotonic() - started, mpu.get_data_parallel_group()
+        self._record |= {
+            "wall_seconds": seconds,
+            "lr": self._actor.lr,
+            **rollout_summary(samples, self._step, stats, group),
+            **update_summary(mini_steps),
+            **replay_summary(report, self._actor.pr2, mini_steps, group),
+            "logprob_gap": logprob_gap(samples, group),
+            "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
+        }
+        self._record["tokens_per_second"] = self._record.pop("tokens") / seconds
+        self._record["bytes"]["weights"] = self._record.pop("weight_bytes")
         self._actor.pr2.end_rollout()
-        return record
 
     def _push(self) -> None:
         if self._pushed == self._step:
@@ -150,9 +156,9 @@ class Trainer:
         with self._timed("push"):
             if isinstance(self._engine, CollectiveEngine) and self._engine.takes_owned_weights:
                 self._engine.update_owned_weights(self._counted(self._actor.export_owned()), self._step)
-                total = torch.tensor([self._weight_bytes])
+                total = torch.tensor([self._record["weight_bytes"]])
                 dist.all_reduce(total)
-                self._weight_bytes = int(total)
+                self._record["weight_bytes"] = int(total)
             else:
                 self._engine.update_weights(self._counted(self._actor.export()), self._step)
         # The embedded engine is the actor itself: once is enough.
@@ -163,9 +169,9 @@ class Trainer:
         self._pushed = self._step
 
     def _counted(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        self._weight_bytes = 0
+        self._record["weight_bytes"] = 0
         for name, tensor in weights:
-            self._weight_bytes += tensor.nbytes
+            self._record["weight_bytes"] += tensor.nbytes
             yield name, tensor
 
     def _handshake(self) -> None:
@@ -179,7 +185,7 @@ class Trainer:
         if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
             raise RolloutError(failures[min(failures)])
         assert report is not None
-        self._handshake_report = asdict(report)
+        self._record["handshake"] = asdict(report)
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
         rollout, with_routes, enough = self._config.rollout, self._config.pr2_needs_engine_routes, self._prompts.enough
@@ -229,34 +235,10 @@ class Trainer:
                 logger.warning("rollout failed (%s); restarting the engine, attempt %d", error, restarts + 1)
         raise AssertionError("unreachable")
 
-    def _record(
-        self,
-        samples: list[Sample],
-        stats: RolloutStats,
-        report: RolloutReport,
-        mini_steps: list[dict[str, Any]],
-        seconds: float,
-    ) -> dict[str, Any]:
-        group = mpu.get_data_parallel_group()
-        record = {
-            "step": self._step,
-            "seed": self._config.seed,
-            "preset": self._config.preset,
-            "wall_seconds": seconds,
-            "lr": self._actor.lr,
-            **rollout_summary(samples, self._step, stats, group),
-            **update_summary(mini_steps),
-            **replay_summary(report, self._actor.pr2, mini_steps, group),
-            "logprob_gap": logprob_gap(samples, group),
-            "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
-        }
-        record["tokens_per_second"] = record.pop("tokens") / seconds
-        record["bytes"]["weights"] = self._weight_bytes
-        return record
-
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         self.monitor.phase(phase.replace("_", " "))
         started = time.monotonic()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
+        seconds = self._record["seconds"]
+        seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
