@@ -118,12 +118,10 @@ class Actor:
     def _take_logprobs(self, samples: Sequence[Sample], replay: Pass) -> None:
         """A forward of all responses under the weights that the model has now; fills `sample.old_logprobs`."""
         items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
-        for chunk in self.chunks:
-            chunk.eval()
+        self.model.eval()
         with replay([item["micro_batch"] for item in items]) as session:
             results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
+        self.model.train()
         for item, result in zip(items, results, strict=True):
             for row, sample in enumerate(item["samples"]):
                 first, stop = sample.loss_span
@@ -143,8 +141,7 @@ class Actor:
                 self._take_logprobs(samples, self.pr2.replay)
         corrected = algorithm.importance != "none"
         items = micro_batches(samples, algorithm.micro_batch_size, self._pad_id, rollout_logprobs=corrected)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = partial(_policy_loss, algorithm)
         with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step) as session:

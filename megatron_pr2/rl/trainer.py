@@ -21,7 +21,6 @@ from megatron.core import parallel_state as mpu
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.parallel.consensus import attempt, failures_of_all
-from megatron_pr2.replay.sequences import RolloutReport
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
