@@ -71,7 +71,7 @@ test-megatron: $(TEST)
 NUMERICAL := $(addprefix tests/,prediction/test_predictor.py rl/test_losses.py drift/test_metrics.py prediction/test_fast_paths.py \
 	replay/test_router.py prediction/test_optimizer_moments.py test_invariants.py replay/test_replay.py prediction/test_hold_back.py \
 	checkpoint/test_pr2_checkpoint.py hf/test_bridge.py hf/test_models.py rl/test_multiturn.py replay/test_tokens_per_sample.py \
-	rl/test_corrections.py rl/test_old_logprobs.py rl/test_warmstart.py host/test_attention.py host/test_layouts.py parallel/test_matrix.py)
+	rl/test_old_logprobs.py rl/test_warmstart.py host/test_attention.py host/test_layouts.py parallel/test_matrix.py)
 test-numerics: $(TEST)
 	ATEN_CPU_CAPABILITY=default $(VENV)/bin/python $(PYTEST) $(NUMERICAL) $(NAMED)
 	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/python $(PYTEST) $(NUMERICAL) $(NAMED)

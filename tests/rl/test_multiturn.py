@@ -15,7 +15,6 @@ import torch
 
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.replay.sequences import ReplaySequence, sampled_tokens
-from megatron_pr2.rl.losses import policy_loss
 from tests.helpers import toy
 from tests.helpers.distributed import pool
 from tests.helpers.loop import SMALL, digest
@@ -149,28 +148,6 @@ def test_routes_are_those_of_the_finished_sequence_replies_included(told: list[d
 
 
 # ---- what is learned from it ---------------------------------------------------------------------------------------------
-
-
-def test_the_loss_has_no_gradient_where_the_mask_is_off() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(3, 20, generator=generator) > 0.4
-    values = [torch.randn(3, 20, generator=generator) for _ in range(3)]
-
-    def gradient(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logprobs = logprobs.clone().requires_grad_(True)
-        loss, sums, extremes = policy_loss(logprobs, old, advantages, mask.float(), clip_low=0.2, clip_high=0.28)
-        loss.backward()
-        return logprobs.grad, loss.detach(), sums, extremes
-
-    plain = gradient(*values)
-    assert (plain[0][mask] != 0).any()
-    assert (plain[0][~mask] == 0).all()
-    for changed in range(3):
-        tampered = [value.clone() for value in values]
-        tampered[changed][~mask] = 50.0
-        assert all(torch.equal(a, b) for a, b in zip(plain, gradient(*tampered), strict=True))
-        tampered[changed][mask] += 0.1
-        assert not torch.equal(plain[0], gradient(*tampered)[0])
 
 
 @contextmanager

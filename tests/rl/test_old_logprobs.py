@@ -44,23 +44,6 @@ def test_what_contradicts_itself_is_refused(source: str, importance: str, preset
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("importance=vtrace", "algorithm.importance='vtrace': expected one of none, tis, mis"),
-        ("importance_level=turn", "algorithm.importance_level='turn': expected one of token, sequence"),
-        ("importance_cap=0.5", "algorithm.importance_cap=0.5: expected at least 1"),
-        ("importance_cap=.nan", "algorithm.importance_cap=nan"),
-        ("importance_floor=1.5", "algorithm.importance_floor=1.5"),
-        ("proximal_decay=1.0", "algorithm.proximal_decay=1.0"),
-        ("proximal_device=disk", "algorithm.proximal_device='disk': expected one of device, cpu"),
-    ],
-)
-def test_settings_out_of_range_are_refused(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(None, [f"algorithm.{override}"])
-
-
-@pytest.mark.parametrize(
     ("source", "overrides", "needed"),
     [
         *(("recompute", [f"preset={preset}"], True) for preset in PRESETS),

@@ -32,21 +32,20 @@ def test_defaults_are_valid_and_a_file_and_the_command_line_override_them(tmp_pa
     assert load_config(tmp_path / "empty.yaml") == TrainConfig()
 
 
-@pytest.mark.parametrize(
-    ("preset", "routes", "predictor", "needs_engine"),
-    [
-        ("grpo", "live", "none", False),
-        ("r2", "actor", "none", False),
-        ("r3", "engine", "none", True),
-        ("pr2", "engine", "learned", True),
-    ],
-)
-def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -> None:
-    config = load_config(None, [f"preset={preset}"])
-    assert (config.replay().routes, config.replay().predictor) == (routes, predictor)
-    assert config.pr2_needs_engine_routes == needs_engine
-    assert config.replay().replays == (routes != "live")
-    assert config.replay().learns == (predictor == "learned")
+def test_presets() -> None:
+    found = {}
+    for preset in ("grpo", "r2", "r3", "pr2"):
+        config = load_config(None, [f"preset={preset}"])
+        replay = config.replay()
+        assert replay.replays == (replay.routes != "live")
+        assert replay.learns == (replay.predictor == "learned")
+        found[preset] = (replay.routes, replay.predictor, config.pr2_needs_engine_routes)
+    assert found == {
+        "grpo": ("live", "none", False),
+        "r2": ("actor", "none", False),
+        "r3": ("engine", "none", True),
+        "pr2": ("engine", "learned", True),
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,15 +63,8 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
         *[
             ([f"{name}=0"], f"{name}=0: expected at least 1")
             for name in (
-                "steps",
-                "checkpoint_every",
-                "parallel.processes",
-                "parallel.expert",
-                "rollout.prompts",
-                "rollout.responses",
-                "rollout.max_new_tokens",
-                "algorithm.mini_steps",
-                "algorithm.micro_batch_size",
+                *("steps", "checkpoint_every", "parallel.processes", "parallel.expert", "algorithm.mini_steps"),
+                *("algorithm.micro_batch_size", "rollout.prompts", "rollout.responses", "rollout.max_new_tokens"),
             )
         ],
         (["seed=-1"], "seed=-1: expected"),
@@ -81,6 +73,13 @@ def test_presets(preset: str, routes: str, predictor: str, needs_engine: bool) -
         (["algorithm.clip_high=-0.1"], "algorithm.clip_high=-0.1"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan"),
+        (["algorithm.importance=vtrace"], "algorithm.importance='vtrace': expected one of none, tis, mis"),
+        (["algorithm.importance_level=turn"], "algorithm.importance_level='turn': expected one of token, sequence"),
+        (["algorithm.importance_cap=0.5"], "algorithm.importance_cap=0.5: expected at least 1"),
+        (["algorithm.importance_cap=.nan"], "algorithm.importance_cap=nan"),
+        (["algorithm.importance_floor=1.5"], "algorithm.importance_floor=1.5"),
+        (["algorithm.proximal_decay=1.0"], "algorithm.proximal_decay=1.0"),
+        (["algorithm.proximal_device=disk"], "algorithm.proximal_device='disk': expected one of device, cpu"),
         (["rollout.engine=vllm"], "rollout.engine='vllm': expected one of megatron, sglang"),
         (["rollout.urls=[http://localhost:1]"], "needs rollout.engine=sglang"),
         (["rollout.temperature=0"], "rollout.temperature=0"),
@@ -130,11 +129,6 @@ def test_what_pr2_refuses(values: dict[str, Any], message: str) -> None:
         PR2Config(**values)
     with pytest.raises(ConfigError, match=message):
         PR2Config.from_dict(values)
-
-
-def test_unknown_presets() -> None:
-    with pytest.raises(ConfigError, match="preset 'pr3' is unknown"):
-        PR2Config.preset("pr3")
 
 
 @pytest.mark.parametrize(
