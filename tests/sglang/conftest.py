@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -64,9 +64,8 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig
 
-    torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=260,
         hidden_size=64,
@@ -84,6 +83,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         bos_token_id=1,
         eos_token_id=2,
     )
+    return random_model(config, tmp_path_factory.mktemp("tiny_qwen3_moe"), 0)
+
+
+def random_model(config: Any, path: Path, seed: int) -> TinyModel:
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,7 +97,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
                 parameter.normal_(std=0.5)
             elif name.endswith("lm_head.weight"):
                 parameter.normal_(std=0.2)  # far from uniform, so that a wrong temperature shows
-    path = tmp_path_factory.mktemp("tiny_qwen3_moe")
     model.save_pretrained(path)
     return TinyModel(str(path), model)
 

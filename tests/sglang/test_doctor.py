@@ -247,12 +247,6 @@ def test_routes_that_are_none(fake: FakeServer, tiny: TinyModel, change: Callabl
     assert "handshake" not in statuses(diagnosis)
 
 
-def test_routes_that_are_missing_or_no_base64(fake: FakeServer) -> None:
-    for value, words in ((None, "returns none"), ("!!!!", "not valid base64")):
-        with_meta(fake, routed_experts=value)
-        expect(diagnose(fake.url), "routes", Status.FAIL, words)
-
-
 def test_dense_layers_must_hold_zeros(fake: FakeServer, tiny: TinyModel, tmp_path: Path) -> None:
     config = json.loads((Path(tiny.path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
@@ -281,11 +275,6 @@ def test_routes_that_do_not_repeat(fake: FakeServer, share: float, status: Statu
     expect(diagnose(fake.url), "repetition", status, "%")
 
 
-def test_a_prefix_cache_that_survives_a_flush(fake: FakeServer) -> None:
-    with_meta(fake, cached_tokens=47)
-    expect(diagnose(fake.url), "prefix cache", Status.FAIL, "47 tokens")
-
-
 @pytest.mark.parametrize("told", [True, False])
 def test_a_busy_engine_is_not_flushed(fake: FakeServer, told: bool) -> None:
     """Whether it tells of its load, or only refuses the flush."""
@@ -300,10 +289,20 @@ def test_a_busy_engine_is_not_flushed(fake: FakeServer, told: bool) -> None:
     assert ("beside 3 others" in the(diagnosis, "latency").detail) == told
 
 
-@pytest.mark.parametrize(("label", "status"), [("7", Status.OK), ("default", Status.WARN), (None, Status.FAIL)])
-def test_weight_version(fake: FakeServer, label: str | None, status: Status) -> None:
-    with_meta(fake, weight_version=label)
-    assert the(diagnose(fake.url), "weight version").status is status
+@pytest.mark.parametrize(
+    ("meta", "check", "status", "words"),
+    [
+        ({"routed_experts": None}, "routes", Status.FAIL, "returns none"),
+        ({"routed_experts": "!!!!"}, "routes", Status.FAIL, "not valid base64"),
+        ({"cached_tokens": 47}, "prefix cache", Status.FAIL, "47 tokens"),
+        ({"weight_version": "7"}, "weight version", Status.OK, "7"),
+        ({"weight_version": "default"}, "weight version", Status.WARN, "'default'"),
+        ({"weight_version": None}, "weight version", Status.FAIL, ""),
+    ],
+)
+def test_fields_of_answers(fake: FakeServer, meta: dict[str, Any], check: str, status: Status, words: str) -> None:
+    with_meta(fake, **meta)
+    expect(diagnose(fake.url), check, status, words)
 
 
 def test_a_model_directory_that_is_none(fake: FakeServer, tmp_path: Path) -> None:
