@@ -13,7 +13,7 @@ import torch
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rollout.sglang.child_process import log_tail
 from megatron_pr2.rollout.sglang.config import SGLangConfig, server_environment
-from megatron_pr2.rollout.sglang.push.buckets import buckets
+from megatron_pr2.rollout.sglang.push.distributed import buckets
 from megatron_pr2.rollout.sglang.python import package_path
 from megatron_pr2.rollout.sglang.refusals import parse_release
 from megatron_pr2.rollout.sglang.server import LOG_NOISE, SGLangServer

@@ -13,9 +13,8 @@ import torch
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.http import HttpClient
-from megatron_pr2.rollout.sglang.push.buckets import Bucket
 from megatron_pr2.rollout.sglang.push.channel import own_address
-from megatron_pr2.rollout.sglang.push.distributed import WeightSender
+from megatron_pr2.rollout.sglang.push.distributed import Bucket, WeightSender
 from megatron_pr2.rollout.sglang.push.session import PushSession, PushTarget, push_target
 from tests.sglang.fake_server import Answer, FakeServer, serve
 

@@ -51,7 +51,10 @@ class RouteSpill:
         self._budget_bytes = budget_bytes
         self._file_bytes = file_bytes
         self._lock = threading.Lock()
-        self._file: _File | None = None
+        # The file that is being filled. Its mapping keeps it: who holds an array in it holds the mapping, and nobody else does.
+        self._file: IO[bytes] | None = None
+        self._mapping: weakref.ref[mmap.mmap] | None = None
+        self._used = 0
         self._memory_bytes = 0
         self._known: weakref.WeakValueDictionary[int, npt.NDArray[Any]] = weakref.WeakValueDictionary()  # by id()
         # Bytes of arrays that died, maybe in the middle of a method of this object: finalizers only leave a note here.
@@ -92,15 +95,11 @@ class RouteSpill:
         # Ids and validity of a table lie in one array, which stands for both.
         size = experts.nbytes + table.valid.nbytes
         try:
-            mapping = self._file.mapping() if self._file is not None else None
-            if self._file is None or mapping is None or self._file.used + size > len(mapping):
-                self._file, mapping = _File.create(self.directory, max(size, self._file_bytes))
-            offset = self._file.used
-            self._file.used += -(-size // _ALIGNMENT) * _ALIGNMENT
-            self._file.write(experts, offset)
-            self._file.write(table.valid, offset + experts.nbytes)
+            file, mapping, offset = self._room(size)
+            _write(file, experts, offset)
+            _write(file, table.valid, offset + experts.nbytes)
         except OSError as error:
-            self._file = None  # what it holds stays with those who use it
+            self._mapping = None  # what it holds stays with those who use it
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise RolloutError(
                 f"routes exceed their budget of {self._budget_bytes} bytes and {size} bytes could not be written to "
@@ -114,34 +113,27 @@ class RouteSpill:
         return RouteTable(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
 
 
-class _File:
-    """A file without a name, which its mapping keeps: who holds an array in it holds the mapping, and nobody else does."""
+    def _room(self, size: int) -> tuple[IO[bytes], mmap.mmap, int]:
+        """A file without a name, its mapping, and where in it there is room."""
+        file, mapping = self._file, self._mapping() if self._mapping is not None else None
+        if file is None or mapping is None or self._used + size > len(mapping):
+            # Closed with its mapping. Sparse: disk is taken as tables are written. They are written as a file, because writing to
+            # a mapping of a full disk is no error but the end of the process.
+            file = self._file = tempfile.TemporaryFile(dir=self.directory, prefix="megatron-pr2-routes-", buffering=0)  # noqa: SIM115
+            os.truncate(file.fileno(), max(size, self._file_bytes))
+            mapping = mmap.mmap(file.fileno(), max(size, self._file_bytes), access=mmap.ACCESS_READ)
+            weakref.finalize(mapping, file.close).atexit = False
+            self._mapping, self._used = weakref.ref(mapping), 0
+        offset = self._used
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return file, mapping, offset
 
-    def __init__(self, handle: IO[bytes], mapping: mmap.mmap) -> None:
-        self.mapping = weakref.ref(mapping)
-        self.used = 0
-        self._handle = handle
-        weakref.finalize(mapping, handle.close).atexit = False
 
-    @classmethod
-    def create(cls, directory: Path, size: int) -> tuple[_File, mmap.mmap]:
-        # Closed with the mapping.
-        handle = tempfile.TemporaryFile(dir=directory, prefix="megatron-pr2-routes-", buffering=0)  # noqa: SIM115
-        try:
-            # Sparse: disk is taken as tables are written. They are written as a file, because writing to a mapping of a full disk
-            # is no error but the end of the process.
-            os.truncate(handle.fileno(), size)
-            mapping = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ)
-        except BaseException:
-            handle.close()
-            raise
-        return cls(handle, mapping), mapping
-
-    def write(self, array: npt.NDArray[Any], offset: int) -> None:
-        left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        while left.nbytes:
-            written = os.pwrite(self._handle.fileno(), left, offset)
-            left, offset = left[written:], offset + written
+def _write(file: IO[bytes], array: npt.NDArray[Any], offset: int) -> None:
+    left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while left.nbytes:
+        written = os.pwrite(file.fileno(), left, offset)
+        left, offset = left[written:], offset + written
 
 
 def _owner(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -21,15 +21,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.sglang.http import HttpClient, ask_health
-from megatron_pr2.rollout.sglang.push.buckets import Bucket
 from megatron_pr2.rollout.sglang.push.session import WHERE, PushTarget, check_reply
+
+if TYPE_CHECKING:
+    from megatron_pr2.rollout.sglang.push.distributed import Bucket
 
 logger = logging.getLogger(__name__)
 
