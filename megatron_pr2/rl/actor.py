@@ -194,12 +194,7 @@ class Actor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that training continues from, as shards that any parallel layout can read."""
         model = model_shards(self.chunks)
-        return {
-            "model": model,
-            "optimizer": optimizer_shards(self.optimizer, model),
-            "pr2": pr2_checkpoint.sharded_state_dict(self.pr2),
-            **self._proximal_shards(model),
-        }
+        return self._shards(model, optimizer_shards(self.optimizer, model), pr2_checkpoint.sharded_state_dict(self.pr2))
 
     def load(self, path: Path) -> None:
         """Restores :meth:`state_dict` under "actor" of a run's checkpoint, in whatever layout it was written; collective.
@@ -208,22 +203,19 @@ class Actor:
             CheckpointError: on every rank, if any rank cannot read its part, or it is of another model.
         """
         model = model_shards(self.chunks)
-        template = {
-            "model": model,
-            "optimizer": {"shards": optimizer_template(self.optimizer, model)},
-            "pr2": pr2_checkpoint.sharded_state_dict(self.pr2, load_from=path),
-            **self._proximal_shards(model),
-        }
+        optimizer = {"shards": optimizer_template(self.optimizer, model)}
+        template = self._shards(model, optimizer, pr2_checkpoint.sharded_state_dict(self.pr2, load_from=path))
         loaded = read(path, {"actor": template})["actor"]
         for i, chunk in enumerate(self.chunks):
             unwrapped(chunk).load_state_dict(loaded["model"][str(i)])
-        load_optimizer(self.optimizer, loaded["optimizer"]["shards"], loaded["optimizer"]["step"])
+        load_optimizer(self.optimizer, **loaded["optimizer"])
         pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
         if self.proximal is not None:
             self.proximal.load_state_dict(loaded["proximal"])
 
-    def _proximal_shards(self, model: dict[str, Any]) -> dict[str, Any]:
-        return {} if self.proximal is None else {"proximal": self.proximal.sharded_state_dict(model)}
+    def _shards(self, model: dict[str, Any], optimizer: dict[str, Any], pr2: dict[str, Any]) -> dict[str, Any]:
+        proximal = {} if self.proximal is None else {"proximal": self.proximal.sharded_state_dict(model)}
+        return {"model": model, "optimizer": optimizer, "pr2": pr2, **proximal}
 
     def _run(self, forward_step: Callable[..., Any], items: list[dict[str, Any]], *, forward_only: bool) -> list[dict[str, Any]]:
         rows, width = items[0]["tokens"].shape

@@ -122,9 +122,9 @@ def optimizer_template(optimizer: MegatronOptimizer, model: dict[str, Any]) -> d
     return state
 
 
-def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any], step: dict[str, Any]) -> None:
+def load_optimizer(optimizer: MegatronOptimizer, shards: dict[str, Any], step: dict[str, Any]) -> None:
     """Takes what was read for :func:`optimizer_template`, and the number of updates that :func:`optimizer_shards` gave."""
-    for each in [state] if len(_chained(optimizer)) == 1 else state.values():
+    for each in [shards] if len(_chained(optimizer)) == 1 else shards.values():
         inner = each.get("optimizer", each)
         if step["parameters"] is not None:
             inner["state"]["common_step"] = step["parameters"]
@@ -132,7 +132,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any], step: di
             if step["groups"] is not None:
                 group["step"] = step["groups"]
     # Holds the fp32 master weights of a bf16 model; reload_model_params() would replace them by the rounded ones.
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(shards)
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -217,22 +217,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or settings that contradict each other.
     """
-    sources: list[tuple[str, Any]] = []
-    if path is not None:
-        sources.append((str(path), read_yaml(path)))
-    if overrides:
-        if bad := [item for item in overrides if "=" not in item]:
-            raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
-        try:
-            sources.append(("command line", OmegaConf.from_dotlist(list(overrides))))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"command line: {_one_line(error)}; expected key=value with a YAML value") from error
-    merged, at = OmegaConf.structured(TrainConfig), "defaults"
+    if bad := [item for item in overrides if "=" not in item]:
+        raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.lr=1e-4")
+    merged, at = OmegaConf.structured(TrainConfig), str(path)
     try:
-        for where, source in sources:
-            at = where
-            merged = OmegaConf.merge(merged, source)
-        config = OmegaConf.to_object(merged)
+        if path is not None:
+            merged = OmegaConf.merge(merged, read_yaml(path))
+        at = "command line" if overrides else at
+        config = OmegaConf.to_object(OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides))))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{at}: {' '.join(str(error).split())}; expected key=value with a YAML value") from error
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
         setting = f" (setting {key!r})" if key else ""
@@ -240,10 +234,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     assert isinstance(config, TrainConfig)
     validate(config)
     return config
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 Rule = tuple[Callable[[Any], bool], str]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_pr2.config import read_yaml
 from megatron_pr2.errors import ConfigError, PR2Error
@@ -171,29 +171,26 @@ def _move_finished(directory: Path, config: TrainConfig) -> None:
 
 def _claim(directory: Path, config: TrainConfig) -> None:
     """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there."""
-    file = directory / "config.yaml"
-    new = OmegaConf.structured(config)
+    file, settings = directory / "config.yaml", OmegaConf.structured(config)
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
-        defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(type(config))))
-        old = _flat(OmegaConf.to_container(OmegaConf.merge(defaults, read_yaml(file))))
-        now = _flat(OmegaConf.to_container(new))
+        old, now = _flat(OmegaConf.structured(TrainConfig)) | _flat(read_yaml(file)), _flat(settings)
         if changed := sorted(key for key in {*old, *now} - {*_MAY_CHANGE} if old.get(key, ...) != now.get(key, ...)):
             raise ConfigError(
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
                 "or remove that one to start over"
             )
     temporary = file.with_suffix(".tmp")
-    OmegaConf.save(new, temporary)
+    OmegaConf.save(settings, temporary)
     temporary.rename(file)
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    if not isinstance(settings, DictConfig):
+        return {prefix: settings}
+    names = [(f"{prefix}.{name!s}".removeprefix("."), value) for name, value in settings.items()]
+    return {name: value for inner, node in names for name, value in _flat(node, inner).items()}
 
 
 def _require_gpus(processes: int) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import tempfile
 from collections.abc import Sequence
@@ -126,14 +125,14 @@ def ensure_warm_start(path: Path, config: WarmStartConfig, *, show_progress: boo
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            made, old = Path(scratch) / "made", Path(scratch) / "old"
+            made = Path(scratch) / "made"
             model, result = warm_start(config, show_progress=show_progress)
             save_tiny_model(model, made)
             record = {"digest": config.digest(), "config": asdict(config), **result}
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if path.exists():
-                os.replace(path, old)
-            os.replace(made, path)
+                path.rename(Path(scratch) / "old")
+            made.rename(path)
     except OSError as error:
         raise CheckpointError(f"warm start: cannot write {path} ({error}); choose a directory that can be written") from error
     return path
