@@ -27,13 +27,10 @@ PAPER_COVERAGE_GAP = 0.0015  # upper end of the per-layer values that the draft 
 CHANGED = {"1 expert": "ramp1", "2 experts": "orange", "3 or more": "red"}
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A finished plot: `caption` says in one sentence how to read it."""
+class Plot(NamedTuple):
+    """A finished plot; captions.html.j2 says what it is called and how to read it."""
 
     name: str
-    title: str
-    caption: str
     svg: str
 
 
@@ -90,7 +87,7 @@ def drawn(plots: Iterable[Plot | None]) -> list[Plot]:
         return [plot for plot in plots if plot is not None]
 
 
-def chart(name: str, title: str, caption: str, *panels: Panel, height: float = 2.8) -> Plot | None:
+def chart(name: str, *panels: Panel, height: float = 2.8) -> Plot | None:
     """Panels over the same x axis; a panel without any number is left out, and without the first one there is no plot."""
     kept = [panel for panel in panels if any(line.values.notna().any() for line in panel.lines)]
     if not kept or kept[0] is not panels[0]:
@@ -100,7 +97,7 @@ def chart(name: str, title: str, caption: str, *panels: Panel, height: float = 2
     for axes, panel in zip(stack, kept, strict=True):
         _draw(axes, panel)
     figure.align_ylabels()
-    return finish(figure, name, title, caption)
+    return finish(figure, name)
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
@@ -169,7 +166,7 @@ def log_scale(axes: Axes, base: int) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def finish(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def finish(figure: Figure, name: str) -> Plot:
     """Draws the figure; what has labels gets a legend above the axes, where it hides no data, and the figure grows by that."""
     handles, labels = next((found for axes in figure.axes if (found := axes.get_legend_handles_labels())[1]), ([], []))
     if labels:
@@ -177,7 +174,7 @@ def finish(figure: Figure, name: str, title: str, caption: str) -> Plot:
         columns = len(labels) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
         figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.2, borderpad=0.1)
-    return Plot(name, title, caption, to_svg(figure, name))
+    return Plot(name, to_svg(figure, name))
 
 
 def mini_step_lines(table: pd.DataFrame) -> list[Line]:
@@ -193,9 +190,9 @@ def chosen(count: int) -> list[int]:
 
 
 def heat_map(
-    name: str, title: str, caption: str, table: pd.DataFrame, low: float | None, high: float | None, form: Form,
-    colours: str = "viridis", ticks: Mapping[float, str] | None = None,
-) -> Plot | None:  # fmt: skip
+    name: str, table: pd.DataFrame, low: float | None, high: float | None, form: Form, colours: str = "viridis",
+    ticks: Mapping[float, str] | None = None,
+) -> Plot | None:
     """Values as colours from `low` to `high` (or all that occur): the index along x, a row per column; `form`: of the bar."""
     if not table.notna().any(axis=None):
         return None
@@ -222,7 +219,7 @@ def heat_map(
     bar = figure.colorbar(image, ax=axes, format=lambda value, _: form(value))
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    return finish(figure, name, title, caption)
+    return finish(figure, name)
 
 
 def named_rows(count: int) -> tuple[Figure, Axes]:
@@ -236,7 +233,7 @@ def named_rows(count: int) -> tuple[Figure, Axes]:
 
 
 def stacked_rows(
-    name: str, title: str, caption: str, table: pd.DataFrame, colours: Iterable[str], ends: list[str], form: Form, label: str = ""
+    name: str, table: pd.DataFrame, colours: Iterable[str], ends: list[str], form: Form, label: str = ""
 ) -> Plot:
     """A bar per row whose parts, the columns, follow each other; `ends` are written behind the bars."""
     figure, axes = named_rows(len(table))
@@ -248,10 +245,10 @@ def stacked_rows(
     axes.set_xlim(0, (1.12 + 0.035 * max(map(len, ends))) * max(float(left.max()), 1e-6))
     axes.xaxis.set_major_formatter(lambda value, _: form(value))
     axes.set_xlabel(label)
-    return finish(figure, name, title, caption)
+    return finish(figure, name)
 
 
-def changed_rows(name: str, title: str, caption: str, rows: Mapping[str, Sequence[float]], note: str = "") -> Plot | None:
+def changed_rows(name: str, rows: Mapping[str, Sequence[float]], note: str = "") -> Plot | None:
     """Shares of (token, layer) pairs with 1, 2, 3 or more changed experts next to the paper's; the share with 0 is written."""
     every = {**rows, **PAPER_CHANGED}
     table = pd.DataFrame(map(list, every.values()), index=list(every), columns=["0", *CHANGED]).dropna()
@@ -259,4 +256,4 @@ def changed_rows(name: str, title: str, caption: str, rows: Mapping[str, Sequenc
     label = "share of (token, layer) pairs"
     if len(table) == len(PAPER_CHANGED):
         return None
-    return stacked_rows(name, title, caption, table, CHANGED.values(), ends, share, label)
+    return stacked_rows(name, table, CHANGED.values(), ends, share, label)

@@ -27,6 +27,11 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %" if math.isfinite(share) else ABSENT
 
 
+def share(value: float) -> str:
+    """A share that is not all stays below "100 %" in print."""
+    return "> 99.99 %" if 0.99995 <= value < 1 else percent(value)
+
+
 def points(difference: float, digits: int = 2) -> str:
     """A difference of two shares as signed percentage points; what rounds to zero carries no sign."""
     if not math.isfinite(difference):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import pandas as pd
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import formats, plots
 from megatron_pr2.report.figures import Plots, drawn
-from megatron_pr2.report.formats import count
 from megatron_pr2.report.measures import MEASURES
-from megatron_pr2.report.metrics_log import FILE_NAME, Record, first_and_last_fifth, read_records, replace_atomically
-from megatron_pr2.report.page import Card, render_page
+from megatron_pr2.report.metrics_log import FILE_NAME, Record, read_records, replace_atomically
+from megatron_pr2.report.page import render_page
 from megatron_pr2.report.records import RunData
-from megatron_pr2.report.summary import Verdict, held_back, judge, predicted, standard_error, what_ran
+from megatron_pr2.report.summary import judge, what_ran
 
 NO_NUMBERS = "This run has no numbers for this section."
 NO_REPLAY = "Nothing was replayed in this run (preset grpo), so there are no routes to compare."
@@ -58,6 +56,7 @@ def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
     """The page; `config` is the text of the resolved configuration."""
     data = RunData(records)
     presets, verdict = what_ran(data), judge(data)
+    window = plots.window_of(len(data.points))
     no_routes = NO_REPLAY if all(preset == "grpo" for preset, _ in presets) else NO_MINI_STEPS
     sections = [
         {
@@ -75,58 +74,15 @@ def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
         name=name,
         presets=presets,
         verdict=verdict,
-        cards=cards(data, verdict),
+        data=data,
+        smoothed=f" Running means of {window * data.bin_size} rollouts." if window > 1 else "",
         sections=sections,
         bin_size=data.bin_size,
         config=config,
     )
 
 
-def cards(data: RunData, verdict: Verdict) -> list[Card]:
-    """The numbers of the headline."""
-    rollouts = data.rollouts
-    ends = first_and_last_fifth(data.records)
-    fifth = int(ends["rollouts"])
-    each = f"first and last {count(fifth, 'rollout')}" if len(rollouts) > 1 else "only rollout"
-    length = rollouts.get("response_length", pd.Series([math.nan]))
-    lengths = [formats.fixed(part.mean(), 1) for part in (length[:fifth], length[-fifth:])]
-    cut_off = formats.percent(data.mean("truncated"), 1)
-    times = rollouts.filter(regex=r"^seconds\.").sum(axis=1, min_count=1)
-    pace = f"{formats.duration(times.sum())} in all, {formats.duration(times.mean())} each" if times.any() else "no times recorded"
-    out = [
-        Card("Reward", f"{formats.fixed(ends['first'])} → {formats.fixed(ends['last'])}", f"mean of the {each}"),
-        Card("Response length", " → ".join(lengths), f"tokens; {cut_off} cut off"),
-        Card("Steps", count(len(rollouts)), pace),
-    ]
-    if math.isfinite(agreement := data.mean("agreement")):
-        frozen = formats.percent(data.mean("frozen_agreement"))
-        out.append(Card("Agreement", formats.percent(agreement), f"frozen routes {frozen}"))
-        name = "Lift over R3" if predicted(data) else "Lift"
-        out.append(Card(name, formats.points(verdict.lift, 3), f"{_spread(verdict.error)}; all mini-steps"))
-        later = data.known("lift")
-        if later.size:
-            note = f"{_spread(standard_error(later))}; mini-steps from the second on"
-            out.append(Card("Lift on stale routes", formats.points(later.mean(), 3), note))
-        if len(betas := held_back(data)):
-            last = betas.iloc[-1].dropna()
-            note = f"0 is R3; prediction disabled in {(last == 0).sum()} of {count(last.size, 'layer')}"
-            out.append(Card("Beta, last rollout", f"{last.mean():.2f}", note))
-    missing, tokens = (data.known(f"routes.{name}").sum() for name in ("missing", "tokens"))
-    replayed = f"{formats.percent(missing / tokens, 3)} of {count(tokens)} tokens" if tokens > 0 else "nothing was replayed"
-    worst = formats.scientific(data.known("logprob_gap.max").max())
-    return [
-        *out,
-        Card("Missing routes", count(missing) if tokens > 0 else formats.ABSENT, replayed),
-        Card("Log-prob gap", formats.scientific(data.mean("logprob_gap.mean")), f"mean; max {worst}"),
-        Card("Throughput", count(data.mean("tokens_per_second")), "tokens per second, mean"),
-    ]
-
-
 def mini_step_table(data: RunData) -> pd.DataFrame:
     """Means over the run, one row per mini-step; measures without any number are left out."""
     table = pd.DataFrame({m.short_title: each.map(m.unit.form) for m in MEASURES if len(each := m.per_mini_step(data))})
     return table.fillna(formats.ABSENT).rename_axis("mini-step").reset_index()
-
-
-def _spread(error: float) -> str:
-    return f"± {100 * error:.3f} standard error" if math.isfinite(error) else "one rollout, no error bar"

@@ -75,11 +75,10 @@ SHARE = Unit(formats.percent, None)
 TOKENS = Unit(formats.count, NUMBER.difference)
 SECONDS = Unit(_seconds(), _seconds("+"))
 
-FINAL_REWARD = Measure("reward_final", "final reward", NUMBER, 1, RunData.final_reward)
+FINAL_REWARD = Measure("reward_final", "final reward", NUMBER, 1, lambda data: data.ends("reward")[1])
 # The first mini-step, in which a prediction can only be wrong, counts as well: the verdict is about all of them.
 LIFT = Measure("lift_all", "lift", POINTS, 1, each="lift")
 LATER_LIFT = Measure("lift", "lift, mini-steps from the second on", POINTS, 1, each="none")
-KL_PREDICTED = Measure("kl_predicted", "KL(ρ‖q̂)", SCIENTIFIC, -1, "mini_steps.+.kl_predicted")
 MEASURES = (
     # Shares of (token, layer) pairs with so many changed experts.
     *(
@@ -93,7 +92,7 @@ MEASURES = (
     Measure("mismatches_removed", "mismatches removed", PERCENT_1, 1, RunData.removed),
     Measure("agreement", "agreement", PERCENT, 1),
     Measure("frozen_agreement", "frozen agreement", PERCENT),
-    KL_PREDICTED,
+    Measure("kl_predicted", "KL(ρ‖q̂)", SCIENTIFIC, -1, "mini_steps.+.kl_predicted"),
     Measure("kl_frozen", "KL(ρ‖ρ_old)", SCIENTIFIC, 0, "mini_steps.+.kl_frozen"),
     Measure("coverage_gap", "coverage gap", SCIENTIFIC, -1, "mini_steps.+.coverage_gap"),
     Measure("outside_mass", "mass outside", SCIENTIFIC, 0, "mini_steps.+.outside_mass"),

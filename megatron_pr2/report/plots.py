@@ -29,17 +29,14 @@ def learning(data: RunData) -> Plots:
     window = window_of(reward.size)
     line = Line(smooth(reward, window), "blue", f"running mean ({window * data.bin_size} rollouts)", style={"linewidth": 2.4})
     lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), line] if window > 1 else [Line(reward)]
-    caption = "Higher is better: the strong line averages over neighbouring rollouts."
-    yield chart("reward", "Reward", caption, Panel("mean reward", lines))
+    yield chart("reward", Panel("mean reward", lines))
 
-    caption = "A length that runs away, or a rising share of responses cut off at the limit, says that the policy degenerates."
     cut = Panel("cut off", [Line(data["truncated"], "orange")], zero=True, form=share)
-    yield chart("length", "Response length", caption, Panel("tokens", [Line(data["response_length"])]), cut)
+    yield chart("length", Panel("tokens", [Line(data["response_length"])]), cut)
 
     turns = data["rollout.turns"]
-    caption = "Times that the policy wrote, with an environment's reply in between: more turns mean that it asks more often."
     if (turns > 1).any():
-        yield chart("turns", "Turns", caption, Panel("turns per response", [Line(turns)], zero=True))
+        yield chart("turns", Panel("turns per response", [Line(turns)], zero=True))
 
 
 def routes(data: RunData) -> Plots:
@@ -49,42 +46,31 @@ def routes(data: RunData) -> Plots:
 
     table = pd.DataFrame({name: 1 - data.means(f"mini_steps.#.{name}") for name in ("frozen_agreement", "agreement")})
     bars = [Line(table["frozen_agreement"], "grey", "frozen"), Line(table["agreement"], "blue", "replayed")]
-    caption = (
-        "Experts that replay gets wrong, lower is better: a blue bar below its grey one is what prediction gained; in mini-step 1 "
-        "the policy has not moved, so that looking ahead can only cost."
-    )
     panel = Panel("1 − agreement", bars, kind="bar", spread=0.4, form=share)
-    yield chart("mismatch", "Mismatch: frozen and replayed", caption, panel)
+    yield chart("mismatch", panel)
 
-    caption = "Share of the replayed experts that the current router would choose too: later mini-steps are staler and lie lower."
     panel = Panel("agreement", figures.mini_step_lines(data.table("mini_steps.#.agreement")), form=share)
-    yield chart("agreement", "Agreement per mini-step", caption, panel)
+    yield chart("agreement", panel)
 
-    caption = "How many of a token's replayed experts the current router would not choose: shorter bars are better."
     changed = data.changed()
     rows = {f"mini-step {step}": shares for step, shares in changed.iloc[figures.chosen(len(changed))].iterrows()}
-    yield changed_rows("changed", "Changed experts per token and layer", caption, rows, " unchanged")
+    yield changed_rows("changed", rows, " unchanged")
 
     lines = [
         Line(data["mini_steps.+.kl_frozen"], "grey", "to the frozen router"),
         Line(data["mini_steps.+.kl_predicted"], "blue", "to the prediction"),
     ]
-    caption = (
-        "KL(ρ‖q̂) and KL(ρ‖ρ_old): where blue is below grey, the updated router is closer to the prediction than to the old one."
-    )
-    yield chart("kl", "Distance to the updated router", caption, Panel("KL from current (nats)", lines, zero=True, log=10))
+    yield chart("kl", Panel("KL from current (nats)", lines, zero=True, log=10))
 
     worst = data.table("mini_steps.+.per_layer.coverage_gap.#").max(axis=1)
     lines = [Line(worst, "orange", "worst layer", style=THIN), Line(data["mini_steps.+.coverage_gap"], "blue", "mean of layers")]
-    caption = "Router probability of its own top-k minus that of the replayed experts: what replay leaves out, lower is better."
     panel = Panel("coverage gap", lines, zero=True, rules={"paper's max": PAPER_COVERAGE_GAP})
-    yield chart("coverage", "Coverage gap", caption, panel)
+    yield chart("coverage", panel)
 
     weight = data["predictor.weight_norm"]
-    caption = "It starts at zero and should settle: a weight norm that keeps growing while lift falls asks for a smaller alpha."
     gradient = Panel("gradient", [Line(data["predictor.grad_norm"], "orange")], zero=True)
     if (weight > 0).any():
-        yield chart("predictor", "Predictor", caption, Panel("weight norm", [Line(weight, "purple")], zero=True), gradient)
+        yield chart("predictor", Panel("weight norm", [Line(weight, "purple")], zero=True), gradient)
 
 
 def _lift(data: RunData) -> Plot | None:
@@ -95,12 +81,7 @@ def _lift(data: RunData) -> Plot | None:
     mean = smooth(values, window)
     lines = [Line(values, "grey", style={**THIN, "alpha": 0.5})] if window > 1 else []
     lines += [Line(mean, "ink", "all mini-steps"), Line(smooth(later, window), "blue", "from the second on", style=THIN)]
-    caption = (
-        "Agreement of the replayed routes minus that of frozen ones, which are R3's: above zero the run is better off than R3, "
-        "below zero worse. In the first mini-step, part of the dark line only, a prediction can only be wrong."
-        f"{_smoothed(window, data)}"
-    )
-    return chart("lift", "Lift: better or worse off than R3", caption, Panel(POINTS, lines, rules=ZERO, shade=mean))
+    return chart("lift", Panel(POINTS, lines, rules=ZERO, shade=mean))
 
 
 def _expected_lift(data: RunData) -> Plot | None:
@@ -116,16 +97,7 @@ def _expected_lift(data: RunData) -> Plot | None:
         Line(lift_PL.mean(axis=1), "orange", "expected, 95 % interval", half=2 * error),
         Line(smooth(100 * data["lift_all"], window), "blue", "measured"),
     ]
-    caption = (
-        "Mean over layers and all mini-steps: the gain on held-out tokens of earlier rollouts at the beta in use, and the measured "
-        "lift. The expectation is that of the best of several beta values, so it is a little too high. Neither should fall below "
-        f"zero.{_smoothed(window, data)}"
-    )
-    return chart("expected-lift", "Expected and measured lift", caption, Panel(POINTS, lines, rules=ZERO))
-
-
-def _smoothed(window: int, data: RunData) -> str:
-    return f" Running means of {window * data.bin_size} rollouts." if window > 1 else ""
+    return chart("expected-lift", Panel(POINTS, lines, rules=ZERO))
 
 
 def per_layer(data: RunData) -> Plots:
@@ -137,29 +109,21 @@ def per_layer(data: RunData) -> Plots:
         kinds = ((better, "green", "above zero"), (worse, "red", "below zero"), (neither, "grey", "no measurable difference"))
         style = {"linestyle": "", "elinewidth": 1.6}
         lines = [Line(100 * lift_L.where(where), colour, label, 200 * error_L, style) for where, colour, label in kinds]
-        caption = (
-            "Lift over the whole run, all mini-steps, with its 95 % interval over rollouts: above zero a layer's routes are better "
-            "than R3's. Of many layers one in twenty lies off zero by chance, and a bf16 engine's rounding lowers all, with R3 too."
-        )
-        yield chart("layer-interval", "Lift per layer, with interval", caption, Panel(POINTS, lines, kind="error", rules=ZERO))
+        yield chart("layer-interval", Panel(POINTS, lines, kind="error", rules=ZERO))
 
     beta = data.table("hold_back.beta.#")
-    caption = "Share of the prediction that is used: 0 (dark) is R3, 1 (bright) all of it. It rises where held-out tokens gain."
-    yield figures.heat_map("beta", "Beta per layer", caption, beta, 0.0, 1.0, "{:.2f}".format)
+    yield figures.heat_map("beta", beta, 0.0, 1.0, "{:.2f}".format)
 
     agreement, lift = (data.table(f"mini_steps.+.per_layer.{name}.#") for name in ("agreement", "lift"))
     mismatch = 1 - agreement.mean()
     lines = [Line(mismatch + lift.mean(), "grey", "frozen"), Line(mismatch, "blue", "replayed")]
-    caption = "Mean mismatch of every MoE layer, lower is better: the distance from grey down to blue is the layer's lift."
-    yield chart("layer-profile", "Mismatch per layer", caption, Panel("1 − agreement", lines, zero=True, form=share))
+    yield chart("layer-profile", Panel("1 − agreement", lines, zero=True, form=share))
 
-    caption = "Every row is an MoE layer: a dark row is a layer whose routing moves fast."
-    yield figures.heat_map("layer-agreement", "Agreement per layer", caption, agreement, None, None, formats.percent)
+    yield figures.heat_map("layer-agreement", agreement, None, None, formats.percent)
 
     # The 99th percentile: one noisy rollout must not wash out all others.
     limit = max(1e-4, float(lift.abs().stack().quantile(0.99))) if lift.size else 0.0
-    caption = "Blue layers gain from prediction, red layers lose, white ones show no difference."
-    yield figures.heat_map("layer-lift", "Lift per layer", caption, lift, -limit, limit, formats.points, colours="RdBu")
+    yield figures.heat_map("layer-lift", lift, -limit, limit, formats.points, colours="RdBu")
 
 
 def policy(data: RunData) -> Plots:
@@ -170,35 +134,28 @@ def policy(data: RunData) -> Plots:
         Line(data[f"{last}max"], "orange", "max", style=THIN),
         Line(data[f"{last}min"], "green", "min", style=THIN),
     ]
-    caption = "New over sampling policy in the last, stalest mini-step: a widening band or far extremes mean instability."
-    yield chart("ratio", "Importance ratio", caption, Panel("ratio", lines, log=10))
+    yield chart("ratio", Panel("ratio", lines, log=10))
 
-    caption = "Tokens whose importance ratio left the clip range: later mini-steps clip more, because the policy has moved further."
     panel = Panel("clipped tokens", figures.mini_step_lines(data.table("mini_steps.#.clip_fraction")), zero=True, form=share)
-    yield chart("clip", "Clip fraction", caption, panel)
+    yield chart("clip", panel)
 
-    caption = "Calm is good: an isolated spike is one bad batch, steady growth is a warning."
-    yield chart("gradient", "Policy gradient norm", caption, Panel("policy gradient norm", [Line(data["grad_norm"])], log=10))
+    yield chart("gradient", Panel("policy gradient norm", [Line(data["grad_norm"])], log=10))
 
 
 def engine(data: RunData) -> Plots:
     """How engine and actor differ."""
     series = (("mean", "blue", "mean |gap|"), ("max", "orange", "max |gap|"), ("kl", "grey", "KL"))
     lines = [Line(data[f"logprob_gap.{name}"], colour, label) for name, colour, label in series]
-    caption = "How differently engine and actor score the same tokens before any update: lower is better, growth is a warning."
-    yield chart("gap", "Log-prob gap, engine to actor", caption, Panel("nats", lines, log=10))
+    yield chart("gap", Panel("nats", lines, log=10))
 
     missing = Line(data["routes.missing_share"], "red", style={"drawstyle": "steps-mid", "linewidth": 2.2})
-    caption = "Tokens that arrived without a usable route and fell back to the current router: look into anything above zero."
     if (data["routes.tokens"] > 0).any():
-        yield chart("missing", "Missing routes", caption, Panel("missing", [missing], zero=True, form=share))
+        yield chart("missing", Panel("missing", [missing], zero=True, form=share))
 
 
 def cost(data: RunData) -> Plots:
     """Time and bytes."""
     seconds, size = ([(name.replace("_", " "), values) for name, values in data.group(key).items()] for key in ("seconds", "bytes"))
     lines = [[Line(values, STACK[i % 6], name) for i, (name, values) in enumerate(group)] for group in (seconds, size)]
-    caption = "The height is the time of one step; the thickest layer is what to speed up."
-    yield chart("seconds", "Time per phase", caption, Panel("seconds", lines[0], kind="area", zero=True))
-    caption = "What one step moves or keeps: routes, sampled features and the weights pushed to the engine."
-    yield chart("bytes", "Bytes per phase", caption, Panel("bytes per step", lines[1], log=2, form=formats.size))
+    yield chart("seconds", Panel("seconds", lines[0], kind="area", zero=True))
+    yield chart("bytes", Panel("bytes per step", lines[1], log=2, form=formats.size))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from megatron_pr2.report.metrics_log import Record, first_and_last_fifth, flat
+from megatron_pr2.report.metrics_log import Record, flat
 
 # What is no mean where a point of a plot joins several rollouts.
 EXTREMES = {"ratio_min": "min", "ratio_max": "max", "missing_share": "max"}
@@ -76,9 +76,14 @@ class RunData:
         columns = (self.points if frame is None else frame).filter(regex=rf"^{name}\.[^.]+$").dropna(how="all").fillna(0.0)
         return columns.loc[:, (columns != 0).any()].rename(columns=lambda column: column.split(".")[1])
 
-    def final_reward(self) -> float:
-        """Mean over the last fifth of the rollouts."""
-        return first_and_last_fifth(self.records)["last"]
+    def ends(self, name: str) -> tuple[float, float]:
+        """Means of the first and of the last fifth of the rollouts."""
+        values, fifth = self._of(self.rollouts, name), max(1, len(self.rollouts) // 5)
+        return float(values[:fifth].mean()), float(values[-fifth:].mean())
+
+    def step_seconds(self) -> pd.Series:
+        """Seconds of every rollout that has some."""
+        return self.rollouts.filter(regex=r"^seconds\.").sum(axis=1, min_count=1).dropna()
 
     def frozen_mismatch(self) -> float:
         """Share of the experts that frozen routes get wrong, over all mini-steps; NaN if there are none."""

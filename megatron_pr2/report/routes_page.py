@@ -16,12 +16,10 @@ from megatron_pr2.report import formats
 from megatron_pr2.report.figures import PAPER_CHANGED, Line, Panel, Plots, changed_rows, chart, chosen, drawn, heat_map, share
 from megatron_pr2.report.formats import count
 from megatron_pr2.report.metrics_log import replace_atomically
-from megatron_pr2.report.page import Card, render_page
+from megatron_pr2.report.page import render_page
 from megatron_pr2.report.route_statistics import CHANGED, RouteDifference, RouteStatistics, compare, describe
 from megatron_pr2.routes.files import RouteFile
 
-# arXiv 2510.11370: tokens whose routes differ between engine and actor in at least one layer, without replay.
-R3_TOUCHED = 0.94
 percent = partial(formats.percent, digits=1)
 # column of RouteStatistics.layers or RouteDifference.layers: heading, format
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -65,9 +63,9 @@ def render_routes(files: Sequence[RouteFile]) -> bytes:
             {
                 "anchor": f"file-{number}",
                 "title": "Routes" if difference is None else f"File {number}",
-                "name": file.path.name,
-                "cards": file_cards(file, statistics),
-                "plots": drawn(file_plots(statistics, number)),
+                "file": file,
+                "statistics": statistics,
+                "plots": drawn(file_plots(statistics, f"file-{number}-")),
                 "table": _table(statistics.layers),
             }
         )
@@ -78,7 +76,7 @@ def render_routes(files: Sequence[RouteFile]) -> bytes:
             "kind": kind,
             "headline": headline,
             "detail": detail,
-            "cards": difference_cards(difference),
+            "difference": difference,
             "plots": drawn(difference_plots(difference)),
             "table": _table(difference.layers),
         }
@@ -95,52 +93,24 @@ def _table(layers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({COLUMNS[name][0]: values.map(COLUMNS[name][1]) for name, values in layers.items()}).reset_index()
 
 
-def file_cards(file: RouteFile, statistics: RouteStatistics) -> list[Card]:
-    """The numbers of one file."""
-    last = f"and {count(statistics.missing_last, 'last token')}, which were no input"
-    out = [
-        Card("Tokens", count(statistics.tokens), f"in {count(statistics.sequences, 'sequence')}"),
-        Card("Routers", f"{file.num_layers} × top-{file.topk}", f"MoE layers, of {count(file.num_experts, 'expert')} each"),
-        Card(
-            "Missing rows",
-            count(statistics.missing - statistics.missing_last),
-            last if statistics.missing_last else "tokens without a route",
-        ),
-    ]
-    layers, mean = statistics.layers, statistics.layers.mean()
-    if statistics.tokens > statistics.missing:
-        out += [
-            Card("Busiest expert", f"{layers['busiest'].max():.2f} ×", f"the mean load, in layer {layers['busiest'].idxmax()}"),
-            Card("Entropy of the load", formats.fixed(mean["entropy"]), "mean of the layers; 1 is even"),
-            Card("Never used", percent(mean["unused"]), "of the experts, mean of the layers"),
-        ]
-    if statistics.neighbours:
-        note = f"experts shared by neighbours; chance {percent(mean['chance'])}"
-        out.append(Card("Stickiness", percent(mean["stickiness"]), note))
-    return out
-
-
-def file_plots(statistics: RouteStatistics, number: int) -> Plots:
-    """Load and stickiness of one file; `number` is the file's, for the plots' names."""
+def file_plots(statistics: RouteStatistics, prefix: str) -> Plots:
+    """Load and stickiness of one file; `prefix` begins the plots' names."""
     load, layers = statistics.load, statistics.layers
     # The 99.5th percentile: one expert that does it all must not make all others look idle.
     high = max(2.0, float(np.nanpercentile(load, 99.5))) if load.notna().any(axis=None) else None
-    caption = "Tokens that took the expert, relative to an even load (1×): dark ones idle, bright ones are bottlenecks."
-    yield heat_map(f"load-{number}", "Load of the experts", caption, load.T, 0.0, high, "{:g}×".format)
+    yield heat_map(f"{prefix}load", load.T, 0.0, high, "{:g}×".format)
 
     panels = [
         Panel("busiest ÷ mean", [Line(layers["busiest"], "orange")], zero=True, rules={"": 1.0}),
         Panel("entropy", [Line(layers["entropy"])], zero=True, rules={"": 1.0}),
     ]
-    caption = "Above: load of a layer's busiest expert. Below: entropy of the load, 0 if one expert does all. 1 is even in both."
-    yield chart(f"balance-{number}", "Balance per layer", caption, *panels, height=3.4)
+    yield chart(f"{prefix}balance", *panels, height=3.4)
 
     if statistics.neighbours:
         chance = Line(layers["chance"], "grey", "by chance, at this load")
         lines = [chance, Line(layers["stickiness"], "purple", "neighbouring tokens")]
         panel = Panel("shared experts", lines, zero=True, form=share)
-        caption = "Share of a token's experts that the one before it took too: far above chance, load comes in bursts."
-        yield chart(f"sticky-{number}", "Stickiness of routes", caption, panel)
+        yield chart(f"{prefix}sticky", panel)
 
 
 def verdict(difference: RouteDifference) -> tuple[str, str, str]:
@@ -153,65 +123,27 @@ def verdict(difference: RouteDifference) -> tuple[str, str, str]:
         return "same", "The routes are the same", f"All {pairs} took the same experts in both files."
     paper = ", ".join(f"{name.removeprefix('paper: ')} {percent(shares[0])}" for name, shares in PAPER_CHANGED.items())
     detail = f"Of {pairs}. The paper's figures, replayed against current routes in training: {paper}."
-    return "info", f"{_share(unchanged)} of the routes are the same", detail
-
-
-def difference_cards(difference: RouteDifference) -> list[Card]:
-    """The numbers of two files."""
-    alone = f"; {count(difference.only_first)} only in file 1, {count(difference.only_second)} only in file 2"
-    only = alone if difference.only_first + difference.only_second else ""
-    out = [
-        Card("Sequences compared", count(difference.sequences), f"in both files{only}"),
-        Card("Tokens compared", count(difference.tokens), f"{count(difference.skipped)} lack a route in one file"),
-    ]
-    if difference.tokens:
-        agreement = difference.layers["agreement"]
-        frozen = percent(PAPER_CHANGED["paper: frozen, off-2"][0])
-        r3 = f"differ in some layer; R3's paper: {formats.percent(R3_TOUCHED, 0)} between engine and actor"
-        unchanged = _share(difference.layers["0 changed"].mean())
-        out += [
-            Card("Unchanged pairs", unchanged, f"of (token, layer); the paper's frozen routes {frozen}"),
-            Card("Agreement", _share(agreement.mean()), "of the experts, whatever their order"),
-            Card("Least alike", _share(agreement.min()), f"agreement in layer {agreement.idxmin()}"),
-            Card("Touched tokens", _share(difference.touched / difference.tokens), r3),
-        ]
-    return out
+    return "info", f"{formats.share(unchanged)} of the routes are the same", detail
 
 
 def difference_plots(difference: RouteDifference) -> Plots:
     """Where two files differ."""
-    caption = (
-        "How many of a token's experts the second file lacks, per MoE layer. The paper's rows compare replayed with current routes "
-        "in training."
-    )
     rows = {"these two files": difference.layers[list(CHANGED)].mean()}
-    yield changed_rows("files-changed", "Changed experts per token and layer", caption, rows, " unchanged")
+    yield changed_rows("files-changed", rows, " unchanged")
 
     mismatch = 1 - difference.layers["agreement"]
-    caption = "Share of a token's experts that the second file does not have: a high point is a layer whose routes differ most."
     panel = Panel("1 − agreement", [Line(mismatch)], zero=True, form=share)
-    yield chart("files-layers", "Difference per layer", caption, panel)
+    yield chart("files-layers", panel)
 
     positions = 1 - difference.positions
     mean = positions.mean(axis=1)
     mean.loc[difference.end] = mean.iloc[-1]
-    caption = (
-        "Mean over layers; every step averages about as many tokens. A rise says that something builds up along the sequence, such "
-        "as an engine's numerics; a level line says that the position does not matter."
-    )
     line = Line(mean, style={"drawstyle": "steps-post", "marker": ""})
-    yield chart("files-positions", "Difference by position", caption, Panel("1 − agreement", [line], zero=True, form=share))
+    yield chart("files-positions", Panel("1 − agreement", [line], zero=True, form=share))
 
-    caption = "1 − agreement by layer and position: a bright column is a place in the sequence, a bright row a layer."
     if min(positions.shape) > 1 and difference.tokens:
         edges = [*positions.index, difference.end]
         ticks = {i + 0.5: str(edges[i]) for i in chosen(len(edges))}
         table = positions.set_axis(pd.RangeIndex(1, len(edges), name=positions.index.name))
         high = max(1e-4, float(np.nanmax(positions)))
-        title = "Difference per layer and position"
-        yield heat_map("files-layers-positions", title, caption, table, 0.0, high, percent, ticks=ticks)
-
-
-def _share(value: float) -> str:
-    """A share that is not all stays below "100 %" in print."""
-    return "> 99.99 %" if 0.99995 <= value < 1 else formats.percent(value)
+        yield heat_map("files-layers-positions", table, 0.0, high, percent, ticks=ticks)

@@ -38,7 +38,7 @@ def page_of(tmp_path, *batches, notes=("engine <b>", "actor")):
 def test_one_file(tmp_path):
     tables = route_tables(0, sequences=5)
     page = page_of(tmp_path, tables)
-    assert page.plots == {f"{name}-1" for name in ONE}
+    assert page.plots == {f"file-1-{name}" for name in ONE}
     tokens = sum(table.num_tokens for table in tables.values())
     assert f"Tokens {tokens} in 5 sequences" in page.text
     assert "Routers 8 × top-4 MoE layers, of 32 experts each" in page.text
@@ -51,7 +51,7 @@ def test_two_files(tmp_path):
     first, second = route_tables(0, sequences=5), route_tables(0, sequences=5, drift=0.3)
     second[99] = second.pop(4)
     page = page_of(tmp_path, first, second)
-    assert page.plots == TWO | {f"{name}-{number}" for name in ONE for number in (1, 2)}
+    assert page.plots == TWO | {f"file-{number}-{name}" for name in ONE for number in (1, 2)}
     changed = [0, 0]
     for sid in range(4):
         valid = first[sid].valid & second[sid].valid
