@@ -75,12 +75,12 @@ class PR2Config:
             twenty.
         hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is used. Lower values use
             predictions earlier, and wrong ones more often.
-        sample_fraction: share of the loss-bearing tokens of each sequence that features are kept of, in (0, 1]: `4 experts` bytes
-            of router logits per token and layer, from which drift is measured, and `2 hidden` of router inputs where a predictor
-            learns from them or `hold_back` judges it. Raise it for small models.
-        feature_bytes: byte budget of the features on this rank; beyond it whole sequences, spread over the batch, are dropped,
-            counted and warned of. Tokens that a mini-step computes on another rank than the log-prob pass did come on top, and
-            with `feature_device=cpu` 256 MiB of transfers.
+        sample_fraction: largest share of the loss-bearing tokens that features are kept of, in (0, 1]: `4 experts` bytes of router
+            logits per token and layer, from which drift is measured, and `2 hidden` of router inputs where a predictor learns from
+            them or `hold_back` judges it. Where `feature_bytes` has no room for it, the share that fits is used, the same on all
+            ranks. Raise it for small models.
+        feature_bytes: byte budget of the features on one rank. Tokens that a mini-step computes on another rank than the log-prob
+            pass did come on top, and with `feature_device=cpu` 256 MiB of transfers.
         feature_device: where features are kept: `device`, where they were computed, or `cpu`, in host memory.
         max_missing_share: largest share of tokens without a valid route, the last token of each sequence not counted.
         min_agreement: smallest share of an engine's routes that the actor's own routers must agree with in the old-log-prob pass,

@@ -215,15 +215,17 @@ def test_every_option_of_a_plan_counts() -> None:
     assert last_line("plan", "--model", "mixtral-8x7b", "--tp", "2", "--world", "8", "--json")["layout"]["dp"] == 4
 
 
-def test_features_beyond_the_budget_are_told() -> None:
+def test_the_sample_fraction_follows_from_the_budget() -> None:
     arguments = ("plan", "--model", "qwen3-30b-a3b", "--batch", "64", "--seq", "8192")
     code, output = invoke(*arguments)
     assert code == 0
-    assert "do not fit into 4.0 GiB per rank and are left out: lower --sample-fraction to about 0.037" in " ".join(output.split())
+    assert "features of 0.037 of the response tokens (feature_bytes=4.0 GiB has no room for 0.125)" in " ".join(output.split())
     found = json.loads(output.splitlines()[-1])
-    assert found["sequences_without_features"] > 0
-    fits = last_line(*arguments, "--sample-fraction", "0.037")
-    assert fits["sequences_without_features"] == 0
+    assert (4 << 30) - 221_184 < found["largest"]["memory"]["features"] <= 4 << 30
+    assert found["sample_fraction"] == pytest.approx(0.037, abs=0.001)
+    assert last_line(*arguments, "--sample-fraction", "0.03")["sample_fraction"] == 0.03
+    # Without router inputs nine times as many tokens fit.
+    assert last_line(*arguments, "--predictor", "none")["sample_fraction"] == 0.125
 
 
 def test_plans_that_are_refused() -> None:

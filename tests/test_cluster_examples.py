@@ -104,7 +104,7 @@ def test_the_layout_is_trained_and_planned(name: str) -> None:
     for rank in ("typical", "largest"):
         assert found[rank]["device_bytes"] < 2 * GIB
         assert found[rank]["host_bytes"] < 16 * GIB
-    assert found["sequences_without_features"] == 0
+    assert found["sample_fraction"] == work["sample_fraction"]
     assert (work["predictor"], work["feature_device"], work["route_delivery"]) == ("learned", "cpu", "local")
     # SGLang: whole engines, whole experts, whole heads on every GPU.
     rollout = found["rollout"]
@@ -217,7 +217,7 @@ def test_options_override_the_file() -> None:
     assert planned("--config", file, "--dp", "8")["layout"]["world"] == 32
     # What is the default of an option overrides, too, where it is given.
     assert planned("--config", file, "--cp", "1")["layout"]["cp"] == 1
-    assert planned("--config", file, "--feature-bytes", str(GIB))["sequences_without_features"] > 0
+    assert planned("--config", file, "--feature-bytes", str(GIB))["sample_fraction"] < plain["sample_fraction"]
 
 
 def test_the_layout_is_told_as_flags_of_megatron_lm() -> None:

@@ -437,6 +437,11 @@ def reads(
         # Among several ranks a pass begins with telling each other its micro-batches, and ends with hearing who refuses it, once.
         told = counted(lambda: agree_on_pass(pr2.replica.ranks, [batch.micro_batch for batch in second]))
         assert told
+        # Before the log-prob pass they agree on the share of tokens that features are kept of.
+        agreed = counted(lambda: pr2.feature_plan._thin([], []))
+        assert sum(agreed.values()) == 2
+        assert not agreed - found["old_logprobs"]
+        found["old_logprobs"] -= agreed
         heard = counted(lambda: agree_on_outcome(everyone(pr2.token_group), "a pass", None, pr2.token_check))
         assert sum(heard.values()) == 2  # one read, seen at two levels
         for name in ("old_logprobs", "actor_update 1", "actor_update 2"):

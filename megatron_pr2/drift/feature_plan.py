@@ -9,7 +9,6 @@ moves nothing is communicated.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,9 +20,7 @@ from torch import Tensor
 from megatron_pr2.drift.features import FeatureStore, Segment
 from megatron_pr2.parallel.grid import IntArray, TokenGrid
 from megatron_pr2.parallel.replica import RankGroup
-from megatron_pr2.parallel.tokens import TokenIndex, spread_order
-
-logger = logging.getLogger(__name__)
+from megatron_pr2.parallel.tokens import TokenIndex, fitting_share, thinning_keys
 
 
 class FeaturePlan:
@@ -31,21 +28,31 @@ class FeaturePlan:
 
     Attributes:
         sampled: which tokens are sampled, by flat token index.
-        dropped_sequences: left out because of the byte budget.
+        share: of those that could have been, as far as log-prob passes have seen them: below 1 where the byte budget has no room.
         moved_tokens: features that came from other ranks since begin().
     """
 
     def __init__(
-        self, store: FeatureStore, tp_cp: RankGroup, *, budget_bytes: int, most_layers: int, device: torch.device
+        self,
+        store: FeatureStore,
+        tp_cp: RankGroup,
+        *,
+        budget_bytes: int,
+        most_layers: int,
+        device: torch.device,
+        seed: int = 0,
+        token_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
         budget_bytes: of the features on one rank.
-        most_layers: MoE layers of the replica's fullest stage, by which all of its stages drop the same sequences.
-        device: where the group's backend communicates.
+        most_layers: MoE layers of the replica's fullest stage, by which all of its stages keep the same tokens.
+        device: where the groups' backend communicates.
+        seed: of the choice of tokens.
+        token_group: the ranks that hold other tokens of the same layers, which all keep the same share.
         """
-        self._per_token = store.bytes_of(most_layers)
-        self._store, self._tp_cp, self._budget, self._device = store, tp_cp, budget_bytes, device
-        self._warned = False
+        self._room = budget_bytes // store.bytes_of(most_layers)
+        self._store, self._tp_cp, self._device = store, tp_cp, device
+        self._seed, self._token_group = seed, token_group
         self.begin(TokenIndex({}), np.zeros(0, dtype=bool))
 
     @property
@@ -58,19 +65,16 @@ class FeaturePlan:
         self._tokens, self.sampled = tokens, sampled
         self._holder = np.full(tokens.total, -1, dtype=np.int32)
         self._load = np.zeros(self._tp_cp.size, dtype=np.int64)
-        self._dropped: set[int] = set()
+        self.share = 1.0
         self._seen: set[bytes] = set()
-        # What the last log-prob pass keeps, per member.
+        # What the last log-prob pass keeps, per member, and what it had no room for.
         self._newest: list[IntArray] = []
+        self._thinned: list[IntArray] = []
         self.moved_tokens = 0
         self._store.begin(tokens.total)
 
-    @property
-    def dropped_sequences(self) -> int:
-        return len(self._dropped)
-
     def restore(self, sampled: npt.NDArray[np.bool_], held: IntArray, members: IntArray | None) -> Segment:
-        """After begin_rollout: room for features of a checkpoint.
+        """After begin_rollout: room for features of a checkpoint; collective over the token group.
 
         Args:
             sampled: which tokens were sampled, by flat token index.
@@ -81,27 +85,20 @@ class FeaturePlan:
             This rank's share, to be filled.
         """
         self.begin(self._tokens, sampled)
-        room = self._budget // self._per_token
-        if members is None or (np.bincount(members, minlength=1) > room).any():
-            if len(held) > room * self._tp_cp.size:
-                # Whole sequences: the one with which the room ends, and all after it.
-                ids = list(self._tokens.lengths)
-                order = spread_order(ids)
-                counts = np.bincount(self._tokens.sequence_of(held), minlength=len(ids))[order]
-                for place in order[np.cumsum(counts) > room * self._tp_cp.size].tolist():
-                    self._dropped.add(ids[place])
-                    self.sampled[self._tokens.span(ids[place])] = False
-                held = held[self.sampled[held]]
+        self._thin([held], [self._room * self._tp_cp.size])
+        fits = self.sampled[held]
+        held, members = held[fits], None if members is None else members[fits]
+        if members is None or (np.bincount(members, minlength=1) > self._room).any():
             members = np.arange(len(held)) * self._tp_cp.size // max(1, len(held))
         self._holder[held] = members
         self._load += np.bincount(members, minlength=self._tp_cp.size)
         return self._store.add(held[members == self._tp_cp.me])
 
     def make_room(self, grids: Sequence[TokenGrid]) -> None:
-        """Before a log-prob pass: room for the sampled tokens that this rank will compute.
+        """Before a log-prob pass: room for the sampled tokens that this rank will compute; collective over the token group.
 
-        Whole sequences are dropped where any rank of the group would exceed its budget; which ones has nothing to do with their
-        order, or the predictor would see the first mini-steps only.
+        Where any rank of the group would exceed its budget, a smaller share of all tokens is sampled, the same on all ranks. Passes
+        over parts of the rollout batch get parts of the budget.
         """
         fresh = [grid for grid in grids if grid.fingerprint not in self._seen]
         wanted = [self._wanted(fresh, member) for member in range(self._tp_cp.size)]
@@ -109,32 +106,15 @@ class FeaturePlan:
         # A pass over the same tokens under another cut: features stay where the first pass left them.
         elsewhere = any(((holder >= 0) & (holder != member)).any() for member, holder in enumerate(holders))
         wanted = [tokens[holder < 0] for tokens, holder in zip(wanted, holders, strict=True)]
-        counts = np.zeros((self._tp_cp.size, len(self._tokens.lengths)), dtype=np.int64)
-        for member, tokens in enumerate(wanted):
-            np.add.at(counts[member], self._tokens.sequence_of(tokens), 1)
-        room = self._budget // self._per_token
-        ids = list(self._tokens.lengths)
-        for place in spread_order(ids).tolist():
-            sequence = ids[place]
-            if not counts[:, place].any():
-                continue
-            if (self._load + counts[:, place] > room).any():
-                self._dropped.add(sequence)
-                self.sampled[self._tokens.span(sequence)] = False
-            else:
-                self._load += counts[:, place]
-        if self._dropped and not self._warned:
-            self._warned = True
-            logger.warning(
-                "feature_bytes=%d has room for %d of the %d sequences whose router inputs should be kept; lower sample_fraction "
-                "(megatron-pr2 plan says what fits), or raise feature_bytes",
-                self._budget, len(ids) - len(self._dropped), len(ids),
-            )  # fmt: skip
+        remaining = max(1, int((self.sampled & (self._holder < 0)).sum()))
+        part = min(remaining, sum(map(len, wanted)))
+        self.share = min(self.share, self._thin(wanted, [(self._room - int(load)) * part // remaining for load in self._load]))
         self._newest = [tokens[self.sampled[tokens]] for tokens in wanted]
         # First what can fail for lack of memory.
         self._store.add(self._newest[self._tp_cp.me])
         for member, tokens in enumerate(self._newest):
             self._holder[tokens] = member
+            self._load[member] += len(tokens)
         if not elsewhere:
             self._seen.update(grid.fingerprint for grid in grids)
 
@@ -143,9 +123,37 @@ class FeaturePlan:
         for member, tokens in enumerate(self._newest):
             self._holder[tokens] = -1
             self._load[member] -= len(tokens)
-        self._newest = []
+        for tokens in self._thinned:
+            self.sampled[tokens] = True
+        self._newest = self._thinned = []
         self._store.remove_last()
         self._seen.clear()
+
+    def _thin(self, tokens: list[IntArray], rooms: list[int]) -> float:
+        """Takes tokens out of the sample until no rank of the token group exceeds its room; returns the share that stays.
+
+        Args:
+            tokens, rooms: sampled ones per member, and how many of them it has room for.
+        """
+        share, keys_N = 1.0, None
+        if any(len(each) > room for each, room in zip(tokens, rooms, strict=True)):
+            keys_N = self._keys()
+            share = fitting_share([keys_N[each] for each in tokens], rooms)
+        if self._token_group is not None and self._token_group.size() > 1:
+            least = torch.tensor(share, dtype=torch.float64, device=self._device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._token_group)
+            share = least.item()
+        self._thinned = []
+        if share < 1.0:
+            keys_N = self._keys() if keys_N is None else keys_N
+            self._thinned = [each[keys_N[each] >= share] for each in tokens]
+            for each in self._thinned:
+                self.sampled[each] = False
+        return share
+
+    def _keys(self) -> npt.NDArray[np.float64]:
+        """Per token of the rollout batch, the same one on every rank."""
+        return np.concatenate([thinning_keys(self._seed, sid, length) for sid, length in self._tokens.lengths.items()])
 
     def absent(self, tokens_T: IntArray) -> int:
         """Sampled tokens among a micro-batch's rows whose features no log-prob pass kept."""

@@ -62,6 +62,7 @@ class Measurement:
         drift: metrics of the training passes.
         hold_back: chooses the share of W_p that is used, or None.
         held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
+        sample_fraction: share of the loss-bearing tokens that features are kept of, in the last log-prob pass; None: not known.
         learning: whether the training pass adds to the predictor's gradient.
         features_absent: sampled tokens of the training passes that no log-prob pass kept features of.
     """
@@ -87,9 +88,12 @@ class Measurement:
             len(sites), self._experts, model_config.hidden_size if config.keeps_inputs else 0, device=kept_on, h_dtype=H_DTYPE,
             p_dtype=torch.float64 if model_config.moe_router_dtype == "fp64" else torch.float32,
         )  # fmt: skip
-        # The pipeline stage with most layers decides which sequences are dropped, so that all of them drop the same.
+        # The pipeline stage with most layers decides what there is room for, so that all of them keep the same tokens.
         layers = max(len(member.columns) for member in replica.ranks.members)
-        self.plan = FeaturePlan(self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device)
+        self.plan = FeaturePlan(
+            self.features, replica.tp_cp, budget_bytes=config.feature_bytes, most_layers=layers, device=device,
+            seed=config.seed, token_group=token_group,
+        )  # fmt: skip
         self.agreement = AgreementCheck(
             moe_layers, [site.column for site in sites], model_config, replica.tp_cp.handle, everyone(token_group), device,
             config.min_agreement,
@@ -101,6 +105,7 @@ class Measurement:
         if predictor is not None and config.hold_back:
             decay, confidence = config.hold_back_decay, config.hold_back_confidence
             self.hold_back = HoldBack(len(sites), decay=decay, confidence=confidence, device=device)
+        self.sample_fraction: float | None = None
         self.learning = False
         self.features_absent = 0
         self._located: dict[Hashable, SampledRows] = {}
@@ -112,6 +117,7 @@ class Measurement:
         self._tokens, self._located, self._row_horizons = TokenIndex({}), {}, {}
         self.held_out = np.zeros(0, dtype=bool)
         self._horizon: npt.NDArray[np.float32] | None = None
+        self.sample_fraction = None
         # A mini-step that was never ended by step() belongs to the last batch.
         self.discard()
 
@@ -184,6 +190,7 @@ class Measurement:
         self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
         biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
         self.features.expert_bias_LE = torch.stack(biases).float() if biases else None
+        self.sample_fraction = self.plan.share * self._config.sample_fraction
         try:
             if self._horizon is not None:
                 for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):

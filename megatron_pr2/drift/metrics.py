@@ -126,7 +126,9 @@ def missing_share(report: RolloutReport) -> dict[str, float]:
     return {"pr2/missing_share": report.missing / report.tokens} if report.tokens else {}
 
 
-def scalars(report: Mapping[str, Any], engine_agreement: Agreement | None) -> dict[str, float]:
+def scalars(
+    report: Mapping[str, Any], engine_agreement: Agreement | None, sample_fraction: float | None = None
+) -> dict[str, float]:
     """What a logger wants: a step's report in a few plain numbers, averaged over MoE layers. What was not measured is absent.
 
     | Key | What it is |
@@ -137,6 +139,7 @@ def scalars(report: Mapping[str, Any], engine_agreement: Agreement | None) -> di
     | `pr2/predictor/tokens`, `/grad_norm`, `/weight_norm` | the predictor's last update |
     | `pr2/hold_back/beta`, `/lift`, `/lift_error` | the share of W_p that is used, and the measured gain that decides it |
     | `pr2/features_absent` | sampled tokens of this rank that no log-prob pass kept features of |
+    | `pr2/sample_fraction` | share of loss-bearing tokens with features: the setting, or what `feature_bytes` allows |
 
     Args:
         report: what `PR2.step` returns.
@@ -147,6 +150,7 @@ def scalars(report: Mapping[str, Any], engine_agreement: Agreement | None) -> di
         "pr2/engine_agreement": None if engine_agreement is None else engine_agreement.overall,
         "pr2/engine_agreement_min": None if engine_agreement is None else engine_agreement.least_layer,
         "pr2/features_absent": float(report["features_absent"]),
+        "pr2/sample_fraction": sample_fraction,
         **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name != "tokens"},
         **{f"pr2/predictor/{name}": value for name, value in report["predictor"].items()},
         **{f"pr2/hold_back/{name}": _mean(values, [1.0] * len(values)) for name, values in held.items()},

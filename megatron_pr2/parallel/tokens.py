@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_pr2.parallel.grid import IntArray, TokenGrid
 
@@ -50,15 +51,6 @@ class TokenIndex:
         return self.of(*grid.rows())
 
 
-def spread_order(ids: Sequence[int] | IntArray) -> IntArray:
-    """Indices that put sequences into an order which has nothing to do with how they are numbered, evenly spread over the numbers.
-
-    What is done for the first ones only, for want of room, is then done for a fair sample of all mini-steps. Fibonacci hashing: the
-    multiples of 2^64 / golden ratio modulo 2^64 (Knuth, The Art of Computer Programming, vol. 3, section 6.4).
-    """
-    return np.argsort(np.asarray(ids, dtype=np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15), kind="stable")
-
-
 def sample_positions(seed: int, sequence: int, candidates: IntArray, fraction: float) -> IntArray:
     """Uniform sample without replacement of the candidate positions of one sequence, ascending.
 
@@ -74,5 +66,27 @@ def thinned_positions(seed: int, sequence: int, candidates: IntArray, share: flo
 
     A function of its arguments alone, and independent of what :func:`sample_positions` draws from the same ones.
     """
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sequence, 1])))
-    return candidates[generator.random(len(candidates)) < share]
+    return candidates[_uniform(seed, sequence, 1, len(candidates)) < share]
+
+
+def thinning_keys(seed: int, sequence: int, length: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each token of one sequence: where there is no room for all that are sampled, small ones are kept.
+
+    A function of its arguments alone, and independent of the other two choices.
+    """
+    return _uniform(seed, sequence, 2, length)
+
+
+def fitting_share(keys: Iterable[npt.NDArray[np.float64]], rooms: Iterable[int]) -> float:
+    """The largest share of tokens that no rank lacks room for: of those whose key is below it.
+
+    Args:
+        keys: of the tokens on each rank (:func:`thinning_keys`).
+        rooms: tokens that each rank has room for.
+    """
+    pairs = zip(keys, rooms, strict=True)
+    return min((float(np.partition(each, room)[room]) for each, room in pairs if len(each) > room), default=1.0)
+
+
+def _uniform(seed: int, sequence: int, purpose: int, count: int) -> npt.NDArray[np.float64]:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sequence, purpose]))).random(count)

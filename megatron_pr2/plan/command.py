@@ -52,7 +52,9 @@ def plan(
     padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
     predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum or learned+momentum.")] = "learned",
     hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
-    sample_fraction: Annotated[float, typer.Option(help="Share of the response tokens that features are kept of.")] = 0.125,
+    sample_fraction: Annotated[
+        float, typer.Option(help="Share of the response tokens that features are kept of, as far as they fit into --feature-bytes.")
+    ] = 0.125,
     feature_bytes: Annotated[int, typer.Option(help="Byte budget of the features on a rank.")] = 4 << 30,
     feature_device: Annotated[str, typer.Option(help="device (where they are computed) or cpu (host memory).")] = "device",
     route_delivery: Annotated[

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from megatron_pr2.drift.features import H_DTYPE, STAGING_BYTES, FeatureStore
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
 from megatron_pr2.plan.models import ModelSpec
-from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_tokens
+from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_tokens, sampled, share_of_room
 from megatron_pr2.prediction.predictor import predictor_bytes
 from megatron_pr2.routes.table import RouteTable, expert_dtype
 
@@ -94,6 +94,7 @@ class Plan:
     Attributes:
         model, layout, work, config: what was planned.
         tokens: per kind of replica.
+        sample_fraction: share of the response tokens that features are kept of: the setting, or what feature_bytes allows.
         distinct_ranks: ranks that were computed; every other one is identical to one of them.
     """
 
@@ -103,12 +104,16 @@ class Plan:
         self._store = FeatureStore(0, model.num_experts, hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
         self._layers_D1 = np.array([[len(layout.moe_columns(pp))] for pp in range(layout.pipeline)], dtype=np.int64)
         # The stage with most layers decides for all of them.
-        self._room = config.feature_bytes // self._store.bytes_of(int(self._layers_D1.max()))
+        room = config.feature_bytes // self._store.bytes_of(int(self._layers_D1.max()))
         # The first data-parallel index of each kind: the first replica pushes weights, the first ones may train a sequence more.
         self._firsts = sorted({0, min(1, layout.data - 1), work.batch % layout.data})
         self.replicas = [end - first for first, end in zip(self._firsts, [*self._firsts[1:], layout.data], strict=True)]
-        made = cache(lambda count: replica_tokens(layout, work, config, count, self._room))
-        self.tokens: list[ReplicaTokens] = [made(work.sequences(first, layout.data)) for first in self._firsts]
+        counts = [work.sequences(first, layout.data) for first in self._firsts]
+        samples = {count: sampled(layout, work, config, count) for count in set(counts)}
+        share = min(share_of_room(each, room) for each in samples.values())
+        self.sample_fraction = config.sample_fraction * share
+        made = {count: replica_tokens(layout, work, each, share) for count, each in samples.items()}
+        self.tokens: list[ReplicaTokens] = [made[count] for count in counts]
         self._shape = (len(self._firsts), layout.pipeline, layout.context * layout.tensor)
         kinds = [self._bytes(tokens, first) for tokens, first in zip(self.tokens, self._firsts, strict=True)]
         # A column per distinct rank, in the order of [G, D, P].
@@ -147,17 +152,6 @@ class Plan:
     def largest(self) -> RankPlan:
         """The rank with most memory, the first one of equals."""
         return self._first_of(np.argmax(self._sums))
-
-    @property
-    def dropped_sequences(self) -> int:
-        """Sequences of the whole batch whose features exceed the byte budget of a rank."""
-        return sum(n * (each.sequences - each.kept_sequences) for n, each in zip(self.replicas, self.tokens, strict=True))
-
-    @property
-    def fitting_fraction(self) -> float:
-        """The sample fraction at which every rank's features just fit into the byte budget; at most 1."""
-        wanted = max(each.wanted for each in self.tokens)
-        return min(1.0, self.config.sample_fraction * self._room / wanted) if wanted else 1.0
 
     def device_of(self, name: str) -> str:
         """Where an entry of MEMORY is held: "device" or "host"."""

@@ -40,9 +40,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "moe_layers_per_stage": [len(layout.moe_columns(pp)) for pp in range(layout.pipeline)],
         },
         "workload": {**asdict(work), **{name: getattr(plan.config, name) for name in _SETTINGS}},
+        "sample_fraction": plan.sample_fraction,
         "sequences_per_replica": [last.sequences, first.sequences],
-        "sequences_without_features": plan.dropped_sequences,
-        "fitting_sample_fraction": plan.fitting_fraction,
         "distinct_ranks": plan.distinct_ranks,
         **{name: _rank_as_json(plan, getattr(plan, name)) for name in ("typical", "largest", "total")},
     }
@@ -61,26 +60,20 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     dense = model.num_hidden_layers - len(model.moe_layers)
     heads = f", {model.mtp_layers} multi-token-prediction head not counted" if model.mtp_layers else ""
     replica = layout.world_size // layout.data
+    config = plan.config
+    thinned = plan.sample_fraction < config.sample_fraction
+    budget = f" (feature_bytes={size(config.feature_bytes)} has no room for {config.sample_fraction:g})" if thinned else ""
     lines = [
         f"{model.name}: {len(model.moe_layers)} MoE layers (and {dense} dense{heads}), hidden {model.hidden}, top-{model.topk} of "
         f"{model.num_experts} experts",
         f"{count(layout.world_size)} ranks: TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, "
         f"experts EP {layout.expert} x ETP {layout.expert_tensor}; {count(replica)} ranks (a replica) train the same sequences",
         f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
-        f"{plan.config.sample_fraction:g} of the response tokens; predictor {plan.config.predictor}",
+        f"{plan.sample_fraction:.2g} of the response tokens{budget}; predictor {config.predictor}",
     ]
     console.print(Text("\n".join(lines)))
     console.print(_table(plan, "Memory", {name: words for name, (_, words) in MEMORY.items()}, "memory"))
     console.print(_table(plan, "Moved per rollout batch", MOVED, "moved"))
-    if lost := plan.dropped_sequences:
-        console.print(
-            Text(
-                f"The features of {count(lost)} of {count(work.batch)} sequences do not fit into "
-                f"{size(plan.config.feature_bytes)} per rank and are left out: lower --sample-fraction to about "
-                f"{plan.fitting_fraction:.2g}, or raise --feature-bytes (with --feature-device cpu they are in host memory).",
-                style="yellow",
-            )
-        )
 
 
 def print_run(run: Mapping[str, Any], console: Console | None = None) -> None:

@@ -2,7 +2,7 @@
 
 A place is a rank's context- and tensor-parallel index, numbered cp * tensor + tp. All stages of a pipeline compute the same tokens,
 and replicas that train equally many sequences are identical; so one replica's places stand for every rank. Rows are cut by
-`ParallelLayout.cut` and tokens sampled by `tokens.sample_positions`, as in a run whose sequences have the ids 0, 1, 2, ...
+`ParallelLayout.cut` and tokens sampled and thinned as in a run whose sequences have the ids 0, 1, 2, ...
 
 Shape suffixes: P places, B sequences of a micro-batch, N tokens of a sequence.
 """
@@ -22,7 +22,7 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import packed, padded
 from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
-from megatron_pr2.parallel.tokens import sample_positions, spread_order
+from megatron_pr2.parallel.tokens import fitting_share, sample_positions, thinning_keys
 
 IntArray = npt.NDArray[np.int64]
 # A micro-batch of a replica, as its first sequence and the one after its last.
@@ -93,8 +93,6 @@ class ReplicaTokens:
 
     Attributes:
         sequences: that it trains on.
-        kept_sequences: whose features fit into the byte budget.
-        wanted: sampled tokens of all sequences on the place that has most of them.
         routed_P, rows_P: tokens and rows whose routes a place gets, each cut of a micro-batch once.
         opened_P: of these tokens, the ones of the old-log-prob pass, whose routes travel together.
         sampled_P: tokens whose features a place keeps.
@@ -103,8 +101,6 @@ class ReplicaTokens:
     """
 
     sequences: int
-    kept_sequences: int
-    wanted: int
     routed_P: IntArray
     rows_P: IntArray
     opened_P: IntArray
@@ -114,43 +110,67 @@ class ReplicaTokens:
     held_P: IntArray
 
 
-def replica_tokens(layout: ParallelLayout, work: Workload, config: PR2Config, count: int, room: int) -> ReplicaTokens:
-    """The tokens of a replica that trains `count` sequences.
+@dataclass(frozen=True)
+class Sample:
+    """The sampled tokens of one sequence, as many as sample_fraction says.
 
-    Args:
-        room: tokens whose features a rank may keep.
+    Attributes:
+        positions, keys: where they are, and what decides which of them stay where there is no room for all.
+        places: that compute them in the old-log-prob pass.
     """
+
+    positions: IntArray
+    keys: npt.NDArray[np.float64]
+    places: npt.NDArray[np.int32]
+
+
+def sampled(layout: ParallelLayout, work: Workload, config: PR2Config, count: int) -> list[Sample]:
+    """The sampled tokens of a replica that trains `count` sequences: tokens of the response, by their outputs."""
     cut_of = cache(lambda size: cut_micro_batch(layout, work, size))
+    samples = []
+    for sequence, place_N in _by_sequence(work.log_prob_parts(count), cut_of):
+        candidates = np.arange(work.prompt - 1, work.seq - 1)
+        positions = sample_positions(config.seed, sequence, candidates, config.sample_fraction)
+        keys = thinning_keys(config.seed, sequence, work.seq)[positions]
+        samples.append(Sample(positions, keys, place_N[positions]))
+    return samples
+
+
+def share_of_room(samples: list[Sample], room: int) -> float:
+    """The largest share of a replica's sampled tokens for which every rank has room: tokens whose features it may keep."""
+    if not samples:
+        return 1.0
+    keys, places = (np.concatenate(each) for each in zip(*((s.keys, s.places) for s in samples), strict=True))
+    of_place = [keys[places == place] for place in range(int(places.max(initial=0)) + 1)]
+    return fitting_share(of_place, [room] * len(of_place))
+
+
+def replica_tokens(layout: ParallelLayout, work: Workload, samples: list[Sample], share: float) -> ReplicaTokens:
+    """The tokens of a replica that keeps features of a share of its sampled tokens."""
+    cut_of, count = cache(lambda size: cut_micro_batch(layout, work, size)), len(samples)
     mini_steps, log_prob = work.training_parts(count), work.log_prob_parts(count)
     # A micro-batch that both passes cut in the same way gets its routes once.
     distinct = {part for parts in [log_prob, *mini_steps] for part in parts}
     cuts, opened = ([cut_of(stop - start) for start, stop in parts] for parts in (distinct, log_prob))
     zero = np.zeros(layout.context * layout.tensor, dtype=np.int64)
-    # Of each sequence the places of its sampled tokens.
-    holder = {
-        sequence: place_N[_sample(work, config, sequence)] for sequence, place_N in _by_sequence(log_prob, cut_of)
-    }
-    counts_BP = np.array([np.bincount(holder[i], minlength=len(zero)) for i in range(count)]).reshape(count, len(zero))
-    sampled, kept = _kept(counts_BP, room)
+    kept = [(s.positions[s.keys < share], s.places[s.keys < share]) for s in samples]
     fetched, sent, held = zero.copy(), zero.copy(), zero.copy()
     # Nothing moves where the log-prob pass had the same micro-batches.
     for parts in mini_steps if distinct != set(log_prob) else []:
         arrived = zero.copy()
         for sequence, place_N in _by_sequence(parts, cut_of):
-            if kept[sequence]:
-                before, after = holder[sequence], place_N[_sample(work, config, sequence)]
-                arrived += np.bincount(after[before != after], minlength=len(zero))
-                sent += np.bincount(before[before != after], minlength=len(zero))
+            positions, before = kept[sequence]
+            after = place_N[positions]
+            arrived += np.bincount(after[before != after], minlength=len(zero))
+            sent += np.bincount(before[before != after], minlength=len(zero))
         fetched += arrived
         held = np.maximum(held, arrived)
     return ReplicaTokens(
         sequences=count,
-        kept_sequences=int(kept.sum()),
-        wanted=int(counts_BP.sum(axis=0).max()),
         routed_P=sum((cut.tokens_P for cut in cuts), zero),
         rows_P=sum((cut.rows_P for cut in cuts), zero),
         opened_P=sum((cut.tokens_P for cut in opened), zero),
-        sampled_P=sampled,
+        sampled_P=sum((np.bincount(places, minlength=len(zero)) for _, places in kept), zero),
         fetched_P=fetched,
         sent_P=sent,
         held_P=held,
@@ -177,18 +197,3 @@ def _by_sequence(parts: list[Part], cut_of: Callable[[int], Cut]) -> Iterator[tu
     """Every sequence with the places [N] of its tokens."""
     for start, stop in parts:
         yield from zip(range(start, stop), cut_of(stop - start).place_BN, strict=True)
-
-
-def _sample(work: Workload, config: PR2Config, sequence: int) -> IntArray:
-    """The positions of a sequence whose features are kept: a share of those whose output is a token of the response."""
-    return sample_positions(config.seed, sequence, np.arange(work.prompt - 1, work.seq - 1), config.sample_fraction)
-
-
-def _kept(counts_BP: IntArray, room: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Tokens on every place, and which sequences are kept: whole ones while no place exceeds its room (FeaturePlan)."""
-    load, kept = np.zeros(counts_BP.shape[1], dtype=np.int64), np.zeros(len(counts_BP), dtype=bool)
-    for sequence in spread_order(range(len(counts_BP))).tolist():
-        if (load + counts_BP[sequence] <= room).all():
-            load += counts_BP[sequence]
-            kept[sequence] = True
-    return load, kept

@@ -60,8 +60,7 @@ def replay_summary(
     report: RolloutReport, pr2: PR2, mini_steps: Sequence[dict[str, Any]], group: dist.ProcessGroup
 ) -> dict[str, Any]:
     """Tokens with and without routes and features ("routes"), and what they take in memory ("bytes")."""
-    plan = pr2.feature_plan
-    counts = {**asdict(report), "sampled": plan.sampled_tokens, "dropped_sequences": plan.dropped_sequences}
+    counts = {**asdict(report), "sampled": pr2.feature_plan.sampled_tokens}
     total = _reduced({**counts, "feature_bytes": pr2.features.nbytes}, group)
     routes: dict[str, Any] = {name: int(value) for name, value in total.items()}
     num_bytes = {"routes": routes.pop("route_bytes"), "features": routes.pop("feature_bytes")}
@@ -69,6 +68,8 @@ def replay_summary(
     # Engine and actor hold the same weights then, up to the prediction.
     if (agreement := pr2.measurement.engine_agreement) is not None:
         routes["agreement"], routes["agreement_min"] = agreement.overall, agreement.least_layer
+    if pr2.measurement.sample_fraction is not None:
+        routes["sample_fraction"] = pr2.measurement.sample_fraction
     routes["features_absent"] = sum(step["features_absent"] for step in mini_steps)
     return {"routes": routes, "bytes": num_bytes}
 

@@ -12,7 +12,7 @@ from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import FeatureStore
 from megatron_pr2.parallel.grid import IntArray, TokenGrid, packed, padded
 from megatron_pr2.parallel.replica import Member, RankGroup
-from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, spread_order
+from megatron_pr2.parallel.tokens import TokenIndex, fitting_share, sample_positions
 from tests.helpers.distributed import pool
 
 L, E, H = 2, 4, 3
@@ -218,48 +218,49 @@ def whole(lengths: dict[int, int], multiple: int = 1) -> TokenGrid:
     return packed(list(lengths), list(lengths.values()), [-(-n // multiple) * multiple for n in lengths.values()])
 
 
-@given(st.lists(st.integers(0, 2**62), unique=True, max_size=40))
-def test_a_spread_order_is_an_order(ids: list[int]) -> None:
-    order = spread_order(ids).tolist()
-    assert sorted(order) == list(range(len(ids)))
-    # A function of the ids alone, however they are told.
-    assert [ids[i] for i in order] == [sorted(ids)[i] for i in spread_order(sorted(ids)).tolist()]
+@given(st.lists(st.lists(st.floats(0, 0.999), max_size=20, unique=True), min_size=1, max_size=4), st.integers(0, 25))
+def test_the_largest_share_that_fits(keys: list[list[float]], room: int) -> None:
+    arrays = [np.array(each) for each in keys]
+    share = fitting_share(arrays, [room] * len(keys))
+    counts = [int((each < share).sum()) for each in arrays]
+    assert max(counts) <= room
+    assert share == 1.0 or room in counts
 
 
-@pytest.mark.parametrize("count", [16, 64, 500])
-def test_the_first_of_a_spread_order_are_of_everywhere(count: int) -> None:
-    """Of a quarter of the room each of four mini-steps gets its share, within one sequence or two."""
-    first = spread_order(range(count))[: count // 4]
-    shares = np.bincount(first * 4 // count, minlength=4)
-    assert abs(shares - count / 16).max() <= 1.5
-
-
-def test_budget_drops_whole_sequences_and_counts_them() -> None:
-    made, features = plan(stage(), tokens=10)
-    made.make_room([whole(LENGTHS)])
-    assert spread_order(list(LENGTHS)).tolist() == [0, 2, 1, 3]
-    assert made.sampled_tokens == 4 + 3 + 1  # the second, asked as the third, does not fit; the fourth does
-    assert made.dropped_sequences == 1
-    assert features.nbytes == 8 * BYTES
-    assert features.segments[0].tokens.tolist() == [*range(4), *range(9, 13)]
-    assert made.absent(np.arange(13)) == 0  # a dropped sequence is not sampled any more
+def test_a_budget_lowers_the_share_of_every_sequence() -> None:
+    """No sequence is left out for want of room: a mini-step of its own would not be measured."""
+    lengths = {7 * i: 100 for i in range(20)}
+    made, features = plan(stage(), tokens=500, lengths=lengths)
+    made.make_room([whole(lengths)])
+    assert (made.sampled_tokens, features.nbytes) == (500, 500 * BYTES)
+    assert made.share == pytest.approx(0.25, abs=0.04)
+    of_sequence = np.bincount(TokenIndex(lengths).sequence_of(features.segments[0].tokens), minlength=20)
+    assert of_sequence.min() > 5  # 25 on average
+    assert made.absent(np.arange(2000)) == 0  # what there is no room for is not sampled any more
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_budget(tokens: int) -> None:
+def test_a_budget_of_next_to_nothing(tokens: int) -> None:
     made, features = plan(stage(), tokens, {0: 3})
     made.make_room([whole({0: 3})])
-    assert (made.sampled_tokens, made.dropped_sequences, features.nbytes) == (0, 1, 0)
+    assert (made.sampled_tokens, features.nbytes) == (tokens, tokens * BYTES)
 
 
-def test_passes_add_up_to_one_budget() -> None:
-    """A trainer may compute log-probs mini-batch by mini-batch, and repeat one."""
-    made, features = plan(stage(), tokens=8)
-    made.make_room([whole({0: 4})])
-    made.make_room([whole({0: 4})])
-    made.make_room([whole({1: 5}), whole({2: 3})])
-    assert (made.sampled_tokens, made.dropped_sequences) == (4 + 3, 1)
-    assert features.nbytes == 7 * BYTES
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 40))
+def test_passes_share_one_budget(sizes: list[int], budget: int) -> None:
+    """A trainer may compute log-probs mini-batch by mini-batch, and repeat one: each part gets its share of the budget."""
+    sequences = dict(enumerate([9, 4, 11, 1, 6, 8, 5, 3, 2, 12, 7, 10, 9, 2, 5][: sum(sizes)]))
+    made, features = plan(stage(), budget, sequences)
+    todo, total = dict(sequences), sum(sequences.values())
+    for size in sizes:
+        part = {i: todo.pop(i) for i in list(todo)[:size]}
+        before = made.sampled_tokens
+        made.make_room([whole(part)])
+        # Within the rounding of one token per pass before it.
+        assert made.sampled_tokens - before >= min(1.0, budget / total) * sum(part.values()) - len(sizes)
+        made.make_room([whole(part)])
+        assert features.nbytes <= budget * BYTES
+    assert budget < total or (made.sampled_tokens, made.share) == (total, 1.0)
 
 
 def test_a_failed_pass_leaves_nothing() -> None:
@@ -272,6 +273,17 @@ def test_a_failed_pass_leaves_nothing() -> None:
     assert made.sampled_tokens == 4
 
 
+def test_a_pass_is_thinned_alike_when_it_is_repeated() -> None:
+    made, features = plan(stage(), tokens=6)
+    made.make_room([whole({0: 4, 2: 3})])
+    kept = features.segments[0].tokens.tolist()
+    made.forget_last()
+    assert made.absent(np.arange(13)) == 13
+    made.make_room([whole({0: 4, 2: 3})])
+    assert 0 < made.sampled_tokens == len(kept) < 7
+    assert features.segments[0].tokens.tolist() == kept
+
+
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=6), st.sampled_from([(1, 2), (2, 1), (2, 2), (4, 2)]), st.integers(0, 60)
 )
@@ -279,19 +291,42 @@ def test_ranks_agree_on_who_keeps_what(lengths: list[int], size: tuple[int, int]
     cp, tp = size
     sequences = dict(enumerate(lengths))
     grids = [whole({i: n}, 2 * cp * tp) for i, n in sequences.items()]
-    held, dropped = [], set()
+    held, loads, shares = [], [], set()
     for me in range(cp * tp):
         made, features = plan(stage(me, cp, tp), budget, sequences)
         made.make_room(grids)
         held += features.segments[0].tokens.tolist()
-        dropped.add(made.dropped_sequences)
+        loads.append(made.sampled_tokens)
+        shares.add((made.share, made.sampled.tobytes()))
         assert features.nbytes <= budget * BYTES
-    index = TokenIndex(sequences)
-    assert len(dropped) == 1
+    assert len(shares) == 1
     assert len(held) == len(set(held))
-    kept = set(index.sequence_of(np.array(held, dtype=np.int64)).tolist())
-    assert sorted(held) == [t for i in sorted(kept) for t in range(index.span(i).start, index.span(i).stop)]
-    assert len(sequences) - len(kept) == dropped.pop()
+    assert sorted(held) == np.nonzero(made.sampled)[0].tolist()
+    assert made.share == 1.0 or max(loads) == budget
+
+
+def share_job(lengths: dict[int, int]) -> tuple[float, list[int]]:
+    """A rank that holds other sequences than the others, with room for 20 tokens."""
+    import torch.distributed as dist
+
+    features = store(0)
+    made = FeaturePlan(
+        features, stage(), budget_bytes=20 * BYTES, most_layers=L, device=CPU, seed=3, token_group=dist.group.WORLD
+    )
+    mine = dict(list(lengths.items())[dist.get_rank() :: 2])
+    index = TokenIndex(mine)
+    made.begin(index, np.ones(index.total, dtype=bool))
+    made.make_room([whole(mine)])
+    tokens = features.segments[0].tokens
+    return made.share, np.bincount(index.sequence_of(tokens), minlength=len(mine)).tolist()
+
+
+def test_all_ranks_keep_the_share_of_the_fullest() -> None:
+    """Or a rank with short sequences would weigh more in what is learned and measured."""
+    (share, full), (other, spare) = pool(2).run(share_job, {0: 40, 1: 20, 2: 40, 3: 10})
+    assert share == other < 0.5
+    assert sum(full) == 20
+    assert 0 < sum(spare) < 20  # of 30
 
 
 def moving_job(cp: int, tp: int) -> tuple[int, int, list[bool]]:

@@ -40,7 +40,6 @@ class Outcome:
         logprobs: of the old-log-prob pass.
         held: tokens whose features this rank took from the checkpoint.
         moved: tokens whose features it then got from another rank.
-        dropped: sequences whose features the byte budget had no room for.
         judged: per layer what hold-back counted in the rollout batch.
     """
 
@@ -49,7 +48,6 @@ class Outcome:
     logprobs: LogProbs
     held: int = 0
     moved: int = 0
-    dropped: int = 0
     judged: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -129,7 +127,7 @@ def resumed_job(path: Path, case: Case, directory: Path, logprobs: LogProbs, **s
     held = run.pr2.feature_plan.sampled_tokens
     report = mini_step(run, logprobs)
     plan = run.pr2.feature_plan
-    return Outcome(weights(run.pr2), report, logprobs, held, plan.moved_tokens, plan.dropped_sequences, judged(run.pr2))
+    return Outcome(weights(run.pr2), report, logprobs, held, plan.moved_tokens, judged(run.pr2))
 
 
 def sequences(run: _Run) -> list[int]:

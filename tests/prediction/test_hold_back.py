@@ -305,7 +305,7 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_taken(caplog: pytest.
 
 
 @pytest.mark.parametrize("strategy", ["learned", "momentum"])
-def test_a_small_feature_budget_leaves_something_of_every_mini_step(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_feature_budget_leaves_something_of_every_mini_step(strategy: str) -> None:
     """Sequences are told in the order of their mini-steps; the first ones alone would teach nothing, and judge wrongly."""
     per_token = toy.LAYERS * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
     room = drifting.SEQUENCES * drifting.LENGTH // 2 * per_token
@@ -314,7 +314,6 @@ def test_a_small_feature_budget_leaves_something_of_every_mini_step(strategy: st
         assert all(min(report["drift"]["tokens"]) > 0 for report in batch)
         assert all(report["predictor"]["tokens"] > 0 for report in batch[1:]) or strategy == "momentum"
     assert max(found.beta) > 0.0
-    assert caplog.text.count("lower sample_fraction") == 1
 
 
 def two_ranks_job(kind: str, strategy: str) -> tuple[list[list[float]], list[float], Tensor]:

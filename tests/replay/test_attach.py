@@ -267,7 +267,7 @@ def kept_features(config: PR2Config, tables: dict[int, RouteTable], lengths: dic
 def test_features_are_counted() -> None:
     pr2 = kept_features(PR2_CONFIG, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS)
     assert pr2.feature_plan.sampled_tokens == round(0.5 * 37) + round(0.5 * 57)
-    assert pr2.feature_plan.dropped_sequences == 0
+    assert pr2.measurement.sample_fraction == 0.5
     assert pr2.features.nbytes == pr2.feature_plan.sampled_tokens * 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
 
 
@@ -315,11 +315,12 @@ def test_only_loss_bearing_tokens_with_a_route_are_sampled() -> None:
     assert segment.tokens.tolist() == [p for p in range(2, 19) if p not in (7, 11)]
 
 
-def test_a_byte_budget_drops_sequences_and_says_so() -> None:
+def test_a_byte_budget_lowers_the_share_of_tokens() -> None:
     per_token = 2 * (toy.HIDDEN * 2 + toy.EXPERTS * 4)
     config = toy.preset("pr2", sample_fraction=1.0, feature_bytes=40 * per_token)
-    plan = kept_features(config, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS).feature_plan
-    assert (plan.sampled_tokens, plan.dropped_sequences) == (37, 1)
+    pr2 = kept_features(config, toy.random_tables(LENGTHS, toy.toy_config()), LENGTHS)
+    assert pr2.feature_plan.sampled_tokens == 40
+    assert pr2.measurement.sample_fraction == pr2.feature_plan.share == pytest.approx(40 / 94, abs=0.15)
 
 
 def test_features_that_were_never_kept_are_counted() -> None:

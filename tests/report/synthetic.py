@@ -112,7 +112,7 @@ def record(
             "missing": int(step % 17 == 5) * 3 if replay else 0,
             "missing_share": (step % 17 == 5) * 3 / tokens if replay else 0.0,
             "sampled": 900 if replay else 0,
-            "dropped_sequences": 0,
+            "sample_fraction": 0.125,
             "features_absent": 0,
         },
         "predictor": {
