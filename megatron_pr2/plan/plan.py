@@ -56,9 +56,9 @@ MOVED: dict[str, str] = {
 
 # Gates as an engine takes them.
 GATE_BYTES = torch.bfloat16.itemsize
-# Arrays over the tokens of a replica, on each of its ranks: RouteStore.valid, FeaturePlan's sample and Measurement.held_out (bool),
-# FeaturePlan's holder and FeatureStore's segment (int32) and slot (int64).
-INDEX_BYTES = 1 + 1 + 1 + 4 + 4 + 8
+# Arrays over the tokens of a replica, on each of its ranks: RouteStore.valid, FeaturePlan's sample, Measurement.held_out, the rows
+# that AgreementCheck compares and Progress's two (bool), FeaturePlan's holder and FeatureStore's segment (int32) and slot (int64).
+INDEX_BYTES = 6 * 1 + 4 + 4 + 8
 
 
 @dataclass(frozen=True)

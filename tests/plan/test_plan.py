@@ -215,7 +215,7 @@ def measured_job(case: Case) -> dict[str, Any]:
         ]
 
     lengths = pr2.tokens.total
-    arrays = {id(a): a for a in reachable((pr2.routes, pr2.measurement), np.ndarray) if a.shape == (lengths,)}
+    arrays = {id(a): a for a in reachable((pr2.routes, pr2.measurement, pr2.progress), np.ndarray) if a.shape == (lengths,)}
     with counted() as calls:
         data = batches(case.work.log_prob_parts(count))
         with pr2.old_logprobs([batch.micro_batch for batch in data]) as session:
