@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_pr2.attach import PR2
 from megatron_pr2.errors import ConfigError, EnvironmentFailed
@@ -168,11 +169,8 @@ class MegatronEngine:
         return int(largest)
 
     def _padded(self, sequences: list[list[int]]) -> torch.Tensor:
-        width = max((len(s) for s in sequences), default=1)
-        tokens = torch.full((max(1, len(sequences)), width), self._pad_id, dtype=torch.int64)
-        for row, ids in enumerate(sequences):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return tokens
+        rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences or [[self._pad_id]]]
+        return pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
 
     def _logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         device = next(self._model.parameters()).device

@@ -53,15 +53,7 @@ def plain_server(path: str, log: Path, **changes: object) -> Iterator[PlainServe
     """Starts a server on a model directory and stops it when the block ends."""
     server = SGLangServer(own_server(path, log, **changes))
     server.start()
-    http = HttpClient(
-        server.url,
-        api_key=server.api_key,
-        concurrency=8,
-        timeout_s=120.0,
-        retries=0,
-        backoff_s=0.1,
-        why_dead=lambda: None if server.alive() else server.describe_end(),
-    )
+    http = HttpClient(server.url, api_key=server.api_key, timeout_s=120.0)
     try:
         yield PlainServer(server.url, server.api_key, http)
     finally:

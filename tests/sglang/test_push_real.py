@@ -77,9 +77,7 @@ def test_one_sender_pushes_a_model_and_keeps_its_channel(
 
 def test_a_sender_outlives_the_client_that_it_was_lent(server: PlainServer, tiny: TinyModel) -> None:
     """A replica that is restarted closes its client before the sender hears of it."""
-    client = HttpClient(
-        server.url, api_key=server.api_key, concurrency=2, timeout_s=60.0, retries=0, backoff_s=0.1, why_dead=lambda: None
-    )
+    client = HttpClient(server.url, api_key=server.api_key)
     sender = WeightSender([server.target()], client=lambda _: client)
     push(server, sender, tiny, "j")
     client.close()
@@ -191,9 +189,7 @@ class OneServer:
     returns_routes = True
 
     def __init__(self, target: PushTarget) -> None:
-        self.http = HttpClient(
-            target.url, api_key=target.api_key, concurrency=2, timeout_s=60.0, retries=0, backoff_s=0.1, why_dead=lambda: None
-        )
+        self.http = HttpClient(target.url, api_key=target.api_key)
         self.target, self.session, self.sender = target, PushSession(self.http), WeightSender([target])
         self.abandoned = 0
 

@@ -53,9 +53,7 @@ def recorder() -> Iterator[Recorder]:
 
 @pytest.fixture
 def session(recorder: Recorder) -> Iterator[PushSession]:
-    http = HttpClient(
-        recorder.server.url, api_key=None, concurrency=2, timeout_s=10.0, retries=3, backoff_s=0.01, why_dead=lambda: None
-    )
+    http = HttpClient(recorder.server.url, api_key=None, retries=3, backoff_s=0.01)
     yield PushSession(http, where="weight update of X")
     http.close()
 

@@ -137,11 +137,11 @@ class HttpClient:
         url: str,
         *,
         api_key: str | None,
-        concurrency: int,
-        timeout_s: float,
-        retries: int,
-        backoff_s: float,
-        why_dead: Callable[[], str | None],
+        concurrency: int = 4,
+        timeout_s: float = 60.0,
+        retries: int = 0,
+        backoff_s: float = 0.5,
+        why_dead: Callable[[], str | None] = lambda: None,
         loop: LoopThread | None = None,
     ) -> None:
         self._url, self._timeout_s, self._retries, self._backoff_s = url, timeout_s, retries, backoff_s

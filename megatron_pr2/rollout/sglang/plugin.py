@@ -30,8 +30,7 @@ _registered = False
 
 
 def encode_rid(unique: str, start_len: int | None) -> str:
-    """The request id that asks for the routes from row `start_len` on (SGLang's routed_experts_start_len), or for none with None.
-    """
+    """The request id that asks for routes from row `start_len` on (SGLang's routed_experts_start_len), or for none with None."""
     if not isinstance(unique, str) or _UNIQUE.fullmatch(unique) is None:
         raise ValueError(f"request id {unique!r}: expected 1 to 200 characters out of 0-9 A-Z a-z _ -")
     if start_len is None:

@@ -20,8 +20,7 @@ _CHECK_S = 60.0
 
 
 def find_python(named: str | None = None, *, module: str = "sglang") -> str:
-    """The interpreter of the server environment that is found first: the setting, the environment variable, this one, VENV-sglang.
-    """
+    """The interpreter of the server environment that is found first: as named, as in VARIABLE, this one, that of VENV-sglang."""
     for python, setting in ((named, "sglang.python"), (os.environ.get(VARIABLE), VARIABLE)):
         if not python:
             continue

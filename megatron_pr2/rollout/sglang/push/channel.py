@@ -45,8 +45,7 @@ _HEALTH_TIMEOUT_S = 5.0
 
 
 def own_address(url: str) -> str:
-    """The IP address at which the host of `url` reaches this process: 127.0.0.1 for loopback URLs, else our interface towards it.
-    """
+    """The IP address at which the host of `url` reaches this process: 127.0.0.1 for loopback, else our interface towards it."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     try:
@@ -70,10 +69,7 @@ class WeightChannel:
         self._http = client or HttpClient(
             target.url,
             api_key=target.api_key,
-            concurrency=4,
             timeout_s=target.timeout_s,
-            retries=0,
-            backoff_s=0.5,
             why_dead=lambda: ask_health(target.url, _HEALTH_TIMEOUT_S)[1] or None,
         )
         self._name = ""
