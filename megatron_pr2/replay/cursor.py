@@ -125,6 +125,7 @@ class Cursors:
                     )
                 self._run(index, self._order[number])
             bound = self._forward[index]
+            bound.has_backward = torch.is_grad_enabled()
             bound.tokens_per_sample = _tokens_per_sample(args, kwargs)
             if self._look is not None:
                 self._look(chunk, bound.micro_batch, args, kwargs)

@@ -87,7 +87,9 @@ class BoundMicroBatch:
         slice: its routes, perhaps still on their way; None when nothing is replayed.
         routes_TLK: compact ids of the local layers on the device, from the time that the micro-batch runs.
         missing: rows [M] without a route, for which the current router chooses, or None.
-        recorded: ids [T, K] per local layer, filled while recording.
+        own: compact ids [T, K], or [M, K] of the missing rows, that the router of each local layer chose itself; while recording,
+            and between a forward and its recomputation.
+        has_backward: whether its chunk runs it with gradients.
         tokens_per_sample: of the PackedSeqParams that the chunk runs it with, or None.
     """
 
@@ -96,5 +98,6 @@ class BoundMicroBatch:
     slice: RouteSlice | None = None
     routes_TLK: Tensor | None = None
     missing: Tensor | None = None
-    recorded: dict[int, Tensor] = field(default_factory=dict)
+    own: dict[int, Tensor] = field(default_factory=dict)
+    has_backward: bool = False
     tokens_per_sample: int | None = None

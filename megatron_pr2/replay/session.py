@@ -7,7 +7,8 @@ forward cursor is set (replay.cursor says how); when the gradient arrives at the
 cursor, which activation recomputation (code that runs inside autograd's backward) uses. 1F1B, interleaved and recomputed schedules
 need nothing else. On exit the routers are released whatever happened, and, if nothing was raised, every (micro-batch, layer) must
 have been seen exactly once forward and at most once in recomputation.
-Missing rows fall back to the current router's own top-k; padding and the last token of a sequence have no route.
+Missing rows fall back to the current router's own top-k; padding and the last token of a sequence have no route. What a router
+chooses itself is kept until it has been recomputed: recomputed logits may differ in the last bit.
 """
 
 from __future__ import annotations
@@ -106,24 +107,30 @@ class _SiteControl:
 
     def _choose(self, bound: BoundMicroBatch, recomputing: bool, scores: Tensor, own: TopK) -> tuple[Tensor, Tensor]:
         """(scores [T, K], expert ids [T, K]) of rows in the order of the micro-batch's grid; `own` is the router's own choice."""
-        if recomputing and self._site.local in bound.recorded:
-            # The same experts as in the forward pass, whatever the recomputed logits say.
-            ids = bound.recorded[self._site.local].long()
-            return scores.gather(1, ids), ids
+        missing = bound.missing
         if bound.routes_TLK is None:
-            if self._predicted is None:
-                chosen, ids = own(scores)
-            else:
-                ids = self._predicted
-                chosen = scores.gather(1, ids)
-            if self._session.mode == "record":
-                bound.recorded[self._site.local] = ids.to(self._session.id_dtype)
-            return chosen, ids
-        ids = bound.routes_TLK[:, self._site.local].long()
-        if bound.missing is not None:
-            # Only for the missing rows: to select for all of them is what a replay saves.
-            ids.index_copy_(0, bound.missing, own(scores.detach().index_select(0, bound.missing))[1])
+            ids = self._own_ids(bound, recomputing, lambda: own(scores.detach())[1] if self._predicted is None else self._predicted)
+        else:
+            ids = bound.routes_TLK[:, self._site.local].long()
+            if missing is not None:
+                # Only for the missing rows: to select for all of them is what a replay saves.
+                rows_ME = scores.detach().index_select(0, missing)
+                ids.index_copy_(0, missing, self._own_ids(bound, recomputing, lambda: own(rows_ME)[1]))
         return scores.gather(1, ids), ids
+
+    def _own_ids(self, bound: BoundMicroBatch, recomputing: bool, choose: Callable[[], Tensor]) -> Tensor:
+        """What the router chose itself: in recomputation the same as in the forward, whatever the recomputed logits say.
+
+        Kept while recording, and where recomputation is going to ask for them: a checkpointed layer runs without gradients inside
+        a forward with them. Recomputation takes them out again.
+        """
+        site, recording = self._site.local, self._session.mode == "record"
+        if recomputing and site in bound.own:
+            return (bound.own[site] if recording else bound.own.pop(site)).long()
+        ids = choose()
+        if recording or (bound.has_backward and not torch.is_grad_enabled()):
+            bound.own[site] = ids.to(self._session.id_dtype)
+        return ids
 
 
 def _transposed(rows_TX: Tensor, outer: int) -> Tensor:
@@ -234,10 +241,10 @@ class ReplaySession:
             ReplayError: a layer was not recorded.
         """
         for bound in self._bound.values():
-            if len(bound.recorded) != len(self._sites):
-                raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.recorded)} layers were recorded")
+            if len(bound.own) != len(self._sites):
+                raise ReplayError(f"micro-batch {bound.micro_batch.key!r}: only {len(bound.own)} layers were recorded")
             if self._sites:
-                yield bound, torch.stack([bound.recorded[site.local] for site in self._sites], dim=1)
+                yield bound, torch.stack([bound.own[site.local] for site in self._sites], dim=1)
 
     def recorded_tables(self, lengths: Mapping[int, int], num_columns: int, num_experts: int) -> dict[int, RouteTable]:
         """What the pass recorded, as one table per sequence; tokens and layers of other ranks stay missing or zero.
@@ -281,6 +288,8 @@ class ReplaySession:
         for bound in self._bound.values():
             # A trainer may keep the session; the routes belong to the rollout batch.
             bound.slice = bound.routes_TLK = None
+            if self.mode != "record":
+                bound.own.clear()
 
     def _check_complete(self) -> None:
         for bound in self._bound.values():

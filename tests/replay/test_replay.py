@@ -181,20 +181,40 @@ def test_the_actor_records_what_it_took_and_replays_it_after_an_update(experts: 
         assert not torch.equal(torch.zeros_like(after.map_TE).scatter(1, live, True)[rows], after.map_TE[rows])
 
 
-def test_live_and_recorded_selections_are_repeated_in_recomputation() -> None:
-    """Even if the gate moved between forward and backward, as it must not."""
-    config = toy.toy_config()
-    chunk = toy.ToyChunk(config, recompute=True)
-    pr2 = attach(chunk, R3)
-    data = toy.batches(LENGTHS, 4)
-    with toy.observed(chunk) as calls, pr2.record([data[0].micro_batch]) as session:
-        session.begin(chunk, data[0].micro_batch)
-        output = chunk(data[0].inputs_SBH.clone().requires_grad_())
-        session.end(chunk, data[0].micro_batch, output)
+def recomputed_with_other_gates(session: ReplaySession, chunk: toy.ToyChunk, batch: toy.Batch) -> dict[tuple[int, bool], Tensor]:
+    """Forward and backward, between which the gates move by far more than kernels differ; the routing maps that were used."""
+    with toy.observed(chunk) as calls:
+        session.begin(chunk, batch.micro_batch)
+        output = chunk(batch.inputs_SBH.clone().requires_grad_())
+        session.end(chunk, batch.micro_batch, output)
         toy.drift(chunk, 0.5)
         toy.loss(output).backward()
     maps = {(c.layer, c.recomputed): c.map_TE for c in calls}
     assert all(torch.equal(maps[layer, False], maps[layer, True]) for layer in (0, 1))
+    return maps
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r2", "r3"])
+@pytest.mark.parametrize("kind", ["softmax", "groups"])
+def test_what_the_router_chose_itself_is_repeated_in_recomputation(kind: str, preset: str) -> None:
+    """Every row of live routing, and of replay the rows without a route: padding, last tokens, invalid ids."""
+    config = toy.toy_config(**toy.ROUTERS[kind])
+    chunk = toy.ToyChunk(config, recompute=True)
+    pr2 = attach(chunk, toy.preset(preset, max_missing_share=1.0))
+    pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config, MISSING) if preset == "r3" else None))
+    batch = toy.batches(LENGTHS, 4)[0]
+    toy.old_logprobs(pr2, chunk, [batch])
+    with pr2.actor_update([batch.micro_batch], 1) as session:
+        recomputed_with_other_gates(session, chunk, batch)
+        assert not any(bound.own for bound in session._bound.values())  # freed as soon as it is used
+
+
+def test_recorded_selections_are_repeated_in_recomputation() -> None:
+    chunk = toy.ToyChunk(toy.toy_config(), recompute=True)
+    pr2 = attach(chunk, R3)
+    data = toy.batches(LENGTHS, 4)
+    with pr2.record([data[0].micro_batch]) as session:
+        maps = recomputed_with_other_gates(session, chunk, data[0])
     tables = pr2.recorded_tables(session, LENGTHS)
     sequence, position = data[0].micro_batch.grid.rows()
     for row in np.nonzero(sequence >= 0)[0]:
@@ -276,8 +296,12 @@ def gpt_job(path: Path) -> dict[str, list[np.ndarray]]:
                 output = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
                 session.end(model, micro_batch, output)
                 losses.append(toy.loss(output.float()))
+            # What recomputation is going to ask for, and nothing else; gone when it has.
+            kept = [len(bound.own) for bound in session._bound.values()]
+            assert kept == [0 if name == "none" else len(pr2.sites)] * len(micro_batches)
             for loss in losses:
                 loss.backward()
+            assert not any(bound.own for bound in session._bound.values())
         assert_replayed(calls, model, micro_batches, [] if name == "none" else micro_batches, tables, {0: 0, 1: 1})
         gradients[name] = [p.grad.numpy() for p in model.parameters()]
     return gradients
