@@ -192,6 +192,7 @@ def _settings(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "autocast_dtype": dtype,
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": 0.0,
         # The multi-token prediction head takes no part in reinforcement learning.
         "mtp_num_layers": None,
     }

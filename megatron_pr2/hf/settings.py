@@ -85,7 +85,8 @@ def config_overrides(config: Any, shape: ModelShape | None) -> dict[str, Any]:
 def _router_overrides(config: Any) -> dict[str, Any]:
     """How the router of the family selects and weighs experts."""
     family, topk = config.model_type, config.num_experts_per_tok
-    overrides: dict[str, Any] = {"moe_router_load_balancing_type": "none"}
+    # Without a balancing loss, and the selection bias as pretraining left it: neither moves routing during reinforcement learning.
+    overrides: dict[str, Any] = {"moe_router_load_balancing_type": "none", "moe_router_bias_update_rate": 0.0}
     # Mixtral and gpt-oss have no such setting: they normalize.
     normalized = getattr(config, "norm_topk_prob", True)
     if normalized and topk == 1:
@@ -100,8 +101,6 @@ def _router_overrides(config: Any) -> dict[str, Any]:
         raise ConfigError(
             f"norm_topk_prob=False of model_type={family!r}: Megatron-Core always divides sigmoid weights by their sum"
         )
-    # The selection bias balances load in pretraining; reinforcement learning keeps it, as it does without a balancing loss.
-    overrides["moe_router_bias_update_rate"] = 0.0
     groups, chosen = config.n_group or 1, config.topk_group
     if groups > 1:
         if topk // chosen != 2:

@@ -6,14 +6,18 @@ overlooked in a later one. docs/attach.md lists those that were looked at and fo
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.replay.hook import knows_score_function
 from megatron_pr2.replay.scores import SCORE_FUNCTIONS
+
+logger = logging.getLogger(__name__)
 
 # What a setting does, and what to do instead: refused unless it is None or as in OFF.
 REFUSED = {
@@ -49,6 +53,18 @@ REFUSED = {
 # Where a setting is off: flags and numbers at 0, sizes at 1; a capacity of 0 is one, too.
 SIZES = ("mlp_chunks_for_training", "gtp_weight_remat_size", "expert_gtp_weight_remat_size")
 OFF = dict.fromkeys(REFUSED, 0) | dict.fromkeys(SIZES, 1) | {"moe_expert_capacity_factor": None}
+# What moves routing besides the policy gradient: warned of unless it is 0 or None.
+MOVES_ROUTING = {
+    "moe_aux_loss_coeff": "an auxiliary router loss sees live logits, also under replay, and trains the routers",
+    "moe_z_loss_coeff": "an auxiliary router loss sees live logits, also under replay, and trains the routers",
+    "moe_router_bias_update_rate": (
+        "Megatron-Core moves expert biases after every update, by how many tokens each expert got; padding and replayed tokens are "
+        "not counted, so that biases move under live routing (grpo) only"
+    ),
+    "moe_input_jitter_eps": "noise in the routers' input, other in every pass",
+    "hidden_dropout": "noise in the routers' input, other in every training pass",
+    "attention_dropout": "noise in the routers' input, other in every training pass",
+}
 # Parts of a layer that hold the router when a CUDA graph is made of them.
 _ROUTING_PARTS = {"moe", "moe_router", "moe_preprocess", "full_iteration"}
 
@@ -82,6 +98,21 @@ def check_config(config: TransformerConfig) -> None:
             f"moe_router_score_function={name!r}: this release of Megatron-Core does not route by it; use a later release"
         )
     _check_cuda_graphs(config)
+    # Once per model, not on every rank.
+    if (moving := moves_routing(config)) and not (dist.is_initialized() and dist.get_rank()):
+        logger.warning(
+            "routing moves by more than the policy gradient, and drift counts it; set to 0 for RL: %s",
+            "; ".join(f"{name}={value} ({MOVES_ROUTING[name]})" for name, value in moving.items()),
+        )
+
+
+def moves_routing(config: Any) -> dict[str, Any]:
+    """The settings of MOVES_ROUTING that are in effect, with their values."""
+    without = {"moe_aux_loss_coeff"} if config.moe_router_load_balancing_type == "none" else set()
+    if not config.moe_router_enable_expert_bias:
+        without.add("moe_router_bias_update_rate")
+    values = {name: getattr(config, name, None) for name in MOVES_ROUTING if name not in without}
+    return {name: value for name, value in values.items() if any(value if isinstance(value, list) else [value])}
 
 
 def check_not_captured(chunk: torch.nn.Module, name: str) -> None:

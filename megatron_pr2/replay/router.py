@@ -32,6 +32,9 @@ class RouteControl(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Megatron-Core's hook: (scores [T, K], expert ids [T, K]) from dense scores [T, E]."""
 
+    def counted(self, map_TE: Tensor) -> Tensor | None:
+        """What of a routing map says how the live router spreads tokens over experts; None where it replays."""
+
 
 class PredictiveTopKRouter(TopKRouter):
     """A TopKRouter whose routes can be recorded, predicted and replayed.
@@ -72,6 +75,19 @@ class PredictiveTopKRouter(TopKRouter):
             return super().routing(logits, *args, **kwargs)
         finally:
             self.config = fused
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Counts tokens per expert, which move expert biases after an update; in a session only real tokens on live routes."""
+        if self._control is None:
+            super()._apply_expert_bias(routing_map, padding_mask)
+        elif self.enable_expert_bias and torch.is_grad_enabled() and (map_TE := self._control.counted(routing_map)) is not None:
+            super()._apply_expert_bias(map_TE, None)
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Megatron-Core's, and the counts as well: Float16Module makes them bf16, in which 1097 tokens are 1096 or 1104."""
+        super()._maintain_float32_expert_bias()
+        if (counts_E := self.local_tokens_per_expert) is not None and counts_E.dtype != torch.float32:
+            counts_E.data = counts_E.data.float()
 
 
 class _Selected(Exception):

@@ -86,6 +86,16 @@ class _SiteControl:
         chosen, ids = self._choose(bound, recomputing, _transposed(scores, rows // self._samples), own)
         return _transposed(chosen, self._samples), _transposed(ids, self._samples)
 
+    def counted(self, map_TE: Tensor) -> Tensor | None:
+        """Without padding; None under replay, where experts are those of an earlier router and follow no bias."""
+        if self._session.mode == "replay":
+            return None
+        bound, _ = self._session.cursors.current(self._site)
+        real_T1 = torch.from_numpy(bound.local.sequence.reshape(-1, 1) >= 0).to(map_TE.device, non_blocking=True)
+        if self._samples > 1:
+            real_T1 = _transposed(real_T1, self._samples)
+        return map_TE & real_T1
+
     def _side_by_side(self, bound: BoundMicroBatch, shape: Sequence[int]) -> int:
         """How many samples of a packed micro-batch the router has side by side, as [tokens, samples, H].
 

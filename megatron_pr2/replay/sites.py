@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from megatron_pr2.parallel.decoder_layers import DecoderLayers, hybrid_pattern
 from megatron_pr2.parallel.groups import gathered, pipeline_group
 from megatron_pr2.replay.model_settings import check_not_captured
 from megatron_pr2.replay.router import PredictiveTopKRouter
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,6 @@ def check_router(name: str, router: Router) -> None:
     if router.router_replay is not None:
         raise AttachError(
             f"{name}: Megatron-Core's own router replay is on (moe_enable_routing_replay); set it to False, one replay at a time"
-        )
-    if router.is_aux_loss_enabled() or router.config.moe_z_loss_coeff:
-        logger.warning(
-            "%s: an auxiliary router loss is on; it sees live logits, also under replay, and moves the routers during RL", name
         )
 
 

@@ -68,6 +68,8 @@ def toy_config(**changes: Any) -> TransformerConfig:
         "moe_router_topk": TOPK,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         "add_bias_linear": False,
         "use_cpu_initialization": True,
         "params_dtype": torch.float32,

@@ -25,6 +25,7 @@ from megatron_pr2.hf.model_types import MODEL_TYPES, known_model_types
 from megatron_pr2.hf.settings import bridge_config, config_overrides
 from megatron_pr2.hf.shape import model_shape
 from megatron_pr2.prediction.gates import GATE_NAME
+from megatron_pr2.replay.model_settings import moves_routing
 from tests.helpers.distributed import pool
 from tests.helpers.loop import Monitor, parity
 from tests.host.models import SIZES, make_checkpoint, tiny_config
@@ -164,6 +165,7 @@ def loop(path: Path, run: Path, tokens: Tensor, bridge: str) -> dict[str, Any]:
     with mock.patch.object(trainer_module, "exact_match", parity):
         trainer.run()
     return {
+        "moves": moves_routing(actor.model.config),
         "before": before,
         "routes": torch.stack([torch.from_numpy(table.experts.astype(np.int64)) for table in tables]).sort(-1).values,
         "record": monitor.records[0],
@@ -194,6 +196,7 @@ def test_the_whole_loop(model: Model, bridge: str, tokens: Tensor, tmp_path: Pat
     expected_logits, expected_routes, gap = reference(path, tokens)
     assert gap > EPS * TERMS, "two experts are as good as equal: another seed, please"
     (done,) = pool(1).run(loop, path, tmp_path / "run", tokens, bridge)
+    assert not done["moves"]
 
     # Load: the same model, and the same experts.
     close(done["before"], expected_logits)

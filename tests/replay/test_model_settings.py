@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from megatron_pr2 import host
 from megatron_pr2.attach import attach
 from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.replay.hook import knows_score_function
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.model_settings import REFUSED
 from tests.helpers import toy
+from tests.helpers.distributed import pool
 
 pytestmark = pytest.mark.usefixtures("host_platform")
 
@@ -62,6 +65,51 @@ def test_settings_that_replay_cannot_follow(setting: str, value: Any, message: s
     for off in (None, type(value)(1) if setting.endswith("_size") or "chunks" in setting else None):
         setattr(config, setting, off)  # and nothing was changed
         attach(toy.ToyChunk(config), PR2_CONFIG)
+
+
+MOVING: list[tuple[str, float, dict[str, Any]]] = [
+    ("moe_aux_loss_coeff", 0.01, {"moe_router_load_balancing_type": "aux_loss"}),
+    ("moe_z_loss_coeff", 0.001, {}),
+    ("moe_router_bias_update_rate", 0.001, toy.ROUTERS["sigmoid-bias"]),
+    ("moe_input_jitter_eps", 0.01, {}),
+    ("hidden_dropout", 0.1, {}),
+    ("attention_dropout", 0.1, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "others"), MOVING)
+def test_what_moves_routing_besides_the_policy_gradient_is_warned_of_once(
+    name: str, value: float, others: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    attach(toy.ToyChunk(toy.toy_config(**{**others, name: value})), PR2_CONFIG)
+    (record,) = caplog.records
+    assert f"{name}={value} (" in record.getMessage()
+    caplog.clear()
+    attach(toy.ToyChunk(toy.toy_config(**{**others, name: 0.0})), PR2_CONFIG)
+    attach(toy.ToyChunk(toy.toy_config(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.01)), PR2_CONFIG)
+    assert not caplog.records
+
+
+def warned_job() -> list[str]:
+    """What attach() says on this rank of a model of two layers with all of these settings."""
+    settings: dict[str, Any] = {}
+    for name, value, others in MOVING:
+        settings |= {**others, name: value}
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_pr2")
+    logger.addHandler(handler)
+    host.init()
+    attach(toy.ToyChunk(toy.toy_config(**settings)), PR2_CONFIG)
+    logger.removeHandler(handler)
+    return lines
+
+
+def test_such_a_warning_comes_from_one_rank() -> None:
+    (line,), others = pool(2).run(warned_job)
+    assert all(f"{name}=" in line for name, *_ in MOVING)
+    assert not others
 
 
 def test_every_refused_setting_is_tried() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -150,22 +149,49 @@ def test_the_expert_bias_moves_the_selection_only() -> None:
     assert (select_experts(router, hidden[:, 0] @ router.weight.t()) == 3).any(1).all()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_expert_load_counts_replayed_tokens_once(recompute: bool) -> None:
-    """The counters behind the expert bias: not in the old-log-prob pass, and not twice under recomputation."""
-    config = toy.toy_config(**toy.ROUTERS["sigmoid-bias"])
-    chunk = toy.ToyChunk(config, recompute=recompute)
-    pr2 = attach(chunk, R3)
-    tables = toy.random_tables(LENGTHS, config)
-    pr2.begin_rollout(toy.sequences(LENGTHS, tables))
-    data = toy.batches(LENGTHS, 1)
+def counted(preset: str, lengths: dict[int, int], *, recompute: bool = False, size: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer of a bf16 model: tokens per expert as Megatron-Core would use them after a mini-step; those of real tokens, and
+    of all rows, from the routing maps."""
+    chunk = toy.ToyChunk(toy.toy_config(params_dtype=torch.bfloat16, **toy.ROUTERS["sigmoid-bias"]), recompute=recompute)
+    chunk.to(torch.bfloat16)  # what Float16Module does: also to counts and biases
+    pr2 = attach(chunk, toy.preset(preset, max_missing_share=1.0))
+    pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, chunk.config) if preset == "r3" else None))
+    data = [toy.Batch(b.micro_batch, b.inputs_SBH.bfloat16()) for b in toy.batches(lengths, size)]
     toy.old_logprobs(pr2, chunk, data)
     assert not any(router.local_tokens_per_expert.any() for router in toy.routers(chunk))
     with toy.observed(chunk) as calls:
         toy.update(pr2, chunk, data, 1)
+    found = []
     for router in toy.routers(chunk):
-        expected = sum(c.map_TE.sum(0) for c in calls if c.layer == router.layer_number - 1 and c.recomputed == recompute)
-        assert torch.equal(router.local_tokens_per_expert, expected.float())
+        own = [c for c in calls if c.layer == router.layer_number - 1 and c.recomputed == recompute]
+        real = [torch.from_numpy(data[c.number].micro_batch.grid.rows()[0] >= 0) for c in own]
+        sums = [sum(c.map_TE[rows].sum(0) for c, rows in zip(own, real, strict=True)), sum(c.map_TE.sum(0) for c in own)]
+        found.append((router.local_tokens_per_expert, *sums))
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_expert_load_is_that_of_real_tokens_on_live_routes(recompute: bool) -> None:
+    """The counts by which Megatron-Core moves expert biases: exact beyond what bf16 can count to, without padding, and once."""
+    lengths = {sequence: 300 + sequence for sequence in range(4)}
+    for counts_E, real_E, rows_E in counted("grpo", lengths, recompute=recompute):
+        assert counts_E.dtype == torch.float32
+        assert torch.equal(counts_E, real_E.float())
+        assert not torch.equal(real_E, rows_E)
+        assert not torch.equal(real_E.bfloat16().float(), real_E.float())
+
+
+def test_padding_does_not_decide_which_way_expert_biases_move() -> None:
+    lengths = {0: 100, 1: 20, 2: 20, 3: 20}
+    for counts_E, _, rows_E in counted("grpo", lengths, size=4):
+        direction, with_padding = ((each.float().mean() - each).sign() for each in (counts_E, rows_E))
+        assert not torch.equal(direction, with_padding)
+
+
+@pytest.mark.parametrize("preset", ["r2", "r3"])
+def test_replayed_tokens_do_not_move_expert_biases(preset: str) -> None:
+    """They were routed by an earlier router: biases would move on and on, without seeing what it does."""
+    assert not any(counts_E.any() for counts_E, *_ in counted(preset, LENGTHS))
 
 
 def test_the_fused_router_is_left_while_replaying_only() -> None:
@@ -194,12 +220,3 @@ def test_without_a_session_the_router_is_a_topk_router() -> None:
     assert all(router.router_replay is None for router in toy.routers(predictive))
 
 
-def test_an_auxiliary_loss_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    for changes in ({"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}, {"moe_z_loss_coeff": 0.001}):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            attach(toy.ToyChunk(toy.toy_config(**changes)), R3)
-        assert "auxiliary router loss" in caplog.text
-    caplog.clear()
-    attach(toy.ToyChunk(toy.toy_config()), R3)
-    assert not caplog.text

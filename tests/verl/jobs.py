@@ -13,6 +13,7 @@ from verl.utils import tensordict_utils as tu
 
 from megatron_pr2.attach import PR2, MicroBatch, PR2Config, ReplaySequence, attach
 from megatron_pr2.errors import PR2Error
+from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.routes.table import RouteTable
 from tests.verl.worker import EXPERTS, LAYERS, MEGATRON, SETTINGS, TOPK, Loop, Sample, gates, make_worker, pushed, samples
 
@@ -233,7 +234,9 @@ def outside(model: str) -> dict[str, Any]:
     rows = [s.length for s in loop.samples]
     response = [p[len(s.prompt) - 1 : s.length - 1] for p, s in zip(live.split(rows), loop.samples, strict=True)]
     expected = [plain[i, : len(s.response)] for i, s in enumerate(loop.samples)]
+    plain_rate, rate = (unwrapped(each.module[0]).config.moe_router_bias_update_rate for each in (plain_loop.engine, engine))
     return {
+        "expert biases stay, which verl moves": plain_rate > 0.0 == rate,
         "evaluation is verl's": all(torch.equal(a, b) for a, b in zip(response, expected, strict=True)),
         "replay is not": not torch.equal(replayed, plain),
         "batch is kept": kept == len(engine.pr2.sequences) == 4,

@@ -74,6 +74,10 @@ class PR2MegatronEngine(MegatronEngineWithLMHead):
         if self.pr2 is not None:
             self.pr2.detach()
         self._book = None
+        if "moe_router_bias_update_rate" not in self.engine_config.override_transformer_config:
+            # verl's models have 1e-3, by which Megatron-Core would move expert biases after every update.
+            for chunk in self.module:
+                unwrapped(chunk).config.moe_router_bias_update_rate = 0.0
         self.pr2 = attach(self.module, self._settings, optimizer)
         logger.info("PR2 attached: routes=%s, predictor=%s", self._settings.routes, self._settings.predictor)
         return optimizer
