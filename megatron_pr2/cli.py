@@ -120,9 +120,10 @@ def doctor(
     Example: megatron-pr2 doctor --engine http://127.0.0.1:30000 --model checkpoints/qwen3 --api-key-file key.txt
     """
     from megatron_pr2.rollout.doctor.doctor import diagnose
+    from megatron_pr2.rollout.sglang.config import read_key
 
     with errors():
-        key = _read_key(api_key_file)
+        key = None if api_key_file is None else read_key(api_key_file, "--api-key-file ")
     diagnoses = []
     for url in engine:
         diagnoses.append(diagnose(url, api_key=key, model=model, timeout_s=timeout))
@@ -157,18 +158,6 @@ def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Pat
         return write_report(runs[0], output)
     except OSError as error:
         raise ConfigError(f"the page could not be written: {error}; give another --output") from error
-
-
-def _read_key(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
-    if not key or any(character.isspace() or not character.isascii() for character in key):
-        raise ConfigError(f"--api-key-file {file}: expected one key, without blanks")
-    return key
 
 
 def _print_diagnosis(diagnosis: Diagnosis) -> None:

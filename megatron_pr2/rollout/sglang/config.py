@@ -196,16 +196,19 @@ class SGLangConfig:
         }
 
     def read_api_key(self) -> str | None:
-        """The key in `api_key_file`, None without one; raises ConfigError if it cannot be read or is empty."""
-        if self.api_key_file is None:
-            return None
-        try:
-            key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"sglang.api_key_file={self.api_key_file!r}: {error.strerror}") from error
-        if not key:
-            raise ConfigError(f"sglang.api_key_file={self.api_key_file!r} is empty")
-        return key
+        """The key in `api_key_file`, None without one; raises ConfigError if there is no key in it."""
+        return None if self.api_key_file is None else read_key(self.api_key_file, "sglang.api_key_file=")
+
+
+def read_key(file: str | Path, setting: str) -> str:
+    """The key in a file; raises ConfigError if it cannot be read or holds no key."""
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}{file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
+    if not key or any(character.isspace() or not character.isascii() for character in key):
+        raise ConfigError(f"{setting}{file} is empty, or more than one key; expected one, without blanks")
+    return key
 
 
 def server_environment(config: SGLangConfig) -> dict[str, str]:
