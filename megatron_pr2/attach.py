@@ -90,9 +90,9 @@ class PR2(Parts):
             is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
         )  # fmt: skip
         self.tokens = batch.tokens
-        self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in sequences)
+        self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in batch.sequences)
         self.progress.begin(batch.tokens)
-        self.token_check.begin(batch.tokens, sequences)
+        self.token_check.begin(batch.tokens, batch.sequences)
         self.routes.begin(batch.tokens, batch.tables, batch.valid)
         self.horizon.end_batch()
         self.measurement.begin(self.sequences, batch.tokens, batch.valid, batch.sampled, self.horizon.known_horizon(self.sequences))

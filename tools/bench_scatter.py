@@ -106,7 +106,7 @@ def broadcast(
             total += whole.nbytes
         dist.broadcast(whole, src=group.owner, group=group.handle)
         ids = whole.numpy().astype(np.uint8 if case.experts <= 256 else np.uint16, copy=False)
-        received[sid] = RouteTable(ids, valid, case.experts)
+        received[sid] = RouteTable.checked(ids, valid, case.experts)
     columns = group.members[group.me].columns
     slices = [slice_tables(group.rows(grid), received, columns, case.topk, case.experts, CPU).ids_TLK() for grid in grids]
     return slices, total

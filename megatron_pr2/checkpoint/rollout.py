@@ -40,7 +40,8 @@ from megatron_pr2.errors import CheckpointError
 from megatron_pr2.parallel.grid import IntArray
 from megatron_pr2.parallel.groups import gathered
 from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
-from megatron_pr2.routes.table import RouteTable, expert_dtype
+from megatron_pr2.routes.ids import expert_dtype
+from megatron_pr2.routes.table import RouteTable
 
 # Rows: reading so many for nothing is cheaper than another read.
 FAR = 256

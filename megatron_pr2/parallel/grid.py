@@ -84,6 +84,17 @@ def padded(sequence_ids: Sequence[int], lengths: Sequence[int], padded_length: i
     return TokenGrid(np.where(real, sequence, PADDING), np.where(real, position, PADDING))
 
 
+def masked(sequence_ids: Sequence[int], real: npt.NDArray[np.bool_]) -> TokenGrid:
+    """Grid of a batch that is padded anywhere.
+
+    Args:
+        real: [B, S], which columns of each row hold a token.
+    """
+    real = real.T
+    sequence = np.broadcast_to(np.asarray(sequence_ids, dtype=np.int64)[None, :], real.shape)
+    return TokenGrid(np.where(real, sequence, PADDING), np.where(real, real.cumsum(axis=0, dtype=np.int64) - 1, PADDING))
+
+
 def packed(sequence_ids: Sequence[int], lengths: Sequence[int], padded_lengths: Sequence[int] | None = None) -> TokenGrid:
     """Grid of sequences packed one after the other on one token axis ([T, 1]), each padded to its own `padded_lengths`."""
     slots = list(lengths if padded_lengths is None else padded_lengths)

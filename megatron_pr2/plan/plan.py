@@ -23,7 +23,8 @@ from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
 from megatron_pr2.plan.models import ModelSpec
 from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_tokens, sampled, share_of_room
 from megatron_pr2.prediction.predictor import predictor_bytes
-from megatron_pr2.routes.table import RouteTable, expert_dtype
+from megatron_pr2.routes.ids import expert_dtype
+from megatron_pr2.routes.table import RouteTable
 
 # What is counted: name -> (where it is held, what it is). "features" is where PR2Config.feature_device says.
 MEMORY: dict[str, tuple[str, str]] = {

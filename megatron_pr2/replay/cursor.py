@@ -36,7 +36,7 @@ class Cursors:
         self._look = look
         self._chunks = [unwrapped(chunk) for chunk in chunks]
         self._chunk_of = {id(chunk): index for index, chunk in enumerate(self._chunks)}
-        self._pass: dict[Hashable, BoundMicroBatch] = {}
+        self._pass: dict[MicroBatch, BoundMicroBatch] = {}
         self._order: list[BoundMicroBatch] = []
         self._forward: dict[int, BoundMicroBatch] = {}
         self._backward: dict[int, BoundMicroBatch] = {}
@@ -47,7 +47,8 @@ class Cursors:
 
     def open(self, micro_batches: Mapping[Hashable, BoundMicroBatch]) -> None:
         """Starts the pass: from here on, forwards of the chunks are micro-batches of it."""
-        self._pass, self._order = dict(micro_batches), list(micro_batches.values())
+        self._order = list(micro_batches.values())
+        self._pass = {bound.micro_batch: bound for bound in self._order}
         for index, chunk in enumerate(self._chunks):
             self._hooks.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True))
             self._hooks.append(chunk.register_forward_hook(self._after(index)))
@@ -63,16 +64,19 @@ class Cursors:
 
     def begin(self, chunk: torch.nn.Module, micro_batch: MicroBatch) -> None:
         """See ReplaySession.begin."""
-        bound = self._pass.get(micro_batch.key)
+        bound = self._pass.get(micro_batch)
         if bound is None:
-            raise ReplayError(f"micro-batch {micro_batch.key!r} is not part of this pass; pass all of them when it is opened")
+            raise ReplayError(
+                f"micro-batch {micro_batch.key!r} is not part of this pass, or has other rows there; pass all of them when it is "
+                "opened"
+            )
         index = self._index(chunk)
         self._named.add(index)
         self._run(index, bound)
 
     def end(self, chunk: torch.nn.Module, micro_batch: MicroBatch, output: Any) -> None:
         """See ReplaySession.end."""
-        self._ran(self._index(chunk), self._pass[micro_batch.key], output)
+        self._ran(self._index(chunk), self._pass[micro_batch], output)
 
     def forward_step(self, function: Callable[..., Any], locate: Callable[[Any], MicroBatch]) -> Callable[..., Any]:
         """See ReplaySession.forward_step."""

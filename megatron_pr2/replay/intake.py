@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from megatron_pr2.parallel.consensus import attempt, digest
 from megatron_pr2.parallel.groups import communication_device, gathered, summed
 from megatron_pr2.parallel.replica import RankGroup, Replica
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.replay.sequences import ReplaySequence, check_sequences, checked_table, sampled_tokens
+from megatron_pr2.replay.sequences import ReplaySequence, check_sequences, checked_table, listed, sampled_tokens
 from megatron_pr2.routes.table import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Intake:
     """A rollout batch that was accepted.
 
     Attributes:
+        sequences: as a list.
         tokens: its tokens as one axis.
         tables: by sequence, on the rank that owns them; empty elsewhere, and where routes do not come with the rollout.
         valid: which tokens have a route, by flat token index; none where routes do not come with the rollout.
@@ -38,6 +39,7 @@ class Intake:
         missing, total: tokens of this rank's replica without a route, and that could have one.
     """
 
+    sequences: list[ReplaySequence]
     tokens: TokenIndex
     tables: dict[int, RouteTable]
     valid: Mask
@@ -47,7 +49,7 @@ class Intake:
 
 
 def take_in(
-    sequences: Sequence[ReplaySequence],
+    sequences: Iterable[ReplaySequence],
     config: PR2Config,
     model: TransformerConfig,
     num_layers: int,
@@ -69,15 +71,17 @@ def take_in(
     """
     from_engine = config.routes == "engine"
 
-    def checked() -> dict[int, RouteTable]:
-        check_sequences(sequences)
+    def checked() -> tuple[list[ReplaySequence], dict[int, RouteTable]]:
+        found = listed(sequences)
+        check_sequences(found)
         shape = num_layers, model.moe_router_topk, model.num_moe_experts
-        return {s.id: checked_table(s, *shape) for s in sequences} if from_engine and is_owner else {}
+        return found, {s.id: checked_table(s, *shape) for s in found} if from_engine and is_owner else {}
 
-    tables, failure = attempt(checked)
-    tokens = TokenIndex({s.id: s.length for s in sequences} if failure is None else {})
+    taken, failure = attempt(checked)
+    batch, tables = taken or ([], {})
+    tokens = TokenIndex({s.id: s.length for s in batch})
     valid = np.zeros(tokens.total, dtype=bool)
-    for sid, table in (tables or {}).items():
+    for sid, table in tables.items():
         valid[tokens.span(sid)] = table.valid
     failure, valid = _agreed(replica.ranks, failure, tokens, valid, is_owner=is_owner)
     by_sequence = _missing(valid, tokens) if from_engine else {}
@@ -94,8 +98,8 @@ def take_in(
         if config.strict:
             raise RouteError(message)
         logger.warning(message)
-    sampled = sampled_tokens(sequences, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
-    return Intake(tokens, tables or {}, valid, sampled, missing, total)
+    sampled = sampled_tokens(batch, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
+    return Intake(batch, tokens, tables, valid, sampled, missing, total)
 
 
 def _agreed(
@@ -142,5 +146,5 @@ def _too_many_missing(missing: int, total: int, share: float, by_sequence: dict[
     return (
         f"{missing} of {total} tokens ({missing / total:.1%}) have no valid route, more than max_missing_share={share:.1%}; "
         f"{where}. The engine returns duplicate, all-zero or out-of-range expert ids: run the handshake, check its version and MoE "
-        "backend"
+        "backend. To go on, with these tokens on the model's own router: raise max_missing_share, or set strict=False"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from megatron_pr2.errors import RouteError
 from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, thinned_positions
+from megatron_pr2.routes.ids import integers
 from megatron_pr2.routes.table import RouteTable
 
 
@@ -44,6 +46,41 @@ class ReplaySequence:
     token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
     older: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor,
+        response_ids: Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor,
+        routes: RouteTable | None = None,
+        loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None,
+        *,
+        id: int,
+        mini_step: int | None = None,
+    ) -> ReplaySequence:
+        """One prompt and one response; their tokens are compared with what the model runs.
+
+        Args:
+            prompt_ids, response_ids: at least one token of a prompt.
+            loss_mask: [tokens of the response].
+            id, mini_step: see ReplaySequence.
+
+        Raises:
+            RouteError: they are no integers, or the prompt is empty.
+        """
+        prompt, response = (integers(_or_none(ids), f"sequence {id}: token ids") for ids in (prompt_ids, response_ids))
+        if prompt.ndim != 1 or response.ndim != 1:
+            raise RouteError(f"sequence {id}: token ids of {list(prompt.shape)} and {list(response.shape)}; expected one axis each")
+        if not len(prompt):
+            raise RouteError(f"sequence {id}: the prompt is empty; the first token of a response needs one before it")
+        length = len(prompt) + len(response)
+        token_ids = np.concatenate([prompt, response])
+        return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids)
+
+
+def _or_none(ids: Any) -> Any:
+    """Of an empty list numpy makes floats."""
+    return ids if len(ids) else np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class RolloutReport:
@@ -60,6 +97,36 @@ class RolloutReport:
     route_bytes: int
 
 
+def listed(sequences: Iterable[ReplaySequence]) -> list[ReplaySequence]:
+    """The sequences of a rollout batch, which are walked more than once, with plain integers; generators are welcome.
+
+    Raises:
+        RouteError: something else, or numbers that are none.
+    """
+    what = "begin_rollout() takes all ReplaySequences of the rollout batch, as a list"
+    if isinstance(sequences, ReplaySequence | str | bytes | Mapping) or not isinstance(sequences, Iterable):
+        raise RouteError(f"{what}; it got one {type(sequences).__name__}")
+    out = []
+    for number, sequence in enumerate(sequences):
+        if not isinstance(sequence, ReplaySequence):
+            raise RouteError(f"{what}; number {number} is a {type(sequence).__name__}")
+        sid, length, start, stop = (_integer(sequence, name) for name in ("id", "length", "loss_start", "loss_stop"))
+        out.append(replace(sequence, id=sid, length=length, loss_start=start, loss_stop=stop))
+    return out
+
+
+def _integer(sequence: ReplaySequence, name: str) -> int:
+    value = getattr(sequence, name)
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # integers of numpy and torch, too
+    except TypeError:
+        pass
+    raise RouteError(
+        f"a sequence has {name}={value!r}; expected an integer" + (" that MicroBatch names it by" if name == "id" else "")
+    )
+
+
 def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
     """Refuses sequences that cannot be told apart or whose loss-bearing span is outside of them.
 
@@ -68,6 +135,11 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
     """
     seen: set[int] = set()
     for sequence in sequences:
+        if sequence.routes is not None and not isinstance(sequence.routes, RouteTable):
+            raise RouteError(
+                f"sequence {sequence.id}: routes is a {type(sequence.routes).__name__}; make a table of it: "
+                "RouteTable.from_engine(rows, num_tokens=..., ...) from what the engine returned"
+            )
         if sequence.id in seen or sequence.id < 0:
             raise RouteError(f"sequence id {sequence.id} is negative or given twice; ids must be unique within a rollout batch")
         seen.add(sequence.id)
@@ -119,7 +191,9 @@ def checked_table(sequence: ReplaySequence, num_layers: int, topk: int, num_expe
     if table is None:
         raise RouteError(
             f"sequence {sequence.id}: routes='engine' but there are none on the rank that owns them; start the engine with route "
-            "return on, and give the tables to the first rank of each replica (to every rank with route_delivery='local')"
+            "return on, and give the tables to the first rank of each replica (to every rank with route_delivery='local'). To go "
+            f"on without them: routes=RouteTable.missing({sequence.length}, {num_layers}, {topk}, {num_experts}), whose tokens use "
+            "the model's own router and count for max_missing_share"
         )
     expected = (sequence.length, num_layers, topk, num_experts)
     found = (table.num_tokens, table.num_layers, table.topk, table.num_experts)

@@ -191,6 +191,8 @@ class ReplaySession:
         keys = Counter(micro_batch.key for micro_batch in self._micro_batches)
         if twice := [key for key, times in keys.items() if times > 1]:
             raise ReplayError(f"two micro-batches of one pass have the same key {twice[0]!r}; keys must differ: give key=...")
+        if len(set(self._micro_batches)) < len(self._micro_batches):
+            raise ReplayError("two micro-batches of one pass have the same rows; give each sequence once")
 
     def __enter__(self) -> ReplaySession:
         if any(site.router.router_replay is not None for site in self._sites):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.moe.router import Router, TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.parallel.decoder_layers import DecoderLayers, hybrid_pattern
@@ -56,11 +57,15 @@ def find_routers(chunks: Sequence[torch.nn.Module]) -> list[tuple[int, str, Rout
     return found
 
 
-def check_router(name: str, router: Router) -> None:
+def check_router(name: str, router: Router, config: TransformerConfig) -> None:
     """Refuses routers that cannot be replayed.
 
+    Args:
+        config: of the whole model, by which routes and features have one shape for all layers.
+
     Raises:
-        AttachError: a custom class, sinkhorn routing, or a router that another replay already holds.
+        AttachError: a custom class, sinkhorn routing, a router that another replay already holds, or one of another kind than the
+            model's.
     """
     if isinstance(router, PredictiveTopKRouter) and router.attached:
         raise AttachError(f"{name}: predictive routing replay is already attached; call detach() first")
@@ -69,6 +74,18 @@ def check_router(name: str, router: Router) -> None:
             f"{name}: router class {type(router).__name__} is not Megatron-Core's TopKRouter; derive it from "
             "megatron_pr2.replay.router.PredictiveTopKRouter or use TopKRouter"
         )
+    own = {
+        "num_moe_experts": router.weight.shape[0],
+        "hidden_size": router.weight.shape[1],
+        "moe_router_topk": router.topk,
+        "moe_router_score_function": router.score_function,
+    }
+    for setting, value in own.items():
+        if value != getattr(config, setting):
+            raise AttachError(
+                f"{name}: this layer's router has {setting}={value!r}, the model's config {getattr(config, setting)!r}; routes and "
+                "features have one shape and one kind of scores for all layers: such a model is not supported"
+            )
     if router.routing_type in ("sinkhorn", "quantile_balancing"):
         raise AttachError(f"{name}: moe_router_load_balancing_type={router.routing_type!r} bypasses replay; use 'none' for RL")
     if router.router_replay is not None:
@@ -112,7 +129,7 @@ def upgrade_routers(chunks: Sequence[torch.nn.Module]) -> tuple[list[RouterSite]
     found = sorted(find_routers(chunks), key=lambda item: item[2].layer_number)
     seen: dict[int, str] = {}
     for chunk, name, router in found:
-        check_router(name, router)
+        check_router(name, router, model.config)
         check_not_captured(unwrapped(chunks[chunk]), name)
         layer = router.layer_number - 1
         if layer not in layers.moe:

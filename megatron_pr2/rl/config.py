@@ -20,6 +20,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import BRIDGES
 from megatron_pr2.rl.task import LESSONS
 
+SOURCES = ("recompute", "rollout", "ewma")
 KINDS = ("none", "tis", "mis")
 LEVELS = ("token", "sequence")
 
@@ -196,9 +197,10 @@ class TrainConfig:
 
     @property
     def needs_snapshot_pass(self) -> bool:
-        """Whether a rollout batch needs a forward under theta_old: for log-probs, the actor's routes, or features of a predictor.
+        """Whether a forward under theta_old has to be run for a rollout batch (a `pr2.old_logprobs` session).
 
-        Without it there are no drift metrics, and `min_agreement` is not checked (docs/off_policy.md).
+        It is where log-probs are recomputed, the actor records its routes, and features are kept of what a predictor learns from or
+        is judged by. Without it there are no drift metrics, and `min_agreement` is not checked (docs/off_policy.md).
         """
         replay = self.replay()
         features = replay.learns or (replay.predicts and replay.hold_back)
@@ -248,8 +250,11 @@ def _one_of(*allowed: str) -> Rule:
 _UP_TO_ONE: Rule = (lambda value: 0.0 <= value < 1.0, "a number in [0, 1)")
 # What a setting has to be, and how that is told.
 _RULES: dict[str, Rule] = {
-    **{name: _at_least(1) for name in ("steps", "checkpoint_every", "parallel.processes", "parallel.expert", "rollout.oversample")},
-    **{f"rollout.{name}": _at_least(1) for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines")},
+    **{name: _at_least(1) for name in ("steps", "checkpoint_every", "parallel.processes", "parallel.expert")},
+    **{
+        f"rollout.{name}": _at_least(1)
+        for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines", "oversample")
+    },
     **{f"algorithm.{name}": _at_least(1) for name in ("mini_steps", "micro_batch_size", "importance_cap")},
     **{name: _at_least(0) for name in ("seed", "rollout.restarts", "algorithm.clip_high", "optimizer.lr")},
     "algorithm.clip_low": _UP_TO_ONE,
@@ -260,7 +265,7 @@ _RULES: dict[str, Rule] = {
     "model.bridge": _one_of(*BRIDGES),
     "model.dtype": _one_of("float32", "bfloat16"),
     "rollout.engine": _one_of("megatron", "sglang"),
-    "algorithm.old_logprobs": _one_of("recompute", "rollout", "ewma"),
+    "algorithm.old_logprobs": _one_of(*SOURCES),
     "algorithm.importance": _one_of(*KINDS),
     "algorithm.importance_level": _one_of(*LEVELS),
     "algorithm.proximal_device": _one_of("device", "cpu"),

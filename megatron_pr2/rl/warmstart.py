@@ -44,8 +44,11 @@ RECORD = "warm_start.json"
 # Raised when the code below changes what a configuration trains, so that cached checkpoints are made again.
 _RECIPE = 1
 _LR_WARMUP_STEPS = 20
-IGNORED = -100  # the label that torch's cross-entropy skips
-MAX_TURNS, MAX_NEW_TOKENS = 8, 20  # of one turn
+# The label that torch's cross-entropy skips.
+IGNORED = -100
+# Of one sampled turn.
+MAX_NEW_TOKENS = 20
+MAX_TURNS = 8
 # What is learned from: one turn of the policy, or the policy's turns with an environment's replies between them.
 Response = str | tuple[str, ...]
 
@@ -136,7 +139,10 @@ def ensure_warm_start(path: Path, config: WarmStartConfig, *, show_progress: boo
 
 
 def warm_start(config: WarmStartConfig, *, show_progress: bool = False) -> tuple[Qwen3MoeForCausalLM, dict[str, Any]]:
-    """Trains a tiny model and returns it with {"exact_match", "in_band", "steps"}; outside of the band is a warning only."""
+    """Trains a tiny model and returns it with {"exact_match", "in_band", "steps"}.
+
+    An exact match outside the band is logged as a warning and left to the caller: a deliberately small configuration may want it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
@@ -247,7 +253,13 @@ def balance_loss(router_logits: Sequence[Tensor], real: Tensor, topk: int) -> Te
 def sample_responses(
     model: Qwen3MoeForCausalLM, prompts: Sequence[str], seed: int, environment: Environment | None = None
 ) -> list[tuple[str, ...]]:
-    """One response per prompt at temperature 1: the policy's turns, with the replies of an environment, if any, between them."""
+    """One response per prompt at temperature 1: the policy's turns, with the environment's replies between them.
+
+    The global random state is left as it was.
+
+    Args:
+        environment: None for a single turn.
+    """
     heads = [tuple(prompt.encode()) for prompt in prompts]
     tails: list[tuple[int, ...]] = [()] * len(prompts)
     turns: list[list[str]] = [[] for _ in prompts]

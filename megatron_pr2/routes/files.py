@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_pr2.errors import DataError, RouteError
-from megatron_pr2.routes.table import RouteTable, expert_dtype, replayable
+from megatron_pr2.routes.ids import expert_dtype, replayable
+from megatron_pr2.routes.table import RouteTable
 
 FORMAT = "megatron-pr2.routes"
 VERSION = "1"
@@ -142,7 +143,7 @@ class RouteFile(Mapping[int, RouteTable]):
             raise self._wrong_row(sequence, ids_TLK, np.flatnonzero(valid & ~replayable_T))
         experts = np.zeros(ids_TLK.shape, dtype=expert_dtype(self.num_experts))
         experts[valid] = ids_TLK[valid]
-        return RouteTable(experts, valid, self.num_experts)
+        return RouteTable.checked(experts, valid, self.num_experts)
 
     def lengths(self) -> dict[int, int]:
         """Tokens of every sequence, without reading a table."""

@@ -26,7 +26,8 @@ from torch import Tensor
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import IntArray, TokenGrid
 from megatron_pr2.parallel.replica import RankGroup
-from megatron_pr2.routes.table import RouteTable, expert_dtype
+from megatron_pr2.routes.ids import expert_dtype
+from megatron_pr2.routes.table import RouteTable
 
 # The owner's bytes in one collective: on 4 gloo processes 8 small ones take twice as long as one of 18 MiB.
 BUCKET_BYTES = 16 << 20

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_pr2.errors import RouteError
+from megatron_pr2.routes.ids import expert_dtype, integers, replayable, row_validity
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,79 +31,6 @@ if TYPE_CHECKING:
 _HEADER_BYTES = 5 * 4
 # Rows per piece of a check hold about so many ids: the piece and what is made of it stay in the cache.
 _PIECE_IDS = 64 << 10
-
-
-def expert_dtype(num_experts: int) -> np.dtype:
-    """Smallest unsigned dtype that holds every expert id: uint8 up to 256 experts, else uint16.
-
-    Raises:
-        RouteError: ``num_experts`` is not in [1, 32768] (on the device ids are int16, torch cannot index with uint16).
-    """
-    if not 1 <= num_experts <= 1 << 15:
-        raise RouteError(f"num_experts={num_experts}: expected 1..32768; route tables hold at most 15-bit expert ids")
-    return np.dtype(np.uint8 if num_experts <= 1 << 8 else np.uint16)
-
-
-def all_distinct(ids_NK: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-    """Which rows [N, K] hold K different ids, [N] (a repeated one collapses in a routing map), at the speed of memory.
-
-    Bytes and 16-bit ids that fill a 32- or 64-bit word (top-8 of at most 256 experts is one) are compared within the word: against
-    itself rotated by every distance, where equal ids cancel to a zero lane. Other rows are sorted.
-    """
-    rows, topk = ids_NK.shape
-    if topk < 2:
-        return np.ones(rows, dtype=bool)
-    lane = ids_NK.dtype.itemsize
-    if lane in (1, 2) and lane * topk in (4, 8) and ids_NK.flags.c_contiguous:
-        return _distinct_lanes(ids_NK.reshape(-1).view(f"<u{lane * topk}"), 8 * lane, topk)
-    ordered = np.sort(ids_NK, axis=1)
-    return np.asarray((ordered[:, 1:] != ordered[:, :-1]).all(axis=1))
-
-
-def _distinct_lanes(words_N: npt.NDArray[np.unsignedinteger], bits: int, lanes: int) -> npt.NDArray[np.bool_]:
-    word = words_N.dtype.type
-    width = bits * lanes
-    low = word(sum(1 << (bits * lane) for lane in range(lanes)))
-    high = word(int(low) << (bits - 1))
-    repeated = np.zeros_like(words_N)
-    for distance in range(1, lanes // 2 + 1):
-        shift = word(bits * distance)
-        difference = words_N ^ ((words_N << shift) | (words_N >> word(width - int(shift))))
-        # The high bit of a lane remains where the lowest zero lane is, and none if there is no zero lane.
-        repeated |= (difference - low) & ~difference & high
-    return np.asarray(repeated == 0)
-
-
-def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
-    """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids."""
-    valid: npt.NDArray[np.bool_] = np.asarray(((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2)))
-    tokens, layers, topk = experts_TLK.shape
-    if topk > 1:
-        valid &= all_distinct(experts_TLK.reshape(-1, topk)).reshape(tokens, layers).all(axis=1)
-    return valid
-
-
-def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
-    """Which rows of an engine's ids are routes that it took: those that can be replayed, in layers that it filled.
-
-    With K > 1 an all-zero layer is a row of duplicates. With K = 1 zero may be a real choice; a layer that sends *every* token
-    of at least 32 to expert 0 while another layer does not is taken for a layer that the engine did not fill. Rows that cannot
-    be replayed anyway (the last token's, an engine's gaps) do not count as tokens here.
-
-    Args:
-        experts_TLK: [T, L, K] integer ids, any signed or unsigned dtype.
-        num_experts: E.
-
-    Returns:
-        [T] bool.
-    """
-    _, layers, topk = experts_TLK.shape
-    valid = replayable(experts_TLK, num_experts)
-    if topk == 1 and num_experts > 1 and layers > 1 and np.count_nonzero(valid) >= 32:
-        zero_layers = (experts_TLK[valid] == 0).all(axis=(0, 2))
-        if zero_layers.any() and not zero_layers.all():
-            return np.zeros_like(valid)
-    return valid
 
 
 def file_rows(
@@ -157,6 +85,19 @@ class RouteTable:
             )
         if self.valid.dtype != np.bool_:
             raise RouteError(f"RouteTable: valid is {self.valid.dtype}; expected bool")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        # In pieces: the check needs as much memory for 32K tokens as for some hundred.
+        step = max(1, _PIECE_IDS // max(1, self.num_layers * self.topk))
+        for first in range(0, self.num_tokens, step):
+            piece = slice(first, first + step)
+            wrong = self.valid[piece] & ~replayable(self.experts[piece], self.num_experts)
+            if wrong.any():
+                raise RouteError(
+                    f"RouteTable: token {first + int(np.argmax(wrong))} is marked as valid, but has duplicate or out-of-range "
+                    f"expert ids (top-{self.topk} of {self.num_experts}); RouteTable.from_ids and from_engine find such rows"
+                )
 
     @property
     def num_tokens(self) -> int:
@@ -181,24 +122,35 @@ class RouteTable:
         return self.experts.nbytes + (self.num_tokens + 7) // 8
 
     @classmethod
-    def from_ids(cls, ids_TLK: npt.NDArray[np.integer], num_experts: int) -> RouteTable:
+    def checked(
+        cls, experts: npt.NDArray[np.unsignedinteger], valid: npt.NDArray[np.bool_], num_experts: int
+    ) -> RouteTable:
+        """A table of arrays whose rows have been checked, as those of another table have: not read again."""
+        table = object.__new__(cls)
+        for name, value in (("experts", experts), ("valid", valid), ("num_experts", num_experts)):
+            object.__setattr__(table, name, value)
+        return table
+
+    @classmethod
+    def from_ids(cls, ids_TLK: Any, num_experts: int) -> RouteTable:
         """Validates and compacts ids of the MoE layers; invalid rows are marked and zeroed, never replayed.
 
         Args:
-            ids_TLK: [T, L, K] integer ids, one row per token.
+            ids_TLK: [T, L, K] integer ids, one row per token: an array, a tensor or nested lists.
             num_experts: E.
         """
-        if ids_TLK.ndim != 3 or not np.issubdtype(ids_TLK.dtype, np.integer):
+        ids_TLK = integers(ids_TLK, "routes")
+        if ids_TLK.ndim != 3:
             raise RouteError(f"routes: got {ids_TLK.dtype}{list(ids_TLK.shape)}; expected integers [tokens, moe_layers, topk]")
         valid = row_validity(ids_TLK, num_experts)
         experts = np.zeros(ids_TLK.shape, dtype=expert_dtype(num_experts))
         experts[valid] = ids_TLK[valid]
-        return cls(experts, valid, num_experts)
+        return cls.checked(experts, valid, num_experts)
 
     @classmethod
     def from_engine(
         cls,
-        rows: npt.NDArray[np.integer],
+        rows: Any,
         *,
         num_tokens: int,
         moe_layers: Sequence[int],
@@ -210,7 +162,8 @@ class RouteTable:
         """Table from what a rollout engine returned for all hidden layers and every input token.
 
         Args:
-            rows: [num_tokens - 1, num_hidden_layers, K] integers; row i belongs to input token i.
+            rows: [num_tokens - 1, num_hidden_layers, K] integers as an array, a tensor or nested lists; row i belongs to input
+                token i.
             num_tokens: prompt + generated tokens.
             moe_layers: 0-based indices of the MoE layers among the hidden layers, ascending.
             num_hidden_layers: hidden layers of the model, dense ones included.
@@ -219,8 +172,14 @@ class RouteTable:
             where: named in the error.
 
         Raises:
-            RouteError: a wrong number of rows, layers or ids per row.
+            RouteError: a wrong number of rows, layers or ids per row, something else than integers, or layers that there are not.
         """
+        rows = integers(rows, f"{where}: routes")
+        if outside := [layer for layer in moe_layers if not 0 <= layer < num_hidden_layers]:
+            raise RouteError(
+                f"{where}: moe_layers={list(moe_layers)} of {num_hidden_layers} hidden layers; {outside} are none of them: pass "
+                "pr2.layers.hidden_moe and pr2.layers.hidden_count"
+            )
         expected = (num_tokens - 1, num_hidden_layers, topk)
         if rows.shape != expected:
             raise RouteError(
@@ -234,12 +193,9 @@ class RouteTable:
 
     @classmethod
     def missing(cls, num_tokens: int, num_layers: int, topk: int, num_experts: int) -> RouteTable:
-        """A table without a single valid row."""
-        return cls(
-            np.zeros((num_tokens, num_layers, topk), dtype=expert_dtype(num_experts)),
-            np.zeros(num_tokens, dtype=bool),
-            num_experts,
-        )
+        """A table without a single valid row: every token of its sequence uses the model's own router, and counts as missing."""
+        experts = np.zeros((num_tokens, num_layers, topk), dtype=expert_dtype(num_experts))
+        return cls.checked(experts, np.zeros(num_tokens, dtype=bool), num_experts)
 
     @property
     def encoded_size(self) -> int:
@@ -300,19 +256,15 @@ class RouteTable:
         ids = data[_HEADER_BYTES:ids_end].view(_little_endian(dtype)).astype(dtype, copy=False)
         ids.flags.writeable = False
         valid = np.unpackbits(data[ids_end:], count=tokens).view(np.bool_)
-        table = cls(ids.reshape(tokens, layers, topk), valid, num_experts)
-        # In pieces: the check needs as much memory for 32K tokens as for some hundred.
-        step = max(1, _PIECE_IDS // max(1, layers * topk))
-        for first in range(0, tokens, step):
-            piece = slice(first, first + step)
-            if (valid[piece] & ~replayable(table.experts[piece], num_experts)).any():
-                raise RouteError("route payload marks rows as valid that hold duplicate or out-of-range expert ids")
-        return table
+        try:
+            return cls(ids.reshape(tokens, layers, topk), valid, num_experts)
+        except RouteError as error:
+            raise RouteError(f"route payload: {error}") from error
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # Only contiguous arrays that are no subclass (np.memmap is one) leave the stream; what is neither is copied once.
         arrays = (np.ascontiguousarray(np.asarray(each)) for each in (self.experts, self.valid))
-        return type(self), (*arrays, self.num_experts)
+        return type(self).checked, (*arrays, self.num_experts)
 
     def _wire_parts(self) -> list[npt.NDArray[np.uint8]]:
         header = np.array([*self.experts.shape, self.num_experts, self.experts.itemsize], dtype="<u4")

@@ -130,6 +130,28 @@ def test_wrong_or_repeated_layer_numbers() -> None:
         attach(chunk, PR2_CONFIG)
 
 
+def other_router(setting: str) -> toy.ToyChunk:
+    """A model whose last layer's router is of another kind than its config says."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    changes = {"num_moe_experts": 16, "moe_router_topk": 3, "moe_router_score_function": "sigmoid", "hidden_size": 64}
+    other = toy.ToyChunk(toy.toy_config(**{setting: changes[setting]}))
+    chunk.decoder.layers[1].mlp = other.decoder.layers[1].mlp
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [("num_moe_experts", "16, the model's config 8"), ("moe_router_topk", "3, the model's config 2"),
+     ("moe_router_score_function", "'sigmoid', the model's config 'softmax'"), ("hidden_size", "64, the model's config 32")],
+)  # fmt: skip
+def test_a_layer_that_differs_from_the_config_is_refused_by_name(setting: str, values: str) -> None:
+    """Ids of one layer would be looked up among another one's experts, and drift measured by the wrong divergence."""
+    chunk = other_router(setting)
+    with pytest.raises(AttachError, match=rf"decoder\.layers\.1\.mlp\.router: this layer's router has {setting}={values}"):
+        attach(chunk, PR2_CONFIG)
+    assert all(type(router) is TopKRouter for router in toy.routers(chunk))
+
+
 def test_routers_that_are_nowhere_are_missed() -> None:
     """A vision-language wrapper, or a forgotten chunk: silently replaying nothing is what happened elsewhere."""
     wrapper = torch.nn.Module()

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.routes.table import RouteTable, expert_dtype, replayable, row_validity
+from megatron_pr2.routes.ids import expert_dtype, replayable, row_validity
+from megatron_pr2.routes.table import RouteTable
 from tests.helpers.ids import random_ids
 
 
@@ -220,6 +222,62 @@ def test_ids_must_be_integers_of_three_axes() -> None:
 def test_inconsistent_tables_are_refused(experts: np.ndarray, valid: np.ndarray, message: str) -> None:
     with pytest.raises(RouteError, match=message):
         RouteTable(experts, valid, 8)
+
+
+@pytest.mark.parametrize("experts", [8, 300])
+@pytest.mark.parametrize("row", [[3, 3], [1, 8], [1, 255]], ids=["duplicate", "one too far", "far"])
+def test_a_table_made_by_hand_is_checked_as_any_other(row: list[int], experts: int) -> None:
+    """CUDA would assert on such an id, long after the mistake; a duplicate one would leave a token with one expert less."""
+    ids = np.tile(np.array([[5, 2]], dtype=expert_dtype(experts)), (70_000, 2, 1))  # more rows than one piece of the check
+    valid = np.ones(len(ids), dtype=bool)
+    RouteTable(ids, valid, experts)
+    ids[69_000, 1] = row if experts == 8 or row == [3, 3] else [1, experts]
+    with pytest.raises(RouteError, match="RouteTable: token 69000 is marked as valid, but has duplicate or out-of-range"):
+        RouteTable(ids, valid, experts)
+    valid[69_000] = False
+    assert RouteTable(ids, valid, experts).num_missing == 1
+
+
+KINDS = {
+    "tensor": torch.tensor,
+    "int16 tensor": lambda rows: torch.tensor(rows, dtype=torch.int16),
+    "lists": lambda rows: rows.tolist(),
+    "list of arrays": list,
+    "tuple of tensors": lambda rows: tuple(torch.tensor(row) for row in rows),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engines_rows_may_be_tensors_or_lists(kind: str) -> None:
+    rows = random_ids(5, 4, 2, 8)
+    expected = RouteTable.from_engine(rows, num_tokens=6, **ENGINE)
+    made = RouteTable.from_engine(KINDS[kind](rows), num_tokens=6, **ENGINE)
+    assert np.array_equal(made.experts, expected.experts)
+    assert np.array_equal(made.valid, expected.valid)
+    assert np.array_equal(RouteTable.from_ids(KINDS[kind](rows), 8).experts, RouteTable.from_ids(rows, 8).experts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(5, 4, 2), r"got float32\[5, 4, 2\]; expected integers"),
+        (torch.zeros(5, 4, 2, dtype=torch.bfloat16), "got float32"),
+        (np.zeros((5, 4, 2), dtype=bool), "got bool"),
+        ([[[1, 2]] * 4] * 4 + [[[1]] * 4], "expected integers of one shape"),
+        ("AAAA", "got str; expected integers"),
+        (b"AAAA", "got bytes; expected integers"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_array_of_integers_is_refused(rows: Any, message: str) -> None:
+    with pytest.raises(RouteError, match=f"request 7: routes: {message}"):
+        RouteTable.from_engine(rows, num_tokens=6, where="request 7", **ENGINE)
+
+
+def test_layers_that_there_are_not_are_refused() -> None:
+    """Megatron-Core's numbers of a HybridModel are such ones: it counts attention and experts apart."""
+    with pytest.raises(RouteError, match=r"moe_layers=\[1, 5\] of 4 hidden layers; \[5\] are none of them: pass pr2\.layers"):
+        RouteTable.from_engine(np.zeros((5, 4, 2), dtype=int), num_tokens=6, **{**ENGINE, "moe_layers": (1, 5)})
 
 
 def test_missing_tables_have_no_valid_row() -> None:

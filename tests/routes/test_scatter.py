@@ -191,7 +191,7 @@ def refusal_job(kind: str) -> str:
     [
         ("short", "sequence 1: its route table is (tokens, moe layers, top-k, experts) = (11, 2, 2, 8), expected (12, 2, 2, 8)"),
         ("sequences", "were told of different sequences"),
-        ("object", "AttributeError: 'bytes' object has no attribute 'num_tokens'"),
+        ("object", "sequence 1: routes is a bytes; make a table of it"),
         ("length", "sequence 1: loss-bearing positions [2, 11) are outside its -12 tokens"),
         ("micro-batches", "describe different micro-batches for one pass"),
         ("unknown", "sequence 5 has no routes"),

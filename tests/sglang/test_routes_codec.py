@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.sglang.routes import decode_table, parse_body, split_routes
-from megatron_pr2.routes.table import RouteTable, all_distinct
+from megatron_pr2.routes.ids import all_distinct
+from megatron_pr2.routes.table import RouteTable
 from tests.helpers.ids import random_ids
 
 

@@ -150,7 +150,8 @@ def test_another_engine_takes_over_from_a_dead_one(fake: FakeServer) -> None:
         engine.close()
 
 
-def test_an_early_stop_aborts_the_rest(fake: FakeServer) -> None:
+def let_the_second_half_wait(fake: FakeServer) -> None:
+    """Requests with seeds from 4 on are answered when they are aborted, with two tokens."""
     waiting: dict[str, threading.Event] = {}
 
     def slow(body: dict[str, Any], call: int) -> tuple[int, Any] | None:
@@ -165,6 +166,10 @@ def test_an_early_stop_aborts_the_rest(fake: FakeServer) -> None:
 
     fake.overrides["/generate"] = slow
     fake.overrides["/abort_request"] = lambda body, call: (waiting.setdefault(body["rid"], threading.Event()).set(), (200, b""))[1]
+
+
+def test_an_early_stop_aborts_the_rest(fake: FakeServer) -> None:
+    let_the_second_half_wait(fake)
     engine = engine_on(fake)
     seen: list[Progress] = []
     engine.on_progress = seen.append
@@ -180,6 +185,32 @@ def test_an_early_stop_aborts_the_rest(fake: FakeServer) -> None:
     assert [(body["input_ids"], body["routed_experts_start_len"]) for body in fake.bodies] == [([3, 4, 5, 7, 8], 4)] * 2
     engine.forget(["6", "7"])
     assert engine.generate(REQUESTS[6:], SAMPLING, return_routes=True).stats.extra["resumed"] == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("rows", ["asked for", "all", "one too many", "one too few"])
+def test_a_server_that_sends_all_rows_is_recognised_by_their_number(fake: FakeServer, rows: str) -> None:
+    """routed_experts_start_len is a field that a server, or a router before it, may not know."""
+
+    let_the_second_half_wait(fake)
+    engine = engine_on(fake, rerolls=0)
+    engine.generate(REQUESTS, SAMPLING, return_routes=True, enough=2)
+
+    def rest(body: dict[str, Any], call: int) -> tuple[int, Any] | None:
+        first = body["routed_experts_start_len"]
+        assert first == 4
+        sent = {"asked for": first, "all": 0, "one too many": first - 1, "one too few": first + 1}[rows]
+        return 200, fake.generation({**body, "routed_experts_start_len": sent})
+
+    fake.overrides["/generate"] = rest
+    if rows.startswith("one"):
+        with pytest.raises((RolloutError, RouteError), match=r"routed_experts holds .* rows .*, expected 2 rows"):
+            engine.generate(REQUESTS[4:6], SAMPLING, return_routes=True)
+    else:
+        for response in engine.generate(REQUESTS[4:6], SAMPLING, return_routes=True).responses:
+            assert response.routes is not None
+            whole = fake.routes(len(response.token_ids) - 1)[:, list(SHAPE.moe_layers)]
+            assert np.array_equal(response.routes.experts[:-1], whole)
     engine.close()
 
 

@@ -24,7 +24,7 @@ from megatron_pr2.rollout.handshake import PROBE_TOKENS, compare
 from megatron_pr2.rollout.sglang.refusals import TESTED
 from megatron_pr2.rollout.sglang.routes import decode_ids, parse_body
 from megatron_pr2.rollout.sglang.wire import parse_score, parse_version
-from megatron_pr2.routes.table import replayable
+from megatron_pr2.routes.ids import replayable
 
 # The length of the routes of a probe: prompt + 1 sampled - 1.
 _ROWS = PROBE_TOKENS

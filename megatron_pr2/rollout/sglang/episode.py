@@ -147,7 +147,7 @@ class Episode:
             return last
         experts = [part.experts[:-1] for part in earlier] + [last.experts]
         valid = [part.valid[:-1] for part in earlier] + [last.valid]
-        return RouteTable(np.concatenate(experts), np.concatenate(valid), self._shape.num_experts)
+        return RouteTable.checked(np.concatenate(experts), np.concatenate(valid), self._shape.num_experts)
 
     def _room(self, reply: int = 0) -> int:
         """Tokens that may still be sampled after a reply of so many."""

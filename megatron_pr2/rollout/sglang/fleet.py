@@ -98,8 +98,7 @@ class Fleet:
             self._in_flight[asks[-1].rid] = replica
             return wire.generate_payload(asks[-1], sampling)
 
-        first_row = episode.known_rows
-        num_tokens = episode.num_tokens + sampling.max_new_tokens - (first_row or 0)
+        num_tokens = episode.num_tokens + sampling.max_new_tokens  # also of the rows that a server sends unasked
         if replica is not None:
             replica.load += 1
         try:

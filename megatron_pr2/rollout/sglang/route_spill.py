@@ -110,7 +110,7 @@ class RouteSpill:
         self._known[id(data)] = data
         self.spilled_bytes += size
         ids = data[: experts.nbytes].view(experts.dtype).reshape(experts.shape)
-        return RouteTable(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
+        return RouteTable.checked(ids, data[experts.nbytes :].view(np.bool_), table.num_experts)
 
 
     def _room(self, size: int) -> tuple[IO[bytes], mmap.mmap, int]:

@@ -19,7 +19,8 @@ import pybase64
 
 from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
-from megatron_pr2.routes.table import RouteTable, all_distinct, expert_dtype
+from megatron_pr2.routes.ids import all_distinct, expert_dtype
+from megatron_pr2.routes.table import RouteTable
 
 # An unescaped quote ends a JSON string, so that generated text can never look like this key.
 _KEY = re.compile(rb'"routed_experts"\s*:\s*"')
@@ -67,11 +68,13 @@ def parse_body(body: bytearray, where: str) -> Any:
     return answer
 
 
-def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str) -> RouteTable:
+def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str, first_row: int = 0) -> RouteTable:
     """The table [num_tokens, MoE layers, K] of a response; the last token was never an input and has no row.
 
     Args:
         encoded: base64, as bytes, a view of bytes or text.
+        first_row: rows before it were not asked for. A server that does not know `routed_experts_start_len` sends them all the
+            same, which their number shows: they are cut off.
 
     Raises:
         RouteError: absent, not base64, or of another number of rows.
@@ -81,6 +84,9 @@ def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str
     if len(view) % 4:
         raise RouteError(f"{where}: routed_experts is not valid base64: {len(view)} characters are no multiple of 4")
     found = len(view) // 4 * 3 - bytes(view[-2:]).count(b"=")
+    if first_row and found == (first_row + rows) * row_bytes:
+        whole = decode_table(encoded, num_tokens=first_row + num_tokens, shape=shape, where=where)
+        return RouteTable.checked(whole.experts[first_row:], whole.valid[first_row:], shape.num_experts)
     if found != rows * row_bytes:
         raise RouteError(
             f"{where}: routed_experts holds {found} bytes = {found / row_bytes:g} rows of {shape.num_hidden_layers} layers x "

@@ -161,7 +161,7 @@ def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[s
         )
     encoded: Any = meta.get("routed_experts")
     num_tokens = len(ask.input_ids) + len(token_ids) - ask.first_row
-    routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where)
+    routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where, first_row=ask.first_row)
     return Sampled(
         token_ids, logprobs, of_token, routes, reason, len(encoded), routes.num_missing - 1, cached_tokens, retractions
     )
@@ -173,7 +173,7 @@ def parse_score(answer: Any, token_ids: Sequence[int], shape: ModelShape, where:
     logprobs = _logprobs(meta, "input_token_logprobs", token_ids, where, skip=1)
     # One token was sampled after them; it has no row.
     table = decode_table(meta.get("routed_experts"), num_tokens=len(token_ids) + 1, shape=shape, where=where)
-    return logprobs, RouteTable(table.experts[:-1], table.valid[:-1], shape.num_experts)
+    return logprobs, RouteTable.checked(table.experts[:-1], table.valid[:-1], shape.num_experts)
 
 
 def parse_version(label: Any) -> int:
