@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from megatron_pr2.report import formats
@@ -137,25 +137,18 @@ class LiveDisplay:
         self.console.file.flush()
 
     def _eta(self) -> str:
-        left = self.total_steps - self._done
-        if not self._durations or not left:
-            return "done" if not left else "time left: -"
-        return f"{formats.duration(left * sum(self._durations) / len(self._durations))} left"
+        if not (left := self.total_steps - self._done):
+            return "done"
+        return f"{formats.duration(left * fmean(self._durations))} left" if self._durations else "time left: -"
 
     def _render(self) -> RenderableType:
-        bar = Table.grid(expand=True, padding=(0, 1))
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True, justify="right")
-        done = f"{self._done}/{self.total_steps}"
-        bar.add_row(done, ProgressBar(total=max(1, self.total_steps), completed=self._done), self._eta())
-
+        bar = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True, justify="right"), expand=True, padding=(0, 1))
+        progress = ProgressBar(total=max(1, self.total_steps), completed=self._done)
+        bar.add_row(f"{self._done}/{self.total_steps}", progress, self._eta())
         phase = Table.grid(padding=(0, 1))
-        waited = formats.duration(time.monotonic() - self._phase_since)
         name = f"{self._phase}, {self._detail}" if self._detail else self._phase
-        text = Text(name if self._spinner is None else f"{name}  {waited}", style="bold")
-        phase.add_row(self._spinner or Text("■"), text)
-
+        waited = "" if self._spinner is None else f"  {formats.duration(time.monotonic() - self._phase_since)}"
+        phase.add_row(self._spinner or Text("■"), Text(f"{name}{waited}", style="bold"))
         parts: list[RenderableType] = [Text(self.title, style="bold", no_wrap=True, overflow="ellipsis"), bar, phase]
         if self._rows:
             parts += [self._table(), self._reward_line()]
@@ -190,7 +183,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     """The values as at most `width` bars between their minimum and maximum, means of neighbours where there are more values."""
     chunks = np.array_split(np.array(values), min(width, len(values))) if len(values) else []
     means = [fmean(known) if (known := [v for v in chunk if math.isfinite(v)]) else math.nan for chunk in chunks]
-    known = [m for m in means if math.isfinite(m)]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    existing = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(existing, default=0.0), max(existing, default=0.0)
     scale = (len(bars) - 1) / (high - low) if high > low else 0.0
     return "".join(" " if math.isnan(m) else bars[round((m - low) * scale)] for m in means)

@@ -128,13 +128,12 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if x.size <= 12 or panel.kind == "error":  # a line of one point would be invisible
             style |= {"marker": "o", "markersize": 4}
         style |= line.style
-        if line.half is None:
-            axes.plot(place, values, **style)
-        elif panel.kind == "error":
+        if panel.kind == "error" and line.half is not None:
             axes.errorbar(place, values, yerr=line.half.fillna(0), **style)
-        else:
+            continue
+        axes.plot(place, values, **style)
+        if line.half is not None:
             axes.fill_between(x, values - line.half, values + line.half, color=style["color"], alpha=0.2, linewidth=0)
-            axes.plot(place, values, **style)
     axes.set_ylabel(panel.y)
     x_axis(axes, series[0].values.index, width)
     form = panel.form
@@ -232,9 +231,7 @@ def named_rows(count: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def stacked_rows(
-    name: str, table: pd.DataFrame, colours: Iterable[str], ends: list[str], form: Form, label: str = ""
-) -> Plot:
+def stacked_rows(name: str, table: pd.DataFrame, colours: Iterable[str], ends: list[str], form: Form, label: str = "") -> Plot:
     """A bar per row whose parts, the columns, follow each other; `ends` are written behind the bars."""
     figure, axes = named_rows(len(table))
     left = pd.Series(0.0, index=table.index)

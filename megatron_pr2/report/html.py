@@ -16,20 +16,15 @@ from megatron_pr2.report.page import render_page
 from megatron_pr2.report.records import RunData
 from megatron_pr2.report.summary import judge, what_ran
 
-NO_NUMBERS = "This run has no numbers for this section."
-NO_REPLAY = "Nothing was replayed in this run (preset grpo), so there are no routes to compare."
-NO_MINI_STEPS = "No mini-step of this run reports routes."
-
-LATER = "means over the mini-steps from the second on"
-# anchor, title, introduction, plots
-SECTIONS: tuple[tuple[str, str, str, Callable[[RunData], Plots]], ...] = (
-    ("learning", "Learning", "", plots.learning),
-    ("routes", "Routes", f"KL and coverage gap are {LATER}, where the policy is newer than its routes.", plots.routes),
-    ("layers", "Layers", f"Layer 1 is the first MoE layer of the model; {LATER} unless a plot says otherwise.", plots.per_layer),
-    ("policy", "Policy update", "", plots.policy),
-    ("engine", "Engine and actor", "", plots.engine),
-    ("cost", "Cost", "", plots.cost),
-)
+# By section of the page.
+PLOTS: dict[str, Callable[[RunData], Plots]] = {
+    "learning": plots.learning,
+    "routes": plots.routes,
+    "layers": plots.per_layer,
+    "policy": plots.policy,
+    "engine": plots.engine,
+    "cost": plots.cost,
+}
 
 
 def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
@@ -55,29 +50,16 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
 def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
     """The page; `config` is the text of the resolved configuration."""
     data = RunData(records)
-    presets, verdict = what_ran(data), judge(data)
     window = plots.window_of(len(data.points))
-    no_routes = NO_REPLAY if all(preset == "grpo" for preset, _ in presets) else NO_MINI_STEPS
-    sections = [
-        {
-            "anchor": anchor,
-            "title": title,
-            "introduction": introduction,
-            "plots": drawn(section(data)),
-            "absent": no_routes if anchor in ("routes", "layers") else NO_NUMBERS,
-            "table": mini_step_table(data) if anchor == "routes" and data.kappa else None,
-        }
-        for anchor, title, introduction, section in SECTIONS
-    ]
     return render_page(
         "report.html.j2",
         name=name,
-        presets=presets,
-        verdict=verdict,
+        presets=what_ran(data),
+        verdict=judge(data),
         data=data,
         smoothed=f" Running means of {window * data.bin_size} rollouts." if window > 1 else "",
-        sections=sections,
-        bin_size=data.bin_size,
+        plots={name: drawn(section(data)) for name, section in PLOTS.items()},
+        mini_steps=mini_step_table(data),
         config=config,
     )
 

@@ -6,7 +6,6 @@ by a NUL, read by the browser from file descriptor 3 and written by it to 4. No 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -76,7 +75,7 @@ class Browser:
         self._number = 0
         self.events: list[dict[str, Any]] = []
         try:
-            self.version = self.call("Browser.getVersion")["product"]
+            self.call("Browser.getVersion")
         except BaseException:
             self.close()
             raise
@@ -191,11 +190,6 @@ class Page:
         """What the page asked for besides itself, data: URLs left out."""
         asked = [e["params"]["request"]["url"] for e in self._heard() if e["method"] == "Network.requestWillBeSent"]
         return [url for url in asked if not url.startswith("data:") and url.split("#")[0] != self.path.resolve().as_uri()]
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """A PNG of the page as it is shown now."""
-        shot = self._browser.call("Page.captureScreenshot", self._session, captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def _heard(self) -> list[dict[str, Any]]:
         return [event for event in self._browser.events if event.get("sessionId") == self._session]

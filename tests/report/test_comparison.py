@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -23,8 +22,8 @@ from megatron_pr2.report.comparison.comparison import BEGIN, END, Comparison
 from megatron_pr2.report.comparison.numbers import BETTER, SAME, UNKNOWN, WORSE, Interval, interval
 from megatron_pr2.report.comparison.runs import load, short
 from megatron_pr2.report.measures import BY_KEY, FINAL_REWARD
+from tests.report.page import Page
 from tests.report.synthetic import run
-from tests.report.test_html import Page
 
 STEPS = 10
 
@@ -253,7 +252,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert row[0] == "one seed: not known"
     assert not any("±" in text for text in row)
     assert comparison.tables.conclude().kind == "early"
-    page = Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(comparison.write_page(tmp_path / "page.html"))
     assert "One seed and therefore no interval: r3, pr2." in page.text
 
 
@@ -262,7 +261,7 @@ def test_lengths_are_cut_to_what_all_have(tmp_path: Path) -> None:
     (setting,) = comparison.settings
     assert setting.lengths == (5, 20)
     assert comparison.numbers.of_method(setting, "pr2", FINAL_REWARD).mean == pytest.approx(0.3 + 0.01 * 4)
-    page = Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(comparison.write_page(tmp_path / "page.html"))
     assert "5 to 20 rollouts: every number and plot is of the first 5" in page.text
 
 
@@ -277,8 +276,7 @@ def test_missing_values_are_left_out_not_zero(tmp_path: Path) -> None:
     (setting,) = comparison.settings
     assert comparison.numbers.of_method(setting, "r3", FINAL_REWARD) == Interval(ANY, ANY, 0)
     assert comparison.numbers.against_baseline(setting, "pr2", FINAL_REWARD).verdict() == UNKNOWN
-    source = comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert not re.search(r"\bnan\b", source, re.I)
+    Page(comparison.write_page(tmp_path / "page.html"))
     alone = Comparison(paths[:1])
     means = {key: alone.numbers.of_method(alone.settings[0], "pr2", BY_KEY[key]).mean for key in ("reward_mean", "approx_kl")}
     assert means["reward_mean"] == pytest.approx(records[0]["reward"])
@@ -313,7 +311,7 @@ def test_a_run_without_configuration_is_known_by_its_records(tmp_path: Path) -> 
 def page(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Page:
     target = tmp_path_factory.mktemp("page") / "deep" / "comparison.html"
     assert comparison.write_page(target) == target
-    return Page(target.read_text(encoding="utf-8"))
+    return Page(target)
 
 
 def test_page_says_what_happened(page: Page) -> None:
@@ -335,26 +333,11 @@ def test_page_has_every_plot_with_a_caption(page: Page) -> None:
         "approx_kl-mini-steps", "logprob_gap", "time",
     }  # fmt: skip
     assert page.plots == {f"{slug}-{name}" for slug in ("off-4-lr-1e-4", "off-8-lr-1e-4") for name in expected}
-    assert page.source.count("<svg") == len(page.plots)
-    assert all(caption.endswith(".") and len(caption) > 40 for caption in page.captions.values())
-
-
-def test_page_needs_no_network_and_follows_the_reader(page: Page) -> None:
-    assert page.addresses == {"https://arxiv.org/abs/2606.00395"}
-    assert not {"script", "link", "iframe", "img"} & page.tags
-    assert len(page.ids) == len(set(page.ids))
-    used = {link[1:] for link in page.links if link.startswith("#")} | page.references
-    assert used <= set(page.ids)
-    assert '<meta name="viewport"' in page.source
-    assert "prefers-color-scheme: dark" in page.source
-    figures = page.source[page.source.index("<svg") :]
-    assert not [light for light, _ in theme.COLOURS.values() if light in figures]
-    assert not re.search(r"\bnan\b", page.source, re.I)
 
 
 def test_runs_without_replay_have_no_agreement(tmp_path: Path) -> None:
     paths = [make(tmp_path / f"grpo-{seed}", "grpo", seed) for seed in range(2)]
-    found = Page(Comparison(paths).write_page(tmp_path / "page.html").read_text(encoding="utf-8"))
+    found = Page(Comparison(paths).write_page(tmp_path / "page.html"))
     assert "off-4-lr-1e-4-reward" in found.plots
     assert not [name for name in found.plots if "lift" in name or "agreement" in name or "changed" in name]
     assert "No other method to compare" in found.text
@@ -366,7 +349,7 @@ def test_hold_back_is_drawn_where_there_is_some(tmp_path: Path) -> None:
         record["hold_back"] = {"beta": [0.25, 0.75], "lift": [0.0, 0.0], "lift_error": [0.0, 0.0]}
     comparison = Comparison([write(tmp_path / "held", records, "pr2", 0, 2, 1e-4)])
     assert comparison.numbers.of_method(comparison.settings[0], "pr2", BY_KEY["hold_back_beta"]).mean == pytest.approx(0.5)
-    assert "off-2-lr-1e-4-beta" in Page(comparison.write_page(tmp_path / "page.html").read_text(encoding="utf-8")).plots
+    assert "off-2-lr-1e-4-beta" in Page(comparison.write_page(tmp_path / "page.html")).plots
 
 
 def test_markdown_keeps_what_people_wrote(comparison: Comparison, tmp_path: Path) -> None:
@@ -385,9 +368,9 @@ def test_markdown_keeps_what_people_wrote(comparison: Comparison, tmp_path: Path
     names = ["reward_final-difference", "lift_all", "agreement-mini-steps", "ratio_variance-mini-steps"]
     expected = [f"off-4-lr-1e-4-{name}" for name in names[:2]] + [f"off-8-lr-1e-4-{name}" for name in names]
     assert images == [f"results/{name}.svg" for name in expected]
-    with open(tmp_path / "docs" / "results" / "mini_steps.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["measure"] == "agreement" and row["setting"] == "off-8, lr 1e-4"]
-    assert [row["mini_step"] for row in rows if row["method"] == "r3"] == [str(i + 1) for i in range(8)]
+    rows = pd.read_csv(tmp_path / "docs" / "results" / "mini_steps.csv")
+    rows = rows.query("measure == 'agreement' and setting == 'off-8, lr 1e-4' and method == 'r3'")
+    assert rows["mini_step"].tolist() == list(range(1, 9))
     assert (tmp_path / "docs" / "results" / "summary.csv").exists()
     for image in images:
         content = (target.parent / image).read_text(encoding="utf-8")

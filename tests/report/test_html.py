@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from html.parser import HTMLParser
 
 import matplotlib
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import theme
 from megatron_pr2.report.html import write_report
+from tests.report.page import Page
 from tests.report.synthetic import run
 
 pytestmark = pytest.mark.slow
@@ -20,55 +19,6 @@ CONFIG = "pr2:\n  routes: engine\n  note: '<script>alert(1)</script> & \"quotes\
 HOLD_BACK_PLOTS = {"beta", "expected-lift"}
 ROUTE_PLOTS = {"lift", "mismatch", "agreement", "changed", "kl", "coverage", "layer-profile", "layer-agreement", "layer-lift"}
 COMMON_PLOTS = {"reward", "length", "ratio", "clip", "gradient", "gap", "seconds", "bytes"}
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Text, figures, ids and links of a page; fails on tags that do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.source, self.stack, self.words = text, [], []
-        self.ids, self.references, self.links, self.tags, self.captions = [], set(), [], set(), {}
-        self.feed(text)
-        assert not self.stack, f"unclosed: {self.stack}"
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.stack.append((tag, dict(attributes).get("id")))
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.add(tag)
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(value)
-            elif name in ("src", "href", "xlink:href", "srcset", "poster", "data", "action"):
-                self.links.append(value)
-            self.references |= set(re.findall(r"url\(#([^)]+)\)", value or ""))
-
-    def handle_endtag(self, tag):
-        opened, _ = self.stack.pop()
-        assert opened == tag, f"</{tag}> closes <{opened}>"
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1][0] not in ("style", "text"):
-            self.words.append(data)
-        if self.stack and self.stack[-1][0] == "figcaption":
-            self.captions[next(i for tag, i in self.stack[::-1] if tag == "figure").removeprefix("plot-")] = data
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-    @property
-    def addresses(self):
-        """What could be asked of the network; names of XML namespaces are not."""
-        return {url for url in re.findall(r"https?://[^\s\"'<>)]+", self.source) if not url.startswith("http://www.w3.org/")}
-
-    @property
-    def plots(self):
-        return {i.removeprefix("plot-") for i in self.ids if i.startswith("plot-")}
 
 
 def report(run_dir, records, config=CONFIG):
@@ -78,7 +28,7 @@ def report(run_dir, records, config=CONFIG):
         (run_dir / "config.yaml").write_text(config)
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
+    return Page(path)
 
 
 @pytest.fixture(scope="module")
@@ -96,42 +46,12 @@ def test_headline(pr2_page):
     assert "pr2 : the rollout engine samples with predicted routes" in text
 
 
-def test_every_plot_is_there_with_a_caption(pr2_page):
+def test_every_plot_is_there(pr2_page):
     assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | {"predictor", "layer-interval", "missing"}
-    assert set(pr2_page.captions) == pr2_page.plots
-    for caption in pr2_page.captions.values():
-        assert caption.endswith(".")
-        assert len(caption) > 40
-    assert pr2_page.source.count("<svg") == len(pr2_page.plots)
-    assert "paper: frozen, off-2" in pr2_page.source
-    assert "76.9 % unchanged" in pr2_page.source
-    assert "92.2 % unchanged" in pr2_page.source
-
-
-def test_page_needs_no_network(pr2_page):
-    outside = [link for link in pr2_page.links if not link.startswith(("#", "data:image/png;base64,"))]
-    assert outside == ["https://arxiv.org/abs/2606.00395"]
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & pr2_page.tags
-    assert pr2_page.addresses == {"https://arxiv.org/abs/2606.00395"}
-    assert "@import" not in pr2_page.source
-
-
-def test_ids_are_unique_and_resolve(pr2_page):
-    assert len(pr2_page.ids) == len(set(pr2_page.ids))
-    used = {link[1:] for link in pr2_page.links if link.startswith("#")} | pr2_page.references
-    assert used <= set(pr2_page.ids)
     assert any(i.startswith("reward-") for i in pr2_page.references)
-
-
-def test_page_follows_width_and_colour_scheme(pr2_page):
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in pr2_page.source
-    assert "prefers-color-scheme: dark" in pr2_page.source
-    figures = pr2_page.source[pr2_page.source.index("<svg") :]
-    for light, _ in theme.COLOURS.values():
-        assert light not in figures
-    used = set(re.findall(r"var\(--(\w+)\)", pr2_page.source))
-    assert used <= set(theme.COLOURS) | set(theme.PAGE) | {"tone"}
-    assert len({light for light, _ in theme.COLOURS.values()}) == len(theme.COLOURS)
+    for text in ("paper: frozen, off-2", "76.9 % unchanged", "92.2 % unchanged"):
+        assert text in pr2_page.source
+    assert len({light for light, _ in theme.COLOURS.values()}) == len(theme.COLOURS)  # a colour is found by its value
 
 
 def test_config_and_names_are_escaped(tmp_path):
@@ -140,7 +60,6 @@ def test_config_and_names_are_escaped(tmp_path):
     assert "<script>" not in page.source
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34;" in page.source
     assert "&lt;b&gt;&amp;run" in page.source
-    assert "img" not in page.tags
     assert "<script>alert(1)</script>" in page.text
 
 
@@ -153,7 +72,6 @@ def test_every_preset(tmp_path, preset, total):
     assert ("Nothing was replayed in this run" in page.text) == (preset == "grpo")
     assert ("Nothing was predicted" in page.text) == (preset != "pr2")
     assert "The run directory has no config.yaml." in page.text
-    assert not re.search(r"\bnan\b", page.source, re.I)
 
 
 def test_hold_back(tmp_path):
@@ -163,7 +81,6 @@ def test_hold_back(tmp_path):
     mean, held = sum(last) / len(last), last.count(0.0)
     assert f"Beta, last rollout {mean:.2f} 0 is R3; prediction disabled in {held} of 6 layers" in page.text
     assert "In the last rollout beta was 0 in 1 of 6 layers" in page.text
-    assert not re.search(r"\bnan\b", page.source, re.I)
 
 
 def test_held_back_entirely(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,8 @@ from megatron_pr2.errors import DataError
 from megatron_pr2.report.routes_page import write_routes_report
 from megatron_pr2.routes.files import save_routes
 from megatron_pr2.routes.table import RouteTable
+from tests.report.page import Page
 from tests.report.synthetic import route_tables
-from tests.report.test_html import Page
 
 ONE = {"load", "balance", "sticky"}
 TWO = {"files-changed", "files-layers", "files-positions", "files-layers-positions"}
@@ -25,14 +23,7 @@ def page_of(tmp_path, *batches, notes=("engine <b>", "actor")):
         save_routes(files[-1], tables, note)
     path = write_routes_report(files)
     assert path == tmp_path / "file0.safetensors.html"
-    page = Page(path.read_text(encoding="utf-8"))
-    assert len(page.ids) == len(set(page.ids))
-    assert {link[1:] for link in page.links if link.startswith("#")} | page.references <= set(page.ids)
-    assert not re.search(r"\bnan\b", page.source, re.I)
-    outside = {link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))}
-    assert outside <= {"https://arxiv.org/abs/2606.00395", "https://arxiv.org/abs/2510.11370"}
-    assert not {"script", "link", "iframe", "object", "embed"} & page.tags
-    return page
+    return Page(path)
 
 
 def test_one_file(tmp_path):
@@ -64,8 +55,6 @@ def test_two_files(tmp_path):
     assert "frozen, off-2 76.9 %, PR2, off-2 92.2 %" in page.text
     assert "94 % between engine and actor" in page.text
     assert "Sequences compared 4 in both files; 1 only in file 1, 1 only in file 2" in page.text
-    for caption in page.captions.values():
-        assert caption.endswith(".")
 
 
 def test_the_same_routes_twice_and_almost(tmp_path):

@@ -147,10 +147,9 @@ class Comparison:
 
         `verdict` is about that difference, and empty for measures of which neither more nor less is better.
         """
-        compared = self.numbers.compared.rename(columns={"mean": "difference", "count": "common_seeds"})
-        compared = compared.rename(columns={"low": "difference_low", "high": "difference_high", "half": "difference_half"})
-        table = self.numbers.means.join(compared).reset_index()
-        table = self._with_heads(table[table["measure"].isin(BY_KEY)].rename(columns={"count": "seeds"}))
+        names = {"difference_mean": "difference", "difference_count": "common_seeds", "count": "seeds"}
+        table = self.numbers.means.join(self.numbers.compared.add_prefix("difference_")).rename(columns=names).reset_index()
+        table = self._with_heads(table[table["measure"].isin(BY_KEY)])
         found = zip(table["difference"], table["difference_half"], (BY_KEY[key].better for key in table["measure"]), strict=True)
         words = [Interval(mean, half).verdict(better) if better and mean == mean else "" for mean, half, better in found]
         _write(path, table.assign(verdict=words).astype({"common_seeds": "Int64"})[SUMMARY])
