@@ -75,6 +75,9 @@ class PR2Config:
             twenty.
         hold_back_confidence: standard errors by which a gain must exceed zero before a prediction is used. Lower values use
             predictions earlier, and wrong ones more often.
+        drift: measure how far the routers have moved since the rollout, from features of sampled tokens. `false` is for replay
+            alone: no features, no drift metrics, and no predictor that learns or is judged. Routes of an engine are checked all
+            the same.
         sample_fraction: largest share of the loss-bearing tokens that features are kept of, in (0, 1]: `4 experts` bytes of router
             logits per token and layer, from which drift is measured, and `2 hidden` of router inputs where a predictor learns from
             them or `hold_back` judges it. Where `feature_bytes` has no room for it, the share that fits is used, the same on all
@@ -105,6 +108,7 @@ class PR2Config:
     held_out_share: float = 0.25
     hold_back_decay: float = 0.9
     hold_back_confidence: float = 2.0
+    drift: bool = True
     sample_fraction: float = 0.125
     feature_bytes: int = 4 << 30
     feature_device: str = "device"
@@ -128,6 +132,9 @@ class PR2Config:
         for name, (right, expected) in RANGES.items():
             if getattr(self, name) is not None and not right(getattr(self, name)):
                 raise ConfigError(f"pr2.{name}={getattr(self, name)}: expected {expected}")
+        if not self.drift and self.keeps_inputs:
+            needs = "it learns from drift" if self.learns else "pr2.hold_back judges it by drift; set pr2.hold_back=false"
+            raise ConfigError(f"pr2.drift=false contradicts pr2.predictor={self.predictor!r}: {needs}, or leave pr2.drift on")
         if self.hold_back and self.learns and self.held_out_share == 1.0:
             raise ConfigError("pr2.held_out_share=1.0 leaves no sampled token to learn from; lower it, or set pr2.hold_back=false")
 

@@ -205,6 +205,7 @@ def test_every_option_of_a_plan_counts() -> None:
         ("--vpp", "2"), ("--first-stage", "20"), ("--last-stage", "20"), ("--pipeline-layout", "Et*20|t*28L"), ("--batch", "128"),
         ("--seq", "4096"), ("--prompt", "512"), ("--mini-steps", "2"), ("--micro-batch", "2"), ("--log-prob-micro-batch", "4"),
         ("--padded",), ("--predictor", "momentum"), ("--no-hold-back",), ("--sample-fraction", "0.02"),
+        ("--predictor", "none"), ("--predictor", "none", "--no-drift"),
         ("--feature-bytes", "1000000000"), ("--feature-device", "cpu"), ("--route-delivery", "local"),
     )  # fmt: skip
     for change in changes:

@@ -187,10 +187,11 @@ class Measurement:
     def log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Makes room for the features of the sampled tokens that this rank is going to compute, and keeps them unless it fails."""
         rows = self._rows(micro_batches)
-        self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
-        biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
-        self.features.expert_bias_LE = torch.stack(biases).float() if biases else None
-        self.sample_fraction = self.plan.share * self._config.sample_fraction
+        if self._config.drift:
+            self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
+            biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
+            self.features.expert_bias_LE = torch.stack(biases).float() if biases else None
+            self.sample_fraction = self.plan.share * self._config.sample_fraction
         try:
             if self._horizon is not None:
                 for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
@@ -204,7 +205,8 @@ class Measurement:
                 self.agreement.require()
         except BaseException:
             # Room without features would be learned from as zeros by a second attempt.
-            self.plan.forget_last()
+            if self._config.drift:
+                self.plan.forget_last()
             raise
         finally:
             self.agreement.discard()
@@ -219,8 +221,9 @@ class Measurement:
         brought = False
         try:
             rows = self._rows(micro_batches)
-            brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
-            self.features_absent += sum(map(self.plan.absent, rows))
+            if self._config.drift:
+                brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
+                self.features_absent += sum(map(self.plan.absent, rows))
             self._locate(micro_batches, rows)
             yield
         except BaseException:
@@ -246,8 +249,8 @@ class Measurement:
             if self._config.follows:
                 horizon.update()
                 update["weight_norm"] = self._predictor.weight_norm()
-        absent, drift = self.features_absent, self.drift.read(self._token_group)
-        if self._predictor is not None and not self._config.keeps_inputs:
+        absent, drift = self.features_absent, self.drift.read(self._token_group) if self._config.drift else {}
+        if drift and self._predictor is not None and not self._config.keeps_inputs:
             drift["kl_predicted"] = [math.nan] * len(self._sites)
         held: dict[str, list[float]] = {}
         if self.hold_back is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_pr2.plan.verl import VerlRun
 
 # Options that are fields of PR2Config.
-_PR2 = ("predictor", "hold_back", "sample_fraction", "feature_bytes", "feature_device", "route_delivery")
+_PR2 = ("predictor", "hold_back", "drift", "sample_fraction", "feature_bytes", "feature_device", "route_delivery")
 
 
 def plan(
@@ -52,6 +52,7 @@ def plan(
     padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
     predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum or learned+momentum.")] = "learned",
     hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
+    drift: Annotated[bool, typer.Option(help="Drift is measured, from features; not for replay alone.")] = True,
     sample_fraction: Annotated[
         float, typer.Option(help="Share of the response tokens that features are kept of, as far as they fit into --feature-bytes.")
     ] = 0.125,

@@ -112,7 +112,7 @@ class Plan:
         counts = [work.sequences(first, layout.data) for first in self._firsts]
         samples = {count: sampled(layout, work, config, count) for count in set(counts)}
         share = min(share_of_room(each, room) for each in samples.values())
-        self.sample_fraction = config.sample_fraction * share
+        self.sample_fraction = config.sample_fraction * share if config.drift else 0.0
         made = {count: replica_tokens(layout, work, each, share) for count, each in samples.items()}
         self.tokens: list[ReplicaTokens] = [made[count] for count in counts]
         self._shape = (len(self._firsts), layout.pipeline, layout.context * layout.tensor)

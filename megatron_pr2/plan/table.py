@@ -14,7 +14,7 @@ from megatron_pr2.plan.models import LAYOUT_OPTIONS
 from megatron_pr2.plan.plan import MEMORY, MOVED, Plan, RankPlan
 from megatron_pr2.report.formats import count, size
 
-_SETTINGS = ("predictor", "hold_back", "sample_fraction", "feature_device", "route_delivery")
+_SETTINGS = ("predictor", "hold_back", "drift", "sample_fraction", "feature_device", "route_delivery")
 WHERE = {"device": "GPU", "host": "host"}
 
 
@@ -61,7 +61,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     heads = f", {model.mtp_layers} multi-token-prediction head not counted" if model.mtp_layers else ""
     replica = layout.world_size // layout.data
     config = plan.config
-    thinned = plan.sample_fraction < config.sample_fraction
+    thinned = config.drift and plan.sample_fraction < config.sample_fraction
     budget = f" (feature_bytes={size(config.feature_bytes)} has no room for {config.sample_fraction:g})" if thinned else ""
     lines = [
         f"{model.name}: {len(model.moe_layers)} MoE layers (and {dense} dense{heads}), hidden {model.hidden}, top-{model.topk} of "

@@ -129,7 +129,7 @@ def sampled(layout: ParallelLayout, work: Workload, config: PR2Config, count: in
     cut_of = cache(lambda size: cut_micro_batch(layout, work, size))
     samples = []
     for sequence, place_N in _by_sequence(work.log_prob_parts(count), cut_of):
-        candidates = np.arange(work.prompt - 1, work.seq - 1)
+        candidates = np.arange(work.prompt - 1, work.seq - 1 if config.drift else work.prompt - 1)
         positions = sample_positions(config.seed, sequence, candidates, config.sample_fraction)
         keys = thinning_keys(config.seed, sequence, work.seq)[positions]
         samples.append(Sample(positions, keys, place_N[positions]))

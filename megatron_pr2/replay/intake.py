@@ -98,7 +98,9 @@ def take_in(
         if config.strict:
             raise RouteError(message)
         logger.warning(message)
-    sampled = sampled_tokens(batch, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
+    sampled = np.zeros(tokens.total, dtype=bool)
+    if config.drift:
+        sampled = sampled_tokens(batch, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
     return Intake(batch, tokens, tables, valid, sampled, missing, total)
 
 

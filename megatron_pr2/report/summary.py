@@ -55,7 +55,7 @@ def judge(data: RunData) -> Verdict:
     lifts = data.known("lift_all")
     lift, error = float(lifts.mean()), standard_error(lifts)
     if not predicted(data):
-        detail = "This run has no predictor and no replayed routes to compare."
+        detail = "This run has no predictor, and no drift was measured."
         if lifts.size:
             only = "Its lift only shows how much the replayed routes differ from the actor's own frozen ones"
             detail = f"This run has no predictor. {only}: {formats.points(lift, 3)}."
@@ -74,8 +74,8 @@ def judge(data: RunData) -> Verdict:
         return Verdict(
             "absent",
             "Prediction could not be judged",
-            "No mini-step after the first has a lift: with one mini-step per rollout the policy is never newer than its routes, "
-            "and a prediction can only be wrong.",
+            "No mini-step after the first has a lift: drift is not measured (pr2.drift=false), or there is one mini-step per "
+            "rollout, so that the policy is never newer than its routes and a prediction can only be wrong.",
         )
     removed = data.removed()
     numbers = f"lift {formats.points(lift, 3)}"

@@ -106,9 +106,9 @@ def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
         entries.append(
             {
                 **{k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent", "hold_back")},
-                **{name: _mean(drift[name]) for name in MEANS},
-                "changed": [_mean(drift[name]) for name in CHANGED],
-                "per_layer": {name: drift[name] for name in PER_LAYER},
+                **{name: _mean(drift.get(name, [])) for name in MEANS},
+                "changed": [_mean(drift.get(name, [])) for name in CHANGED],
+                "per_layer": {name: drift.get(name, []) for name in PER_LAYER},
             }
         )
     later = [e for e in entries if e["mini_step"] >= 2]

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_pr2.attach import attach
 from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import FeatureStore
+from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import TokenGrid, packed, padded
 from megatron_pr2.parallel.replica import Member, RankGroup
 from megatron_pr2.parallel.tokens import TokenIndex
@@ -343,8 +344,8 @@ def test_what_a_rollout_batch_costs() -> None:
 def test_router_inputs_are_kept_only_for_a_predictor(preset: str, settings: dict[str, Any], inputs: bool) -> None:
     """Without one that learns from them or is judged on them features are the logits: drift is measured all the same."""
     chunk = toy.ToyChunk(toy.toy_config())
-    pr2 = attach(chunk, toy.preset(preset, sample_fraction=1.0, **settings))
-    pr2.follow(torch.optim.Adam([site.router.weight for site in pr2.sites]))
+    optimizer = torch.optim.Adam([router.weight for router in toy.routers(chunk)])
+    pr2 = attach(chunk, toy.preset(preset, sample_fraction=1.0, **settings), optimizer)
     lengths = {0: 20, 1: 30}
     tables = toy.random_tables(lengths, chunk.config) if pr2.config.routes == "engine" else None
     pr2.begin_rollout(toy.sequences(lengths, tables))
@@ -359,6 +360,32 @@ def test_router_inputs_are_kept_only_for_a_predictor(preset: str, settings: dict
     assert min(drift["agreement"] + drift["frozen_agreement"] + drift["kl_frozen"]) > 0.0
     # Of momentum that nothing judges, the distribution that it predicted is not known.
     assert np.isnan(drift["kl_predicted"]).all() == (pr2.config.predicts and not inputs)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "r2", "r3", "pr2"])
+def test_without_drift_nothing_is_kept(preset: str) -> None:
+    """Replay alone: no features, no share of tokens to agree on, no drift in the report or in metrics."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    more = {"predictor": "momentum"} if preset == "pr2" else {}
+    optimizer = torch.optim.Adam([router.weight for router in toy.routers(chunk)])
+    pr2 = attach(chunk, toy.preset(preset, drift=False, **more), optimizer)
+    lengths = {0: 20, 1: 30}
+    data = toy.batches(lengths, 1)
+    tables = toy.random_tables(lengths, chunk.config) if pr2.config.routes == "engine" else None
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    toy.old_logprobs(pr2, chunk, data)
+    assert (pr2.engine_agreement is None) == (pr2.config.routes != "engine")
+    for mini_step in (1, 2):
+        toy.update(pr2, chunk, data, mini_step)
+        toy.drift(chunk)
+        report = pr2.step(0.1)
+        assert (report["drift"], report["features_absent"]) == ({}, 0)
+    assert (pr2.features.peak_bytes, pr2.features.segments, pr2.feature_plan.sampled.any()) == (0, (), False)
+    known = {"engine_agreement", "engine_agreement_min", "missing_share", "features_absent", "untrained_sequences"}
+    assert {name.removeprefix("pr2/") for name in pr2.metrics() if "predictor" not in name} <= known
+    with pytest.raises(ReplayError), pr2.old_logprobs([b.micro_batch for b in data]) as session:
+        toy.run(session, chunk, data[:1], backward=False)  # a pass that fails has no room to give back
+    toy.old_logprobs(pr2, chunk, data)
 
 
 # ---- the byte budget -------------------------------------------------------------------------------------------------

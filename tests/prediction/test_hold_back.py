@@ -357,6 +357,8 @@ def test_without_hold_back_nothing_is_kept_or_reported() -> None:
         ({"momentum": -1.0}, "pr2.momentum"),
         ({"horizon": -0.5}, "pr2.horizon"),
         ({"hold_back": "yes"}, "true or false"),
+        ({"drift": False}, "it learns from drift"),
+        ({"drift": False, "predictor": "momentum"}, "set pr2.hold_back=false"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], what: str) -> None:

@@ -473,7 +473,8 @@ def test_token_dropping_is_refused() -> None:
         attach(chunk, toy.preset("r3"))
 
 
-def test_routes_on_other_tokens_rows_are_noticed() -> None:
+@pytest.mark.parametrize("drift", [True, False])
+def test_routes_on_other_tokens_rows_are_noticed(drift: bool) -> None:
     """The number of rows is right, their content is not: only the router can tell."""
     config = toy.toy_config(num_moe_experts=32)
     chunk = toy.ToyChunk(config)
@@ -484,7 +485,7 @@ def test_routes_on_other_tokens_rows_are_noticed() -> None:
         toy.run(session, chunk, data, backward=False)
     tables = recorder.recorded_tables(session, lengths)
     recorder.detach()
-    pr2 = attach(chunk, PR2Config.preset("r3", sample_fraction=1.0))
+    pr2 = attach(chunk, PR2Config.preset("r3", sample_fraction=1.0, drift=drift))
     pr2.begin_rollout(toy.sequences(lengths, tables))
     toy.old_logprobs(pr2, chunk, data)
     assert pr2.engine_agreement == 1.0

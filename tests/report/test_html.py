@@ -10,6 +10,7 @@ import pytest
 from megatron_pr2.errors import DataError
 from megatron_pr2.report import theme
 from megatron_pr2.report.html import write_report
+from megatron_pr2.rl.summary import drift_summary
 from tests.report.page import Page
 from tests.report.synthetic import run
 
@@ -115,6 +116,15 @@ def test_one_mini_step_has_no_lift(tmp_path):
     page = report(tmp_path / "off1", run(6, kappa=1))
     assert "Prediction could not be judged" in page.text
     assert not {"lift", "kl", "coverage", "layer-lift"} & page.plots
+
+
+def test_replay_alone_measures_no_drift(tmp_path):
+    """What the trainer records with pr2.drift=false."""
+    unmeasured = drift_summary([{"mini_step": i, "drift": {}, "predictor": {}, "features_absent": 0} for i in (1, 2)])
+    page = report(tmp_path / "alone", [{**each, **unmeasured} for each in run(7, preset="r3")])
+    assert page.plots == COMMON_PLOTS - {"ratio", "clip"} | {"missing"}
+    assert "No mini-step of this run reports routes" in page.text
+    assert "no drift was measured" in page.text
 
 
 def test_records_with_nothing_but_a_step(tmp_path):
