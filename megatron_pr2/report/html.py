@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
     """The page; `config` is the text of the resolved configuration."""
     data = RunData(records)
     window = plots.window_of(len(data.points))
+    found = [(m.title, m.unit.form(value)) for m in MEASURES if math.isfinite(value := m.read(data))]
     return render_page(
         "report.html.j2",
         name=name,
@@ -59,6 +61,7 @@ def render(name: str, records: Sequence[Record], config: str | None) -> bytes:
         data=data,
         smoothed=f" Running means of {window * data.bin_size} rollouts." if window > 1 else "",
         plots={name: drawn(section(data)) for name, section in PLOTS.items()},
+        numbers=pd.DataFrame(found, columns=["measure", "mean"]),
         mini_steps=mini_step_table(data),
         config=config,
     )

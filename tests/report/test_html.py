@@ -45,6 +45,7 @@ def test_headline(pr2_page):
     rewards = [r["reward"] for r in run(30)]
     assert f"{sum(rewards[:6]) / 6:.3f} → {sum(rewards[-6:]) / 6:.3f}" in text
     assert "pr2 : the rollout engine samples with predicted routes" in text
+    assert f"final reward {sum(rewards[-6:]) / 6:.3f} mean reward {sum(rewards) / 30:.3f} lift +" in text
 
 
 def test_every_plot_is_there(pr2_page):
