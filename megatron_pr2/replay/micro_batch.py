@@ -41,7 +41,7 @@ class MicroBatch:
 
     @classmethod
     def padded(cls, ids: Sequence[int], lengths: Sequence[int], padded_length: int, *, key: Hashable = None) -> MicroBatch:
-        """A right-padded batch [B, padded_length].
+        """A right-padded batch [B, padded_length]; its padding goes to the same few experts, packed sequences have none.
 
         Args:
             ids: [B] sequence ids, those of `begin_rollout`.

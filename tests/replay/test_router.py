@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_pr2.attach import attach
 from megatron_pr2.config import PR2Config
+from megatron_pr2.parallel.grid import padded
+from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.router import PredictiveTopKRouter, select_experts
 from tests.helpers import toy
 from tests.helpers.rounding import assert_near
@@ -220,3 +222,20 @@ def test_without_a_session_the_router_is_a_topk_router() -> None:
     assert all(router.router_replay is None for router in toy.routers(predictive))
 
 
+
+
+def test_padding_loads_the_experts_of_one_token() -> None:
+    """16 tokens in 4,096 rows of a padded batch: the 4 experts that padding chooses get nearly all (docs/attach.md)."""
+    config = toy.toy_config(num_moe_experts=16, moe_router_topk=4)
+    chunk = toy.ToyChunk(config)
+    pr2 = attach(chunk, R3)
+    grid = padded([0], [16], 4096)
+    data = [toy.Batch(MicroBatch(0, grid), toy.token_inputs(grid))]
+    pr2.begin_rollout(toy.sequences({0: 16}, toy.random_tables({0: 16}, config)))
+    toy.old_logprobs(pr2, chunk, data)
+    with toy.observed(chunk) as calls:
+        toy.update(pr2, chunk, data, 1)
+    for call in calls:
+        load_E = call.map_TE.sum(0).sort(descending=True).values
+        assert 4081 < load_E[:4].float().mean() < 4086
+        assert load_E[4:].max() <= 16
