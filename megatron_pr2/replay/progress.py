@@ -30,7 +30,7 @@ class Progress:
         mini_step: the last one whose forward and backward ran; 0 before the first.
         open: step() has not followed it yet.
         scored, trained: which tokens an old-log-prob pass and a training pass ran, by flat token index.
-        untrained: sequences of the last batch that ended which no training pass ran.
+        untrained: sequences that no training pass ran, of the batch that end_rollout() ended; None after begin_rollout().
     """
 
     def __init__(self, config: PR2Config) -> None:
@@ -46,29 +46,31 @@ class Progress:
 
     def begin(self, tokens: TokenIndex) -> None:
         """A rollout batch begins; the one before may have ended without end_rollout()."""
-        if self._tokens.total and not self.mini_step:
-            self.warn(
-                "begin_rollout() again, and nothing was trained on since the last one: its %d sequences are dropped. Call it once "
-                "per rollout batch, with all of its sequences", len(self._tokens.lengths),
-            )  # fmt: skip
-        self._finish()
+        self._finish(
+            "begin_rollout() again, and nothing was trained on since the last one: its %d sequences are dropped. Call it once per "
+            "rollout batch, with all of its sequences"
+        )
         self._start(tokens)
+        self.untrained = None
 
     def end(self) -> None:
         """The rollout batch ends."""
-        self._finish()
-        if self.untrained:
-            self.warn(
-                "%d of the %d sequences of this rank's replica were never trained on when their rollout batch ended "
-                "(pr2/untrained_sequences counts them): give actor_update() all of its micro-batches, or begin_rollout() only "
-                "what is trained on", self.untrained, len(self._tokens.lengths),
-            )  # fmt: skip
+        self._finish("end_rollout(), and nothing was trained on since begin_rollout(): its %d sequences are dropped")
         self._start(TokenIndex({}))
 
-    def _finish(self) -> None:
-        if not self._tokens.total:
+    def _finish(self, dropped: str) -> None:
+        total = len(self._tokens.lengths)
+        if not total:
             return
         self.untrained = sum(not self.trained[self._tokens.span(sid)].any() for sid in self._tokens.lengths)
+        if not self.mini_step:
+            self.warn(dropped, total)
+        elif self.untrained:
+            self.warn(
+                "%d of the %d sequences of this rank's replica were never trained on when their rollout batch ended "
+                "(pr2/untrained_sequences counts them after end_rollout): give actor_update() all of its micro-batches, or "
+                "begin_rollout() only what is trained on", self.untrained, total,
+            )  # fmt: skip
         if self.mini_step == 1 and self._config.learns:
             self.warn(
                 "one update per rollout batch (mini_step stays 1): the predictor learns from the second on, so it never learns; "

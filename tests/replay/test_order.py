@@ -346,6 +346,7 @@ def test_sequences_that_were_never_trained_on_are_counted(caplog: pytest.LogCapt
     assert loop.pr2.metrics()["pr2/untrained_sequences"] == 2.0
     assert "2 of the 4 sequences of this rank's replica were never trained on" in caplog.text
     loop.begin()
+    assert "pr2/untrained_sequences" not in loop.pr2.metrics(), "a resumed run would have another number"
     loop.update()
     loop.pr2.step()
     loop.pr2.end_rollout()
@@ -403,3 +404,28 @@ def test_all_ranks_end_what_was_left_open_and_the_first_says_so() -> None:
     assert torch.equal(one, other)
 
 
+
+
+def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
+    """(last mini-step, as it is after the next one, sequences never trained on, whether what was scored is the same)"""
+    host.init()
+    saved = Loop()
+    saved.update(None, DATA[:1])
+    saved.pr2.step()
+    saved.pr2.save(directory, rollout=True)
+    resumed = Loop(scored=0)
+    resumed.pr2.load(directory, sequences=list(LENGTHS))
+    last = resumed.pr2.progress.mini_step
+    resumed.update(None, DATA[:1])
+    assert resumed.pr2.step()["predictor"]["tokens"] > 0, "a first mini-step would not learn"
+    same = [
+        np.array_equal(getattr(resumed.pr2.progress, name), getattr(saved.pr2.progress, name)) for name in ("scored", "trained")
+    ]
+    number = resumed.pr2.progress.mini_step
+    resumed.pr2.end_rollout()
+    return last, number, resumed.pr2.metrics()["pr2/untrained_sequences"], same
+
+
+def test_an_order_in_the_middle_of_a_batch_is_taken_up_again(tmp_path: Path) -> None:
+    for found in pool(2).run(resumed_job, tmp_path / "pr2"):
+        assert found == (1, 2, 2.0, [True, True])
