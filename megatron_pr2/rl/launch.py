@@ -80,7 +80,7 @@ def _alone(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         opened = lock.open("w")
     except OSError as error:
-        raise ConfigError(f"run={directory} cannot be written to ({error}); choose another directory") from error
+        raise _unwritable(directory, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,9 +180,16 @@ def _claim(directory: Path, config: TrainConfig) -> None:
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "
                 "or remove that one to start over"
             )
-    temporary = file.with_suffix(".tmp")
-    OmegaConf.save(settings, temporary)
-    temporary.rename(file)
+    try:
+        temporary = file.with_suffix(".tmp")
+        OmegaConf.save(settings, temporary)
+        temporary.rename(file)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run={directory} cannot be written to ({error}); choose another directory")
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -53,6 +53,8 @@ def check(config: TrainConfig) -> None:
         else [Example(problem.prompt, problem.answer, generated) for problem in training_problems(config.seed)]
     )
     load_environment(config.rollout.environment)
+    model: dict[str, Any] = {}
+    longest = 0
     if config.model.path is None:
         if not examples_model(config).is_dir():  # one that is there is only read
             check_place(Path(config.model.cache), "model.cache")
@@ -60,9 +62,10 @@ def check(config: TrainConfig) -> None:
         _check_experts(TinyModelConfig().num_experts, config.parallel.expert)
     else:
         directory = Path(config.model.path)
-        check_tokenizer(directory, _check_model(directory, config.parallel.expert, config.model.bridge), examples)
+        model = _check_model(directory, config.parallel.expert, config.model.bridge)
+        longest = check_tokenizer(directory, model.get("vocab_size"), examples)
     if config.rollout.engine == "sglang":
-        _check_sglang(sglang_config(config, config.model.path or ""))
+        _check_sglang(sglang_config(config, config.model.path or ""), model, longest)
 
 
 def examples_model(config: TrainConfig) -> Path:
@@ -83,8 +86,8 @@ def check_place(directory: Path, setting: str) -> None:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_model(directory: Path, expert_parallel: int, bridge: str) -> int | None:
-    """Config and weights of a Hugging Face directory; returns the vocabulary's size, None if it is left to Transformers."""
+def _check_model(directory: Path, expert_parallel: int, bridge: str) -> dict[str, Any]:
+    """Config and weights of a Hugging Face directory; returns what config.json sets of the text model."""
     file = directory / "config.json"
     if not file.is_file():
         found = "no config.json there" if directory.is_dir() else "no such directory"
@@ -105,7 +108,7 @@ def _check_model(directory: Path, expert_parallel: int, bridge: str) -> int | No
     except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"{file}: a size or a list of layers cannot be used ({error})") from error
     tensor_files(directory)
-    return given.get("vocab_size")
+    return given
 
 
 def _check_experts(experts: int, expert_parallel: int) -> None:
@@ -117,11 +120,14 @@ def _check_experts(experts: int, expert_parallel: int) -> None:
         )
 
 
-def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> None:
+def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[Example]) -> int:
     """Tokenizer files, and the prompts as they encode, unless Transformers would have to convert the tokenizer first.
 
     Args:
         vocab_size: rows of the model's embedding.
+
+    Returns:
+        The largest number of tokens of a prompt that was encoded; 0 without any.
     """
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise ConfigError(
@@ -136,26 +142,30 @@ def check_tokenizer(directory: Path, vocab_size: int | None, examples: Sequence[
         )
     file = directory / "tokenizer.json"
     if not file.is_file():
-        return
+        return 0
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{file} cannot be read ({error}); copy it again") from error
-    tokenizer.no_padding()  # as it was when it was saved; Transformers does not take it from the file
-    characters = 0
+    # As they were when it was saved; Transformers takes neither from the file.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    longest = characters = 0
     for example in examples:
         characters += len(example.prompt)
         if characters > _CHARACTERS:
             break
         ids = tokenizer.encode(example.prompt, add_special_tokens=False).ids
         check_length(ids, example.prompt, f"{example.where}: the prompt")
+        longest = max(longest, len(ids))
         if vocab_size is not None and max(ids) >= vocab_size:
             raise ConfigError(
                 f"{example.where}: the prompt has token {max(ids)}, and the model's vocab_size is {vocab_size}; the tokenizer in "
                 "model.path is another model's"
             )
+    return longest
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -173,7 +183,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def _check_sglang(settings: SGLangConfig) -> None:
+def _check_sglang(settings: SGLangConfig, model: dict[str, Any], longest: int) -> None:
     settings.read_api_key()
     for name in ("push_directory", "spill_directory"):
         if (place := getattr(settings, name)) is not None:
@@ -188,7 +198,21 @@ def _check_sglang(settings: SGLangConfig) -> None:
     if settings.router == "own":
         find_python(settings.python, module="sglang_router")
     if not settings.urls:
+        _check_context(settings, model, longest)
         find_python(settings.python)
+
+
+def _check_context(settings: SGLangConfig, model: dict[str, Any], longest: int) -> None:
+    limits = {"rollout.sglang.max_total_tokens": settings.max_total_tokens}
+    scaled = model.get("rope_scaling") or "factor" in (model.get("rope_parameters") or {})
+    if not scaled and not any(flag.startswith("--context-length") for flag in settings.extra_flags):
+        limits["the model's max_position_embeddings"] = model.get("max_position_embeddings")
+    for name, limit in limits.items():
+        if isinstance(limit, int) and longest >= limit:
+            raise ConfigError(
+                f"a prompt has {longest} tokens, and {name} is {limit}, for prompt and response together; use shorter prompts or a "
+                "larger limit"
+            )
 
 
 def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:

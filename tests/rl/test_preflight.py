@@ -108,13 +108,19 @@ def test_a_tokenizer_without_settings_is_of_the_models_class(model: Path, tmp_pa
     check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
 
 
-def test_padding_saved_with_a_tokenizer_does_not_count(model: Path, data: Path) -> None:
-    """A call with padding leaves it in tokenizer.json; Transformers does not take it from there."""
+def test_padding_and_truncation_saved_with_a_tokenizer_do_not_count(model: Path, data: Path, tmp_path: Path) -> None:
+    """A call with padding or truncation leaves both in tokenizer.json; Transformers takes neither from there."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.enable_padding(length=500, pad_id=258, pad_token="<|pad|>")
     tokenizer.save(str(model / "tokenizer.json"))
     assert len(AutoTokenizer.from_pretrained(model).encode("1+1=")) == 4
-    check_tokenizer(model, 200, load_examples(str(data)))
+    examples = load_examples(str(data))
+    assert check_tokenizer(model, None, examples) == 4
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert len(AutoTokenizer.from_pretrained(model).encode("1+1=")) == 4
+    assert check_tokenizer(model, None, examples) == 4
 
 
 def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Path) -> None:
@@ -200,6 +206,18 @@ def test_a_directory_that_may_not_be_looked_into(tmp_path: Path) -> None:
         if root:
             os.setresuid(0, 0, 0)
         closed.chmod(0o700)
+
+
+def test_prompts_longer_than_an_own_servers_context(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "1" * 130, "answer": "1"}))
+    given = [f"model.path={model}", f"data={data}", f"run={tmp_path / 'run'}", "rollout.engine=sglang"]
+    with pytest.raises(ConfigError, match="130 tokens, and the model's max_position_embeddings is 128"):
+        check(load_config(None, given))
+    longer = "rollout.sglang.extra_flags=['--context-length','512']"
+    check(load_config(None, [*given, longer, f"rollout.sglang.python={sys.executable}"]))
+    with pytest.raises(ConfigError, match="max_total_tokens is 100"):
+        check(load_config(None, [*given, longer, "rollout.sglang.max_total_tokens=100"]))
 
 
 def test_own_servers_need_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
