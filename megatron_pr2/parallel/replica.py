@@ -134,10 +134,13 @@ def _joined(tokens: dist.ProcessGroup, stages: dist.ProcessGroup) -> dist.Proces
     return groups[first]
 
 
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective of a group may take: what Megatron-Core was given as distributed_timeout_minutes."""
-    timeout: timedelta = group._get_backend(communication_device()).options._timeout
-    return timeout
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a collective of a group may take: what Megatron-Core was given as distributed_timeout_minutes.
+
+    None, which is torch's default, for backends other than gloo and NCCL that do not say it.
+    """
+    options = getattr(group._get_backend(communication_device()), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _introduced(me: Member, group: dist.ProcessGroup, cp_size: int, tp_size: int) -> RankGroup:
