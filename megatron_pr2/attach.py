@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -34,9 +34,9 @@ from megatron_pr2.checkpoint import checkpoint
 from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.parts import Parts
 from megatron_pr2.errors import AttachError
-from megatron_pr2.parallel.groups import every_layer
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.prediction.gates import merge_gates, merged_in_place
+from megatron_pr2.prediction.gates import gates_in_place
+from megatron_pr2.prediction.pushes import Version
 from megatron_pr2.replay.intake import take_in
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
@@ -73,7 +73,7 @@ class PR2(Parts):
         found = self.measurement.engine_agreement
         return None if found is None else found.overall
 
-    def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport:
+    def begin_rollout(self, sequences: Sequence[ReplaySequence], *, version: Version | None = None) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
 
         Collective over the replica and over the ranks that hold other tokens of the same layers: what one of them refuses, all of
@@ -90,12 +90,13 @@ class PR2(Parts):
             is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
         )  # fmt: skip
         self.tokens = batch.tokens
-        self.sequences = tuple(replace(sequence, routes=None, token_ids=None) for sequence in batch.sequences)
+        self.sequences = tuple(replace(sequence, routes=None, token_ids=None, versions=None) for sequence in batch.sequences)
         self.progress.begin(batch.tokens)
         self.token_check.begin(batch.tokens, batch.sequences)
         self.routes.begin(batch.tokens, batch.tables, batch.valid)
         self.horizon.end_batch()
-        self.measurement.begin(self.sequences, batch.tokens, batch.valid, batch.sampled, self.horizon.known_horizon(self.sequences))
+        horizon = self.horizon.known_horizon(self.sequences)
+        self.measurement.begin(batch.sequences, batch.tokens, batch.valid, batch.sampled, horizon, version)
         report = RolloutReport(batch.total, batch.missing, self.routes.table_bytes)
         self._mini_steps.begin_batch(report)
         return report
@@ -174,6 +175,8 @@ class PR2(Parts):
         Returns:
             "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
             weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
+            "unjudged": those whose weights' version is not known; "delivered", with a prediction: per MoE layer of the whole model
+            the share of beta W_p that arrived in the gates as pushed;
             "hold_back", where a prediction can be held back: per MoE layer of the whole model `beta`, which this batch was rolled
             out with, `lift`, the gain in agreement over all mini-steps that was expected of it, and `lift_error`, its standard
             error.
@@ -224,30 +227,48 @@ class PR2(Parts):
         """Tables of a :meth:`record` session, by sequence id."""
         return session.recorded_tables(lengths, len(self.moe_layers), self.model_config.num_moe_experts)
 
-    def engine_weights(self, weights: Iterable[tuple[str, Tensor]], *, own_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Passes weights in Hugging Face names through and merges W_p into the gates on the way.
+    def engine_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: Version | None = None,
+        gate_dtype: torch.dtype | None = None,
+        own_stage: bool = False,
+        has_gates: bool = True,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Passes weights in Hugging Face names through and merges beta W_p into the gates on the way.
 
-        Collective over the pipeline group at the call (not while the result is walked), unless `own_stage`.
+        What arrives of it is kept under the version; batches rolled out with it are judged by that. For every rank to call;
+        collective over the pipeline group at the call (not while the result is walked), unless `own_stage`.
 
         Args:
             weights: of the whole model, or with `own_stage` of this pipeline stage only.
+            version: what `begin_rollout` will be told; the last three are kept. None: batches that begin before the next push.
+            gate_dtype: torch.float32 where the engine keeps its gates so (docs/sglang.md), which loses nothing of W_p; None sends
+                them as they come, in bf16 rounded at random so that W_p arrives on average.
+            has_gates: False where another rank sends the gates of this stage.
 
         Raises:
-            AttachError: after the last weight, if not every MoE layer's gate came by (another naming would lose the prediction
-                silently).
+            AttachError: W_p is not finite; a gate comes in another dtype than the router's; after the last weight, if not every MoE
+                layer's gate came by (another naming would lose the prediction silently).
         """
         self._mini_steps.end_open("engine_weights")
-        self.measurement.pushed()
+        self.measurement.pushed(version)
         if self.predictor is None:
             return iter(weights)
-        own = {site.layer: w_EH for site in self.sites if (w_EH := self.measurement.prediction(site)) is not None}
-        return merge_gates(weights, own if own_stage else every_layer(own), self.layers)
+        how: dict[str, Any] = {"version": version, "gate_dtype": gate_dtype, "own_stage": own_stage, "has_gates": has_gates}
+        return self.measurement.pushes.engine_weights(weights, self.layers, **how)
 
-    def merged_gates(self) -> AbstractContextManager[None]:
-        """The model itself with W + W_p in its gates, for an embedded rollout; the gates come back bit-identical."""
+    def merged_gates(self, version: Version | None = None) -> AbstractContextManager[None]:
+        """The model itself with W + beta W_p in its gates, for an embedded rollout; the gates come back bit-identical.
+
+        A push like `engine_weights`; without a version it is the last one where nothing has changed since.
+        """
         self._mini_steps.end_open("merged_gates")
-        self.measurement.pushed()
-        return merged_in_place(self.sites, self.measurement.prediction)
+        self.measurement.pushed(version)
+        if self.predictor is None:
+            return nullcontext()
+        return gates_in_place(self.sites, self.measurement.pushes.push(version).arrived)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
         """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.

@@ -320,7 +320,7 @@ def run_snippet(snippet: str, checkpoint: Path, directory: Path) -> dict[str, An
     pr2.load(directory)
     saved = torch.equal(pr2.predictor.weight_LEH, learned)
     engine.update_weights(pr2.engine_weights(export_weights(bridge, chunks)), 2)
-    held_back, pr2.measurement.hold_back = pr2.measurement.hold_back.beta, None
+    held_back, pr2.measurement.hold_back.beta = pr2.measurement.hold_back.beta, [1.0] * len(pr2.sites)
     engine.update_weights(pr2.engine_weights(export_weights(bridge, chunks)), 3)
     own = {name: tensor for name, tensor in export_weights(bridge, chunks) if name.endswith("gate.weight")}
     predicted = {f"model.layers.{site.layer}.mlp.gate.weight": pr2.predictor.weight_LEH[site.local] for site in pr2.sites}

@@ -18,7 +18,7 @@ Each is there if the strategy that wrote has it; a strategy that reads takes wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
 
 from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
@@ -51,6 +52,7 @@ def save(pr2: Contents, directory: str | Path, *, rollout: bool = False) -> None
     """
     _require_process_group()
     directory = Path(directory)
+    files.together(lambda: _check_predictor(pr2, "it is not saved"))
     files.together(lambda: directory.mkdir(parents=True, exist_ok=True) if dist.get_rank() == 0 else None)
     files.write(sharded_state_dict(pr2, rollout=rollout), directory)
 
@@ -69,7 +71,8 @@ def load(pr2: Contents, directory: str | Path, *, sequences: Sequence[int] | Non
         CheckpointError: on every rank, if any rank cannot read it, it is of a model of another size, or has not these sequences.
     """
     _require_process_group()
-    load_sharded_state_dict(pr2, files.read(sharded_state_dict(pr2, load_from=directory), Path(directory)))
+    loaded = files.read(sharded_state_dict(pr2, load_from=directory), Path(directory))
+    files.together(lambda: load_sharded_state_dict(pr2, loaded))
     if sequences is not None:
         load_rollout(pr2, directory, sequences)
 
@@ -86,25 +89,45 @@ def sharded_state_dict(pr2: Contents, *, rollout: bool = False, load_from: str |
         To be put under any name into the pipeline's sharded state dict; empty without a predictor.
 
     Raises:
-        CheckpointError: the checkpoint is of a model of another size.
+        CheckpointError: the checkpoint is of a model of another size, or W_p is not finite.
     """
     if load_from is not None:
         found = files.shapes(Path(load_from))
         return _shards(pr2, found) if _has_predictor(pr2, found, load_from) else {}
+    _check_predictor(pr2, "it is not saved")
     state = {} if pr2.predictor is None else _shards(pr2, None)
     return {**state, **sharded_rollout(pr2)} if rollout else state
 
 
 def load_sharded_state_dict(pr2: Contents, state: dict[str, Any] | None) -> None:
-    """Takes what `dist_checkpointing.load` made of :func:`sharded_state_dict`; nothing (None, or empty) means W_p = 0."""
+    """Takes what `dist_checkpointing.load` made of :func:`sharded_state_dict`; nothing (None, or empty) means W_p = 0.
+
+    Raises:
+        CheckpointError: W_p is not finite; nothing has changed.
+    """
     if pr2.predictor is None:
         return
     loaded = {key: tensor for key, tensor in (state or {}).items() if key.startswith(PREFIX)}
     names = sorted({key.rsplit(".", 1)[1] for key in loaded}) if pr2.sites else []
     tensors = {name: torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites]) for name in names}
+    _require_finite(pr2, tensors, "it is not loaded; load an earlier checkpoint, or start without its predictor")
     if pr2.measurement.hold_back is not None:
         pr2.measurement.hold_back.load_state(tensors.pop(HOLD_BACK, None))
     pr2.predictor.load_state(tensors)
+    pr2.measurement.pushes.kept.clear()  # of another run
+
+
+def _check_predictor(pr2: Contents, what: str) -> None:
+    """Raises CheckpointError, which names the layers, if there is a predictor that is not finite; `what` says what follows."""
+    if pr2.predictor is not None:
+        _require_finite(pr2, pr2.predictor.state(), what)
+
+
+def _require_finite(pr2: Contents, tensors: Mapping[str, Tensor], what: str) -> None:
+    for name, tensor in tensors.items():
+        fine = tensor.isfinite().flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+        if bad := [site.layer for site, good in zip(pr2.sites, fine.tolist(), strict=True) if not good]:
+            raise CheckpointError(f"the predictor's {name} of the MoE layers {bad} is not finite: {what}")
 
 
 def _shards(pr2: Contents, wanted: Collection[str] | None) -> dict[str, Any]:

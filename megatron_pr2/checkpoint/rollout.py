@@ -7,14 +7,14 @@ no difference, since features follow their token (drift.feature_plan); in the ol
 formed in the old order.
 
     pr2.rollout.sequences                  [N, 6] int64: id, length, loss_start, loss_stop, mini-step (0: not known), the last run
-    pr2.rollout.tokens                     [T, 5] uint8: has a route, is sampled, is held out, was scored, was trained on; one
-                                           sequence's after the other's
+    pr2.rollout.tokens                     [T, 6] uint8: has a route, is sampled, is held out, was scored, was trained on, and its
+                                           push from 1 (0: not known); one sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
     pr2.rollout.layers.<layer>.p_old       [S, E] fp32 (fp64 for routers in fp64)
     pr2.rollout.layers.<layer>.expert_bias [E] fp32, if the routers have one: that of the log-prob pass
-    pr2.rollout.layers.<layer>.pushed, .pushed_momentum   [E, H] fp32: the W_p that the routes were predicted with
+    pr2.rollout.layers.<layer>.push<n>.*   what tokens were rolled out with (checkpoint.pushes)
 
 Shape suffixes: T tokens of the rollout batch, S sampled tokens, L MoE layers of the whole model, K top-k, E experts, H hidden.
 """
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
+from megatron_pr2.checkpoint.pushes import push_numbers, push_parts, take_pushes
 from megatron_pr2.drift.features import Segment
 from megatron_pr2.errors import CheckpointError
 from megatron_pr2.parallel.grid import IntArray
@@ -58,6 +59,7 @@ class _Rollout(NamedTuple):
     held_out: npt.NDArray[np.bool_]
     scored: npt.NDArray[np.bool_]
     trained: npt.NDArray[np.bool_]
+    push: npt.NDArray[np.int16]  # its number from 0; -1: not known
     mini_step: int  # the batch's last
 
 
@@ -71,18 +73,27 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     replicas = mpu.get_data_parallel_group() if mpu.model_parallel_is_initialized() else None
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
+    mine = [push.version for push in pr2.measurement.pushes.in_use]
+    everyone = [mine] if replicas is None else gathered(mine, replicas)
+    known = list(dict.fromkeys(version for versions in everyone for version in versions))
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:
         done = pr2.progress.mini_step
         rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0, done] for s in pr2.sequences]
         spans = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
         each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out, pr2.progress.scored, pr2.progress.trained
-        marks = np.stack(each, axis=1).astype(np.uint8)
+        marks = np.stack((*each, push_numbers(pr2, known)), axis=1).astype(np.uint8)
         _put(state, SEQUENCES, spans, (first,), (all_sequences, 6))
-        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 5))
+        _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 6))
     if pr2.config.replays:
         _put_routes(state, pr2, start, total)
     _put_features(state, pr2)
-    _put_in_use(state, pr2)
+    # Each push from the first replica that has it.
+    earlier = set().union(*everyone[: 0 if replicas is None else replicas.rank()])
+    if pr2.sequences and _first_of_stage():
+        numbers = {version: number for number, version in enumerate(known) if version not in earlier}
+        for layer, name, part in push_parts(pr2, numbers):
+            _put(state, _key(layer, name), part, (0,), tuple(part.shape))
+    _put_bias(state, pr2)
     return state
 
 
@@ -112,7 +123,13 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
     pr2.measurement.held_out = found.held_out
     segment = pr2.feature_plan.restore(found.sampled, held, members)
     files.together(lambda: _read_features(pr2, reader, segment))
-    files.together(lambda: _read_in_use(pr2, reader))
+    files.together(lambda: _read_bias(pr2, reader))
+
+    def part(layer: int, name: str) -> Tensor | None:
+        key = _key(layer, name)
+        return None if reader.shape(key) is None else reader.read(key)
+
+    files.together(lambda: take_pushes(pr2, part, found.push))
     return report
 
 
@@ -159,35 +176,28 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
         start += len(segment.tokens)
 
 
-def _put_in_use(state: dict[str, Any], pr2: Contents) -> None:
+def _put_bias(state: dict[str, Any], pr2: Contents) -> None:
     if not pr2.sequences or not _first_of_stage():
         return
     if mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0:
         return
-    kept = {} if pr2.predictor is None else pr2.predictor.in_use()
     if (biases_LE := pr2.features.expert_bias_LE) is not None:
-        kept = {**kept, "expert_bias": biases_LE}
-    for name, by_layer in kept.items():
         for site in pr2.sites:
-            _put(state, _key(site.hidden_layer, name), by_layer[site.local], (0,), tuple(by_layer.shape[1:]))
+            _put(state, _key(site.hidden_layer, "expert_bias"), biases_LE[site.local], (0,), tuple(biases_LE.shape[1:]))
 
 
-def _read_in_use(pr2: Contents, reader: files.RowReader) -> None:
+def _read_bias(pr2: Contents, reader: files.RowReader) -> None:
     """What the checkpoint has not stays as begin_rollout() left it."""
     keys = [_key(site.hidden_layer, "expert_bias") for site in pr2.sites]
     if keys and all(reader.shape(key) is not None for key in keys):
         pr2.features.expert_bias_LE = torch.stack([reader.read(key) for key in keys]).to(pr2.sites[0].router.weight.device)
-    for name, in_use_LEH in pr2.predictor.in_use().items() if pr2.predictor is not None else ():
-        for site in pr2.sites:
-            if reader.shape(_key(site.hidden_layer, name)) is not None:
-                in_use_LEH[site.local].copy_(reader.read(_key(site.hidden_layer, name)))
 
 
 def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:
     if reader.shape(SEQUENCES) is None:
         raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the current one")
     rows = reader.read(SEQUENCES).numpy()
-    if rows.shape[1] != 6 or (reader.shape(TOKENS) or (0, 5))[1] != 5:
+    if rows.shape[1] != 6 or (reader.shape(TOKENS) or (0, 6))[1] != 6:
         raise CheckpointError(
             f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 6); "
             "load the checkpoint without it, and roll out again"
@@ -197,19 +207,21 @@ def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wante
     if absent := [sid for sid in wanted if sid not in at]:
         raise CheckpointError(f"{directory}: its rollout batch has the sequences {sorted(at)}, not {absent}")
     tables = {}
-    marks = [np.zeros((0, 5), dtype=np.uint8)]
+    marks = [np.zeros((0, 6), dtype=np.uint8)]
     for sid in wanted:
         start, stop = int(stops[at[sid]] - rows[at[sid], 1]), int(stops[at[sid]])
         marks.append(reader.read(TOKENS, start, stop).numpy())
         if pr2.config.replays and pr2.routes.is_owner:
             tables[sid] = _read_table(pr2, reader, directory, start, stop, marks[-1][:, 0].astype(bool))
-    valid, sampled, held_out, scored, trained = np.concatenate(marks).astype(bool).T
+    marked = np.concatenate(marks)
+    valid, sampled, held_out, scored, trained = marked[:, :5].astype(bool).T
+    push = marked[:, 5].astype(np.int16) - 1
     spans = {sid: [int(n) for n in rows[at[sid]]] for sid in wanted}
     sequences = [
         ReplaySequence(sid, length, first, stop, tables.get(sid), mini_step=mini_step or None)
         for sid, length, first, stop, mini_step, _ in spans.values()
     ]
-    return _Rollout(sequences, valid, sampled, held_out, scored, trained, int(rows[:, 5].max(initial=0)))
+    return _Rollout(sequences, valid, sampled, held_out, scored, trained, push, int(rows[:, 5].max(initial=0)))
 
 
 def _read_table(

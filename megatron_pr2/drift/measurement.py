@@ -21,13 +21,15 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
+from megatron_pr2.drift.pushed import Pushed, RowsOfPush, predicted
 from megatron_pr2.parallel.grid import IntArray
 from megatron_pr2.parallel.groups import everyone, whole_model
 from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.hold_back import HoldBack
 from megatron_pr2.prediction.horizon import Horizon
-from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.prediction.predictor import KEPT, RoutePredictor, shift_logits
+from megatron_pr2.prediction.pushes import Version
 from megatron_pr2.replay.alignment import Agreement, AgreementCheck, compared_rows
 from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.replay.router import select_experts
@@ -41,14 +43,14 @@ class SampledRows:
 
     Attributes:
         where: their features, S of them.
-        learning, held_out: which of these S are learned from and which predictions are judged on, on the device; None for all and
-            for none.
+        learning: which of these S are learned from, on the device; None for all.
+        of_pushes: by the push that they were rolled out with; tokens of an unknown one are in none.
         horizon_S1: updates until they are trained on, relative to the average, on the device; None if that is not known.
     """
 
     where: Located
     learning: Tensor | None
-    held_out: Tensor | None
+    of_pushes: Sequence[RowsOfPush]
     horizon_S1: Tensor | None
 
 
@@ -61,6 +63,7 @@ class Measurement:
             taken with, in this and in the last log-prob pass.
         drift: metrics of the training passes.
         hold_back: chooses the share of W_p that is used, or None.
+        pushes: what engines got.
         held_out: which tokens predictions are judged on, by flat token index; none without hold-back.
         sample_fraction: share of the loss-bearing tokens that features are kept of, in the last log-prob pass; None: not known.
         learning: whether the training pass adds to the predictor's gradient.
@@ -99,13 +102,14 @@ class Measurement:
             config.min_agreement,
         )  # fmt: skip
         self.engine_agreement: Agreement | None = None
-        self._updates, self._updates_at_push = 0, -1
+        self._updates, self._updates_at_push = 0, dict[Version | None, int]()  # by version; None is the last push
         self.drift = DriftMetrics(len(sites), device)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
-            decay, confidence = config.hold_back_decay, config.hold_back_confidence
-            self.hold_back = HoldBack(len(sites), decay=decay, confidence=confidence, device=device)
+            how = {"decay": config.hold_back_decay, "confidence": config.hold_back_confidence}
+            self.hold_back = HoldBack(len(sites), **how, device=device)
         self.sample_fraction: float | None = None
+        self.pushes = Pushed(config, self._sites, predictor, self.hold_back)
         self.learning = False
         self.features_absent = 0
         self._located: dict[Hashable, SampledRows] = {}
@@ -118,12 +122,14 @@ class Measurement:
         self.held_out = np.zeros(0, dtype=bool)
         self._horizon: npt.NDArray[np.float32] | None = None
         self.sample_fraction = None
+        self.pushes.forget()
         # A mini-step that was never ended by step() belongs to the last batch.
         self.discard()
 
-    def pushed(self) -> None:
+    def pushed(self, version: Version | None) -> None:
         """The engine gets the present weights."""
-        self._updates_at_push = self._updates
+        recent = dict(list(self._updates_at_push.items())[-KEPT:])
+        self._updates_at_push = recent | {version: self._updates, None: self._updates}
 
     def begin(
         self,
@@ -132,28 +138,25 @@ class Measurement:
         valid: npt.NDArray[np.bool_],
         sampled: npt.NDArray[np.bool_],
         horizon: float | None,
+        version: Version | None = None,
     ) -> None:
         """Forgets the last rollout batch.
 
         Args:
             valid, sampled: which tokens of the new one have a route, and which are sampled.
             horizon: updates that W_p is made for, where every sequence says its mini-step and is predicted for its own number.
+            version: of the weights that sequences were rolled out with that do not say so themselves.
         """
         self._forget()
         self._tokens = tokens
-        if self._predictor is not None:
-            # First: what the routes were predicted with is what was pushed, before this batch's outcome changes it.
-            self._predictor.freeze()
-        if self.hold_back is not None:
-            self.hold_back.begin_batch(recorded=self._config.routes == "actor")
+        self.pushes.begin(sequences, tokens, sampled, version)
         self.held_out = np.zeros(tokens.total, dtype=bool)
         if self.hold_back is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
         self._horizon = horizons(sequences, tokens, horizon) if horizon else None
-        compared, changed = compared_rows(tokens, valid, self._config.seed), self._updates != self._updates_at_push
-        older = [changed or sequence.older for sequence in sequences]
-        predicted = self._predictor is not None and (self.hold_back is None or any(self.hold_back.used["beta"]))
-        self.agreement.begin(tokens, compared, older, predicted=predicted)
+        compared, updates = compared_rows(tokens, valid, self._config.seed), self._updates_at_push.get(version, -1)
+        older = [updates != self._updates or sequence.older for sequence in sequences]
+        self.agreement.begin(tokens, compared, older, predicted=any(any(push.beta) for push in self.pushes.in_use))
         self.plan.begin(tokens, sampled)
 
     def end(self) -> None:
@@ -163,22 +166,9 @@ class Measurement:
             self.hold_back.close_batch()
         self.plan.begin(TokenIndex({}), np.zeros(0, dtype=bool))
 
-    def prediction(self, site: RouterSite) -> Tensor | None:
-        """What is added to a router's gate: beta W_p, [E, H] fp32; None where nothing is predicted."""
-        if self._predictor is None:
-            return None
-        beta = 1.0 if self.hold_back is None else self.hold_back.beta[site.local]
-        weight_EH = self._predictor.weight(site.local)
-        if beta == 0.0:
-            # Not 0 * W_p: held back means r3, also for a W_p that is not finite.
-            return torch.zeros_like(weight_EH)
-        return weight_EH if beta == 1.0 else beta * weight_EH
-
     def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor:
         """The logits [T, E] that routes are recorded by: p + beta W_p h, each token's for as many updates as it is away."""
-        prediction_EH = self.prediction(site)
-        assert prediction_EH is not None
-        shift_TE = shift_logits(h_TH, prediction_EH)
+        shift_TE = shift_logits(h_TH, self.pushes.in_use[0].delta(site.local))
         if self._row_horizons:
             shift_TE = shift_TE * self._row_horizons[bound.micro_batch.key]
         return (p_TE + shift_TE).to(p_TE.dtype)  # added in fp32, or in fp64 for routers in fp64
@@ -249,6 +239,8 @@ class Measurement:
             if self._config.follows:
                 horizon.update()
                 update["weight_norm"] = self._predictor.weight_norm()
+            if not math.isfinite(update["weight_norm"]):
+                update["weight_norm"] = self.pushes.start_over()
         absent, drift = self.features_absent, self.drift.read(self._token_group) if self._config.drift else {}
         if drift and self._predictor is not None and not self._config.keeps_inputs:
             drift["kl_predicted"] = [math.nan] * len(self._sites)
@@ -257,9 +249,11 @@ class Measurement:
             self.hold_back.read(self._token_group)
             held = self.hold_back.used
         self.discard()
-        per_layer = drift | {f"hold_back.{name}": values for name, values in held.items()}
+        per_layer = drift | (pushed := self.pushes.report()) | {f"hold_back.{name}": values for name, values in held.items()}
         per_layer, update = whole_model([site.column for site in self._sites], per_layer, update)
         report = {"drift": {name: per_layer[name] for name in drift}, "predictor": update, "features_absent": absent}
+        if self._predictor is not None:
+            report |= {"unjudged": self.pushes.unjudged, **{name: per_layer[name] for name in pushed}}
         if held:
             report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
         return report
@@ -287,12 +281,9 @@ class Measurement:
         if rows_C is None or bound.routes_TLK is None:
             return
         p_CE = p_TE.index_select(0, rows_C)
-        beta = 1.0 if self.hold_back is None else self.hold_back.used["beta"][site.local]
-        if self._predictor is not None and beta:
-            # The engine's gate was the merged one.
-            pushed = self._predictor.pushed_LEH
-            weight_EH = self._predictor.weight(site.local) if pushed is None else pushed[site.local]
-            p_CE = (p_CE.float() + beta * shift_logits(h_TH.index_select(0, rows_C), weight_EH)).to(p_CE.dtype)
+        for push in self.pushes.in_use[-1:]:  # the engine's gate was the merged one
+            if push.beta[site.local]:
+                p_CE = (p_CE.float() + shift_logits(h_TH.index_select(0, rows_C), push.delta(site.local))).to(p_CE.dtype)
         replayed_CK = bound.routes_TLK[:, site.local].index_select(0, rows_C)
         self.agreement.add(site.local, bound.micro_batch.key, select_experts(site.router, p_CE), replayed_CK)
 
@@ -322,16 +313,15 @@ class Measurement:
             if rows.horizon_S1 is not None:
                 # W_p (s h) = s W_p h: a token that is s times as far away as the average.
                 h_old_SH = h_old_SH * rows.horizon_S1
-            shift_SE = shift_logits(h_old_SH, self._predictor.training_weight(site.local))
-            beta = 1.0 if self.hold_back is None else self.hold_back.used["beta"][site.local]
-            q_hat_SE = torch.add(p_old_SE, shift_SE, alpha=beta) if beta else p_old_SE
+            q_hat_SE = predicted(site.local, rows.of_pushes, h_old_SH, p_old_SE)
             if self.learning:
+                shift_SE = shift_logits(h_old_SH, self._predictor.training_weight(site.local))
                 learned_from = (_rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
                 self._predictor.accumulate(site.local, *learned_from)
-            if self.hold_back is not None and rows.held_out is not None:
-                assert self._predictor.pushed_LEH is not None
-                judged_on = (_rows_of(x, rows.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
-                self.hold_back.add(site.local, select_old, self._predictor.pushed_LEH[site.local], *judged_on)
+            for part in rows.of_pushes:
+                if self.hold_back is not None and part.held_out is not None:
+                    *judged_on, h_SH = (_rows_of(x, part.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
+                    self.hold_back.add(site.local, select_old, part.push.shifts(site.local, h_SH), *judged_on)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, columns)
 
@@ -343,13 +333,12 @@ class Measurement:
         """Finds the features of every micro-batch's rows."""
         for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
             where = self.features.locate(tokens_T, self._device)
-            learning = held_out = horizon_S1 = None
-            if self.hold_back is not None:
-                held = self.held_out[where.tokens]
-                learning, held_out = (self._to_device(np.nonzero(each)[0]) for each in (~held, held))
+            held, horizon_S1 = self.held_out[where.tokens], None
+            learning = None if self.hold_back is None else self._to_device(np.nonzero(~held)[0])
+            of_pushes = self.pushes.rows(where.tokens, held, self._to_device)
             if self._horizon is not None:
                 horizon_S1 = self._to_device(self._horizon[where.tokens][:, None])
-            self._located[micro_batch.key] = SampledRows(where, learning, held_out, horizon_S1)
+            self._located[micro_batch.key] = SampledRows(where, learning, of_pushes, horizon_S1)
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

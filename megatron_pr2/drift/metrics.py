@@ -138,6 +138,8 @@ def scalars(
     | `pr2/agreement`, `pr2/frozen_agreement`, `pr2/lift`, ... | COLUMNS and lift, means over sampled tokens |
     | `pr2/predictor/tokens`, `/grad_norm`, `/weight_norm` | the predictor's last update |
     | `pr2/hold_back/beta`, `/lift`, `/lift_error` | the share of W_p that is used, and the measured gain that decides it |
+    | `pr2/delivered` | share of beta W_p that arrived in the gates as they were pushed |
+    | `pr2/unjudged` | sampled tokens of this rank whose weights are none of the last pushes |
     | `pr2/features_absent` | sampled tokens of this rank that no log-prob pass kept features of |
     | `pr2/sample_fraction` | share of loss-bearing tokens with features: the setting, or what `feature_bytes` allows |
 
@@ -146,6 +148,7 @@ def scalars(
     """
     drift: Mapping[str, Sequence[float]] = report["drift"]
     held: Mapping[str, Sequence[float]] = report.get("hold_back", {})
+    delivered: Sequence[float] = report.get("delivered", ())
     found: dict[str, float | None] = {
         "pr2/engine_agreement": None if engine_agreement is None else engine_agreement.overall,
         "pr2/engine_agreement_min": None if engine_agreement is None else engine_agreement.least_layer,
@@ -154,6 +157,8 @@ def scalars(
         **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name != "tokens"},
         **{f"pr2/predictor/{name}": value for name, value in report["predictor"].items()},
         **{f"pr2/hold_back/{name}": _mean(values, [1.0] * len(values)) for name, values in held.items()},
+        "pr2/delivered": _mean(delivered, [1.0] * len(delivered)),
+        "pr2/unjudged": report.get("unjudged"),
     }
     return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
 

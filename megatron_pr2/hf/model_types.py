@@ -7,6 +7,7 @@ tests/hf/test_model_types.py compares it with the libraries' own registries.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from megatron_pr2.errors import ConfigError
 
@@ -16,6 +17,15 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "megatron-bridge": ("deepseek_v3", "glm4_moe", "qwen3_moe"),
 }
 BRIDGES = ("auto", *MODEL_TYPES)
+
+# What SGLang (0.5.19 and 0.5.23) keeps fp32 gates of, whatever the model's dtype.
+_FP32_GATES = ("glm4_moe",)
+
+
+def keeps_gates_in_fp32(hf_config: Any) -> bool:
+    """Whether SGLang keeps the gates of a model that can be trained here in fp32 when it runs in bf16."""
+    # DeepSeek's are in the model's dtype unless its config says otherwise, which 0.5.19 does not read: it rounds what it gets.
+    return hf_config.model_type in _FP32_GATES or bool(getattr(hf_config, "router_fp32", False))
 
 
 def known_model_types(bridge: str = "auto") -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from megatron_pr2.hf.base import Bridge, Chunks, owns_weights
 
 if TYPE_CHECKING:
     from megatron_pr2.attach import PR2
+    from megatron_pr2.prediction.pushes import Version
 
 
 def owns_dense_weights() -> bool:
@@ -24,14 +26,18 @@ def owns_dense_weights() -> bool:
     return owns_weights(experts=False) and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def owned_engine_weights(pr2: PR2, bridge: Bridge, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
-    """What this rank owns, for an engine: `bridge.export_owned_weights` with W + W_p in the gates.
+def owned_engine_weights(
+    pr2: PR2, bridge: Bridge, chunks: Chunks, *, version: Version | None = None, gate_dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What this rank owns, for an engine: `bridge.export_owned_weights` with W + beta W_p in the gates.
 
     Args:
         bridge, chunks: of :func:`megatron_pr2.hf.bridge.load_model`.
+        version, gate_dtype: as for `PR2.engine_weights`.
 
     Raises:
-        AttachError: after the last weight, if a gate of this stage was not among them.
+        AttachError: after the last weight, if W_p is not finite or a gate of this stage was not among them.
     """
     owned = bridge.export_owned_weights(chunks)
-    return pr2.engine_weights(owned, own_stage=True) if owns_dense_weights() else owned
+    # Also where no gate passes: every rank keeps what was pushed.
+    return pr2.engine_weights(owned, version=version, gate_dtype=gate_dtype, own_stage=True, has_gates=owns_dense_weights())

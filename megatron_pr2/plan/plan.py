@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
 from megatron_pr2.plan.models import ModelSpec
 from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_tokens, sampled, share_of_room
-from megatron_pr2.prediction.predictor import predictor_bytes
+from megatron_pr2.prediction.predictor import predictor_bytes, push_bytes
 from megatron_pr2.routes.ids import expert_dtype
 from megatron_pr2.routes.table import RouteTable
 
@@ -32,7 +32,7 @@ MEMORY: dict[str, tuple[str, str]] = {
     "gradient": ("device", "predictor: gradient sums"),
     "adam": ("device", "predictor: Adam's moments"),
     "momentum": ("device", "predictor: W_p from the policy's momentum"),
-    "snapshot": ("device", "predictor: W_p as it was pushed"),
+    "pushes": ("device", "predictor: the last pushes, by which batches are judged"),
     "features": ("features", "features (router inputs and logits under the old policy)"),
     "features_fetched": ("features", "features fetched for one mini-step"),
     "features_under_way": ("host", "features on their way to host memory, at most"),
@@ -60,6 +60,8 @@ GATE_BYTES = torch.bfloat16.itemsize
 # Arrays over the tokens of a replica, on each of its ranks: RouteStore.valid, FeaturePlan's sample, Measurement.held_out, the rows
 # that AgreementCheck compares and Progress's two (bool), FeaturePlan's holder and FeatureStore's segment (int32) and slot (int64).
 INDEX_BYTES = 6 * 1 + 4 + 4 + 8
+# Pushed.of_token (int16), where something is predicted.
+PUSH_INDEX_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,11 @@ class Plan:
         table = RouteTable.missing(work.seq, len(layout.moe_layers), model.topk, model.num_experts)
 
         def predictor(strategy: str) -> dict[str, IntArray]:
-            bytes_of = partial(predictor_bytes, num_experts=model.num_experts, hidden=model.hidden, hold_back=config.hold_back)
-            sizes = [bytes_of(int(layers), predictor=strategy) for layers in layers_D1[:, 0]]
+            rest = model.num_experts, model.hidden, strategy
+            sizes = [
+                {**predictor_bytes(n, *rest), "pushes": push_bytes(n, *rest, hold_back=config.hold_back)}
+                for n in map(int, layers_D1[:, 0])
+            ]
             return {name: np.array([[size[name]] for size in sizes]) for name in sizes[0]}
 
         def routes(tokens_P: IntArray) -> IntArray:
@@ -214,7 +219,7 @@ class Plan:
             # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
             "routes_under_way": receivers * 8 * tokens.opened_P + sent(tokens.opened_P),
             "token_ids": np.array(torch.int32.itemsize * (replica_tokens + 1)),
-            "index": np.array(INDEX_BYTES * replica_tokens),
+            "index": np.array((INDEX_BYTES + PUSH_INDEX_BYTES * config.predicts) * replica_tokens),
             "engine_routes": owner * tokens.sequences * sglang_route_bytes(work.seq, model),
             "compact_routes": given * tokens.sequences * table.encoded_size,
             # replay.intake: a bit per token.

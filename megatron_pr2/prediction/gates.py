@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from megatron_pr2.errors import AttachError
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
-from megatron_pr2.prediction.predictor import merge_gate
+from megatron_pr2.prediction.rounding import merge_gate
 from megatron_pr2.replay.sites import RouterSite
 
 # Hugging Face names of MoE gates: Qwen2/3-MoE, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral (block_sparse_moe.gate), gpt-oss
@@ -22,13 +23,12 @@ _ONLY_PART = "mixer"
 
 
 @contextmanager
-def merged_in_place(sites: Sequence[RouterSite], prediction: Callable[[RouterSite], Tensor | None]) -> Iterator[None]:
-    """The routers with what is predicted for them in their own gates, which come back bit-identical; None leaves one alone."""
+def gates_in_place(sites: Sequence[RouterSite], gates: Sequence[Tensor]) -> Iterator[None]:
+    """The routers with other gates, whose own come back bit-identical."""
     saved = [site.router.weight.data for site in sites]
     try:
-        for site in sites:
-            if (w_EH := prediction(site)) is not None:
-                site.router.weight.data = merge_gate(site.router.weight.data, w_EH)
+        for site, gate_EH in zip(sites, gates, strict=True):
+            site.router.weight.data = gate_EH
         yield
     finally:
         for site, data in zip(sites, saved, strict=True):
@@ -36,15 +36,25 @@ def merged_in_place(sites: Sequence[RouterSite], prediction: Callable[[RouterSit
 
 
 def merge_gates(
-    weights: Iterable[tuple[str, Tensor]], w_by_layer: Mapping[int, Tensor], layers: DecoderLayers | None = None
+    weights: Iterable[tuple[str, Tensor]],
+    w_by_layer: Mapping[int, Tensor],
+    layers: DecoderLayers | None = None,
+    *,
+    seed: int = 0,
+    routers: torch.dtype | None = None,
+    pushed: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes weights through and adds W_p [E, H] of each decoder layer (0-based) to its gate.
+    """Passes weights through and adds to each decoder layer's (0-based) gate what is predicted for it, [E, H] fp32.
 
     Args:
         layers: of the model; None where Hugging Face numbers layers as Megatron-Core does (GPTModel).
+        seed: of the rounding (prediction.rounding).
+        routers: what W is kept in; None for any.
+        pushed: in which gates are sent; None is that in which they come.
 
     Raises:
-        AttachError: after the last weight, if not every layer's gate came by (another naming would lose the prediction silently).
+        AttachError: a gate of another dtype than the router's, which was rounded elsewhere; after the last weight, if not every
+            layer's gate came by (another naming would lose the prediction silently).
     """
     of_hidden = {layer: layer for layer in w_by_layer} if layers is None else layers.of_hidden
     merged = set()
@@ -54,7 +64,12 @@ def merge_gates(
             layer = number if match.group(2) == _ONLY_PART else of_hidden.get(number)
             if layer is not None and layer in w_by_layer:
                 merged.add(layer)
-                tensor = merge_gate(tensor, w_by_layer[layer])
+                if routers is not None and tensor.dtype != routers:
+                    raise AttachError(
+                        f"engine_weights: {name} comes in {tensor.dtype}, the router has {routers}, so that what arrives would not "
+                        "be what is judged; export gates as they are, and say gate_dtype= for a push in another dtype"
+                    )
+                tensor = merge_gate(tensor, w_by_layer[layer], pushed, seed=seed, layer=layer)
         yield name, tensor
     if merged != set(w_by_layer):
         why = "if the weights are those of one pipeline stage only, say own_stage=True"
@@ -66,3 +81,9 @@ def merge_gates(
         raise AttachError(
             f"engine_weights: merged the gates of layers {sorted(merged)}, the model has MoE layers {sorted(w_by_layer)}; {why}"
         )
+
+
+def refused(weights: Iterable[tuple[str, Tensor]], failure: str) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights through, whose export other ranks take part in, and raises an AttachError behind the last one."""
+    yield from weights
+    raise AttachError(failure)

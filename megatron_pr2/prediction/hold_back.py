@@ -3,9 +3,10 @@
 Shape suffixes: L local MoE layers, J steps of the line search, S held-out tokens, E experts, K top-k.
 
 The engine gets W + beta W_p. Under beta = 0 its routes are those of replay without prediction (r3), bit by bit. On sampled tokens
-that nothing learned from, each training pass counts how many experts of TopK(p_old + beta_j W_p h_old) the updated router would
-take, for every beta_j of a small grid and the W_p that was pushed before the batch was rolled out: the prediction is judged on
-drift that came after it. Per rollout batch, over all of its mini-steps, the gain of beta_j over beta = 0 is one observation; the
+that nothing learned from, each training pass counts how many experts of TopK(p_old + delta_j h_old) the updated router would take,
+for every beta_j of a small grid and the W_p that was pushed before the batch was rolled out: the prediction is judged on drift that
+came after it. delta_j is what a push of W + beta_j W_p changes in the gate as the engine keeps it: a prediction that would be lost
+in rounding has gain 0. Per rollout batch, over all of its mini-steps, the gain of beta_j over beta = 0 is one observation; the
 first mini-step, in which nothing has drifted yet and a prediction can only be wrong, counts like any other. Observations are
 averaged with exponentially decaying weights. The next push takes the beta_j whose mean gain, less some standard errors, is largest,
 and 0 where none is above zero.
@@ -20,11 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pr2.prediction.predictor import shift_logits
+from megatron_pr2.prediction.predictor import BETAS
 from megatron_pr2.routes.overlap import membership
 
-# Coarse: agreement changes little between neighbours, and every step costs a top-k over the held-out tokens.
-GRID = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 # Fewer rollout batches than this give no usable standard error.
 FEWEST = 3.0
 _ROWS = ("weight", "weight_squared", "mean_sum", "square_sum", "kept", "slots")
@@ -34,8 +33,8 @@ class HoldBack:
     """beta of every local MoE layer, and the measurements that it comes from.
 
     Attributes:
-        beta: per layer, one of GRID; what the next push takes.
-        used: report() as it was when the current rollout batch began: what its routes were predicted with.
+        beta: per layer, one of BETAS; what the next push takes.
+        used: report() as it was at the push that the current rollout batch was predicted with.
     """
 
     def __init__(self, num_layers: int, *, decay: float, confidence: float, device: torch.device) -> None:
@@ -45,45 +44,33 @@ class HoldBack:
         device: the routers'.
         """
         self._decay, self._confidence = decay, confidence
-        self._kept_LJ = torch.zeros(num_layers, len(GRID) + 1, dtype=torch.float64, device=device)
-        self._state = torch.zeros(num_layers, len(_ROWS), len(GRID), dtype=torch.float64)
-        self._grid = torch.tensor(GRID[1:], dtype=torch.float32, device=device).view(-1, 1, 1)
+        self._kept_LJ = torch.zeros(num_layers, len(BETAS) + 1, dtype=torch.float64, device=device)
+        self._state = torch.zeros(num_layers, len(_ROWS), len(BETAS), dtype=torch.float64)
         self.beta = [0.0] * num_layers
         self.used = self.report()
-
-    def begin_batch(self, *, recorded: bool) -> None:
-        """A rollout batch begins; one that was never closed is.
-
-        Args:
-            recorded: its routes are going to be predicted now, and not before the last one was closed.
-        """
-        used = self.report()
-        self.close_batch()
-        self.used = self.report() if recorded else used
 
     def add(
         self,
         layer: int,
         select: Callable[[Tensor], Tensor],
-        w_EH: Tensor,
+        shift_JSE: Tensor,
         current_SK: Tensor,
         frozen_SK: Tensor,
         p_old_SE: Tensor,
-        h_old_SH: Tensor,
     ) -> None:
         """Counts one micro-batch of one layer; no host-device synchronisation.
 
         Args:
             select: the experts that the router of the old-log-prob pass would take, from logits.
-            w_EH: the W_p that was pushed before the batch was rolled out.
+            shift_JSE: what each beta_j but 0 would have added to the logits in the push that the batch was rolled out with.
             current_SK: what the updated router takes.
             frozen_SK: TopK(p_old).
         """
         tokens, topk = current_SK.shape
-        candidates = (p_old_SE + self._grid * shift_logits(h_old_SH, w_EH)).flatten(0, 1)
+        candidates = (p_old_SE + shift_JSE).flatten(0, 1)
         wanted_SE = membership(current_SK, p_old_SE.shape[1])
-        chosen_JSK = torch.cat([frozen_SK, select(candidates)]).view(len(GRID), tokens, topk).long()
-        hits = wanted_SE.expand(len(GRID), -1, -1).gather(2, chosen_JSK)
+        chosen_JSK = torch.cat([frozen_SK, select(candidates)]).view(len(BETAS), tokens, topk).long()
+        hits = wanted_SE.expand(len(BETAS), -1, -1).gather(2, chosen_JSK)
         self._kept_LJ[layer, :-1] += hits.sum((1, 2), dtype=torch.float64)
         self._kept_LJ[layer, -1] += float(tokens * topk)
 
@@ -122,7 +109,7 @@ class HoldBack:
         # beta = 0 has gain 0 without an error: it wins unless something is above zero by enough; the smallest such beta of equals.
         worth = (mean - self._confidence * error).nan_to_num(nan=-math.inf)
         worth[:, 0] = 0.0
-        self.beta = [GRID[j] for j in worth.argmax(dim=1).tolist()]
+        self.beta = [BETAS[j] for j in worth.argmax(dim=1).tolist()]
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         """Mean gain and its standard error, [L, J]; the error is NaN where there were too few batches."""
@@ -138,7 +125,7 @@ class HoldBack:
     def report(self) -> dict[str, list[float]]:
         """Per layer: beta; the gain in agreement that is expected of it ("lift"), and its standard error; NaN where unknown."""
         mean, error = self._estimate()
-        at = torch.tensor([GRID.index(beta) for beta in self.beta], dtype=torch.long).view(-1, 1)
+        at = torch.tensor([BETAS.index(beta) for beta in self.beta], dtype=torch.long).view(-1, 1)
         unknown = error.isnan().gather(1, at).squeeze(1)
         lift = mean.gather(1, at).squeeze(1).masked_fill(unknown, math.nan)
         return {"beta": list(self.beta), "lift": lift.tolist(), "lift_error": error.gather(1, at).squeeze(1).tolist()}

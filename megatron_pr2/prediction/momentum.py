@@ -28,16 +28,10 @@ class MomentumPredictor(RoutePredictor):
         """Args: `coefficient` is c."""
         self._coefficient = coefficient
         self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
-        self.keep_pushed()
 
     @property
     def weight_LEH(self) -> Tensor:
         return self._weight_LEH
-
-    def training_weight(self, layer: int) -> Tensor:
-        """The extrapolation that the batch's routes were predicted with, not the newest one."""
-        assert self.pushed_LEH is not None
-        return self.pushed_LEH[layer]
 
     @torch.no_grad()
     def follow(self, updates_LEH: Tensor, horizon: float) -> None:
@@ -65,6 +59,7 @@ class LearnedMomentumPredictor(RoutePredictor):
 
     def __init__(self, learned: LearnedPredictor, momentum: MomentumPredictor) -> None:
         self.learned, self.momentum = learned, momentum
+        self._in_use_LEH: Tensor | None = None
 
     @property
     def horizon(self) -> float:
@@ -83,15 +78,17 @@ class LearnedMomentumPredictor(RoutePredictor):
     def weight(self, layer: int) -> Tensor:
         return self.learned.weight(layer) + self.momentum.weight(layer)
 
+    @property
+    def momentum_LEH(self) -> Tensor:
+        """The newest extrapolation."""
+        return self.momentum.weight_LEH
+
     def training_weight(self, layer: int) -> Tensor:
-        return self.learned.weight(layer) + self.momentum.training_weight(layer)
+        in_use_LEH = self.momentum.weight_LEH if self._in_use_LEH is None else self._in_use_LEH
+        return self.learned.weight(layer) + in_use_LEH[layer]
 
-    def freeze(self) -> None:
-        super().freeze()
-        self.momentum.freeze()
-
-    def in_use(self) -> dict[str, Tensor]:
-        return {**super().in_use(), **{f"{name}_momentum": tensor for name, tensor in self.momentum.in_use().items()}}
+    def begin(self, momentum_LEH: Tensor | None) -> None:
+        self._in_use_LEH = momentum_LEH
 
     def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, shift_SE: Tensor) -> None:
         self.learned.accumulate(layer, h_old_SH, p_old_SE, p_SE, shift_SE)

@@ -12,9 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+# Shares of W_p that hold-back compares. Coarse: agreement changes little between neighbours, and every step costs a top-k over the
+# held-out tokens.
+BETAS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+# Pushes that are kept: a pipeline that is one batch ahead needs two, responses that go on over another push one more.
+KEPT = 3
 
 
 def shift_logits(h_SH: Tensor, w_EH: Tensor) -> Tensor:
@@ -26,28 +33,18 @@ class RoutePredictor(ABC):
     """W_p of the MoE layers of this pipeline rank, fp32, zero at the start; a strategy decides how it changes.
 
     What is pushed to the engine is W + beta W_p, where prediction.hold_back chooses beta. W_p may change while a
-    rollout batch is trained on; `pushed` is the W_p that its routes were predicted with.
+    rollout batch is trained on; prediction.pushes keeps the W_p that its routes were predicted with.
 
     Attributes:
-        pushed_LEH: W_p as it was at the last freeze(); None where it is not needed.
         horizon: updates between a rollout and the training on it, on average, in the last whole rollout batch.
     """
 
-    pushed_LEH: Tensor | None = None
     horizon: float = 0.0
 
-    def keep_pushed(self) -> None:
-        """From now on freeze() keeps a copy of W_p."""
-        self.pushed_LEH = self.weight_LEH.clone()
-
-    def freeze(self) -> None:
-        """A rollout batch begins, whose routes were predicted with the present W_p."""
-        if self.pushed_LEH is not None:
-            self.pushed_LEH.copy_(self.weight_LEH)
-
-    def in_use(self) -> dict[str, Tensor]:
-        """What freeze() keeps, by name: needed to go on in the middle of a rollout batch."""
-        return {} if self.pushed_LEH is None else {"pushed": self.pushed_LEH}
+    @property
+    def momentum_LEH(self) -> Tensor | None:
+        """The newest extrapolation, where it is a part of W_p beside a learned one; None elsewhere."""
+        return None
 
     @property
     @abstractmethod
@@ -59,10 +56,26 @@ class RoutePredictor(ABC):
         return self.weight_LEH[layer]
 
     def training_weight(self, layer: int) -> Tensor:
-        """The W_p, [E, H] fp32, whose prediction the training passes of the current batch compare and learn from."""
+        """The W_p, [E, H] fp32, that the training passes of the current batch correct."""
         return self.weight(layer)
 
     # What follows does nothing where a strategy has no use for it.
+
+    def begin(self, momentum_LEH: Tensor | None) -> None:  # noqa: B027
+        """A rollout batch begins.
+
+        Args:
+            momentum_LEH: the extrapolation that its routes were predicted with, where that was one part of several.
+        """
+
+    def clear_not_finite(self) -> list[int]:
+        """Starts over from 0 in local layers whose W_p is not finite, and returns them."""
+        fine = self.weight_LEH.isfinite().flatten(1).all(1).tolist()
+        bad = [layer for layer, good in enumerate(fine) if not good]
+        for tensor in self.state().values():
+            if tensor.dim() > 1:
+                tensor[bad] = 0.0
+        return bad
 
     def accumulate(self, layer: int, h_old_SH: Tensor, p_old_SE: Tensor, p_SE: Tensor, shift_SE: Tensor) -> None:  # noqa: B027
         """Adds one micro-batch's gradient of one local layer; no host-device synchronisation.
@@ -109,11 +122,11 @@ class RoutePredictor(ABC):
         """Restores :meth:`state`; what is absent starts at its initial value."""
 
 
-def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> dict[str, int]:
+def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str) -> dict[str, int]:
     """Bytes of a predictor on a rank with so many MoE layers, by what they are for.
 
     Returns:
-        weight, gradient, adam (all of the learned part), momentum, snapshot (W_p as the engine has it).
+        weight, gradient, adam (all of the learned part), momentum. What was pushed comes on top (:func:`push_bytes`).
     """
     one = 4 * num_layers * num_experts * hidden
     learns, follows = "learned" in predictor, "momentum" in predictor
@@ -121,12 +134,16 @@ def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: s
         "weight": one * learns,
         "gradient": (one + 4 * num_layers) * learns,
         "adam": 2 * one * learns,
-        # Beside a learned part the extrapolation in use is kept apart from the newest one.
-        "momentum": one * follows * (2 if learns else 1),
-        "snapshot": one * (predictor == "momentum" or (learns and hold_back)),
+        "momentum": one * follows,
     }
 
 
-def merge_gate(gate_EH: Tensor, w_EH: Tensor) -> Tensor:
-    """W + W_p, added in fp32 and cast once to the gate's dtype. With W_p = 0 the result is bit-identical to the gate."""
-    return (gate_EH.detach().float() + w_EH.to(gate_EH.device)).to(gate_EH.dtype)
+def push_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> int:
+    """Bytes of KEPT pushes of a bf16 policy, and of what one batch is judged on, for so many MoE layers on a rank."""
+    if predictor == "none":
+        return 0
+    entries = num_layers * num_experts * hidden
+    extrapolated = 4 * ("learned" in predictor and "momentum" in predictor)
+    gate = torch.bfloat16.itemsize
+    # Each W_p in fp32, W and what arrived; of one the gates of every beta.
+    return entries * (KEPT * (4 + extrapolated + 2 * gate) + hold_back * (len(BETAS) - 1) * gate)

@@ -29,6 +29,4 @@ def make_predictor(config: PR2Config, model_config: Any, num_layers: int, device
     if learned is not None and momentum is not None:
         predictor = LearnedMomentumPredictor(learned, momentum)
     assert predictor is not None
-    if config.hold_back:
-        predictor.keep_pushed()
     return predictor

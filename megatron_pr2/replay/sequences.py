@@ -33,6 +33,9 @@ class ReplaySequence:
             predicted for that many updates instead of the average; an engine has one gate for all sequences.
         token_ids: [length], prompt and response, to be compared with what the model runs (replay.token_check); None: the ids
             of the first pass are what later ones are compared with.
+        versions: [loss_stop - loss_start] version of the weights that sampled the output of each of these positions, as
+            `engine_weights` was told (RolloutResponse.weight_versions; -1 where nothing was sampled). None: the one that
+            `begin_rollout` was told.
         older: whether some of it was sampled under older weights than those of the last push, so that its routes may agree less.
     """
 
@@ -44,6 +47,7 @@ class ReplaySequence:
     loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None
     mini_step: int | None = None
     token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
+    versions: npt.NDArray[Any] | Sequence[int] | Sequence[str] | None = None
     older: bool = False
 
     @classmethod
@@ -56,12 +60,13 @@ class ReplaySequence:
         *,
         id: int,
         mini_step: int | None = None,
+        versions: npt.NDArray[Any] | Sequence[int] | Sequence[str] | None = None,
     ) -> ReplaySequence:
         """One prompt and one response; their tokens are compared with what the model runs.
 
         Args:
             prompt_ids, response_ids: at least one token of a prompt.
-            loss_mask: [tokens of the response].
+            loss_mask, versions: [tokens of the response].
             id, mini_step: see ReplaySequence.
 
         Raises:
@@ -74,7 +79,7 @@ class ReplaySequence:
             raise RouteError(f"sequence {id}: the prompt is empty; the first token of a response needs one before it")
         length = len(prompt) + len(response)
         token_ids = np.concatenate([prompt, response])
-        return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids)
+        return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids, versions)
 
 
 def _or_none(ids: Any) -> Any:
@@ -154,6 +159,11 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
             _check_token_ids(sequence)
         if sequence.loss_mask is not None:
             _mask(sequence)
+        if sequence.versions is not None and np.shape(sequence.versions) != (sequence.loss_stop - sequence.loss_start,):
+            raise RouteError(
+                f"sequence {sequence.id}: versions has shape {list(np.shape(sequence.versions))}, expected one entry for each of "
+                f"the {sequence.loss_stop - sequence.loss_start} positions from loss_start to loss_stop"
+            )
 
 
 def _mask(sequence: ReplaySequence) -> npt.NDArray[np.bool_]:
@@ -247,3 +257,27 @@ def horizons(sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: f
     for sequence in sequences:
         out[tokens.span(sequence.id)] = ((sequence.mini_step or 1) - 1) / average
     return out
+
+def versions_of(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, default: int | str | None
+) -> tuple[list[int | str | None], npt.NDArray[np.int16]]:
+    """The versions of the weights that sequences were rolled out with, and which of them each token was, by flat token index.
+
+    Versions come in the order in which numbers grow, the default last.
+    """
+    told = {sequence.id: np.asarray(sequence.versions) for sequence in sequences if sequence.versions is not None}
+    distinct = set().union(*(set(values.tolist()) for values in told.values())) - {-1, default}
+    names: list[int | str | None] = sorted(distinct, key=lambda name: (isinstance(name, str), name))
+    if len(told) < len(sequences) or not names or default is not None:
+        names.append(default)
+    places = {name: place for place, name in enumerate(names)}
+    of_token = np.zeros(tokens.total, dtype=np.int16)
+    for sequence in sequences:
+        if sequence.id in told:
+            start = tokens.span(sequence.id).start
+            values, where = np.unique(told[sequence.id], return_inverse=True)
+            mine = np.array([places.get(name, 0) for name in values.tolist()], dtype=np.int16)
+            of_token[start + sequence.loss_start : start + sequence.loss_stop] = mine[where]
+        elif default in places:
+            of_token[tokens.span(sequence.id)] = places[default]
+    return names, of_token

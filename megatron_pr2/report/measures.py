@@ -101,6 +101,7 @@ MEASURES = (
     Measure("approx_kl", "policy KL, last mini-step", SCIENTIFIC, 0, "mini_steps.{kappa}.approx_kl"),
     Measure("logprob_gap", "log-prob gap, engine to actor", SCIENTIFIC, -1, "logprob_gap.mean"),
     Measure("hold_back_beta", "hold-back β", NUMBER, 0, "hold_back.beta.*"),
+    Measure("delivered", "share of the prediction that arrived", PERCENT, 1, "delivered.*"),
     Measure("step_seconds", "time per step", SECONDS, -1, "wall_seconds"),
     Measure("tokens_per_second", "tokens per second", TOKENS, 1),
 )

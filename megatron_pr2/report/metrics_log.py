@@ -58,6 +58,8 @@ def scalars(record: Record) -> dict[str, float]:
     for name in ("beta", "lift", "lift_error"):
         if values := listed(numbers, f"hold_back.{name}"):
             out[f"hold_back/{name}"] = fmean(values)
+    if shares := listed(numbers, "delivered"):
+        out["routes/delivered"] = fmean(shares)
     if betas := listed(numbers, "hold_back.beta"):
         out["hold_back/held_layers"] = fmean(beta == 0 for beta in betas)
     return out

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.checkpoint import checkpoint as pr2_checkpoint
 from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
+from megatron_pr2.hf.model_types import keeps_gates_in_fp32
 from megatron_pr2.hf.owned_export import owned_engine_weights
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.session import ReplaySession
@@ -70,6 +71,9 @@ class Actor:
                 "calculate_per_token_loss": True,
             },
         )
+        # The embedded engine is the model itself, whose gates are what they are.
+        fp32_gates = config.rollout.engine == "sglang" and keeps_gates_in_fp32(self._bridge.source_config)
+        self._gate_dtype = torch.float32 if fp32_gates else None
         self.pr2: PR2 = attach(self.chunks, config.replay())
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -179,13 +183,14 @@ class Actor:
             **report,
         }
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
+    def export(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights in Hugging Face names with merged gates, for an engine; every rank walks it to the end."""
-        return self.pr2.engine_weights(export_weights(self._bridge, self.chunks))
+        weights = export_weights(self._bridge, self.chunks)
+        return self.pr2.engine_weights(weights, version=version, gate_dtype=self._gate_dtype)
 
-    def export_owned(self) -> Iterator[tuple[str, Tensor]]:
+    def export_owned(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of :meth:`export`, each weight on one rank only; every rank walks it to the end."""
-        return owned_engine_weights(self.pr2, self._bridge, self.chunks)
+        return owned_engine_weights(self.pr2, self._bridge, self.chunks, version=version, gate_dtype=self._gate_dtype)
 
     def save_pretrained(self, path: Path) -> None:
         """The policy as a Hugging Face checkpoint (its own gates, no prediction in them)."""

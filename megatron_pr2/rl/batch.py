@@ -80,6 +80,7 @@ class Sample:
             loss_mask=response.loss_mask,
             mini_step=mini_step,
             token_ids=response.token_ids,
+            versions=response.weight_versions,
             older=bool((versions < version).any()),
         )
 

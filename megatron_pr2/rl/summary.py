@@ -17,6 +17,8 @@ from megatron_pr2.rollout.base import RolloutStats
 
 PER_LAYER = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap")
 MEANS = (*PER_LAYER, "outside_mass")
+# What a mini-step's report has beside the drift, and the record of a step in another place.
+ELSEWHERE = ("drift", "predictor", "features_absent", "hold_back", "delivered", "unjudged")
 CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
 
 
@@ -105,7 +107,7 @@ def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
         drift = step["drift"]
         entries.append(
             {
-                **{k: v for k, v in step.items() if k not in ("drift", "predictor", "features_absent", "hold_back")},
+                **{k: v for k, v in step.items() if k not in ELSEWHERE},
                 **{name: _mean(drift.get(name, [])) for name in MEANS},
                 "changed": [_mean(drift.get(name, [])) for name in CHANGED],
                 "per_layer": {name: drift.get(name, []) for name in PER_LAYER},
@@ -118,6 +120,9 @@ def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out["mini_steps"] = entries
     if "hold_back" in mini_steps[-1]:
         out["hold_back"] = mini_steps[-1]["hold_back"]
+    if "delivered" in mini_steps[-1]:
+        # Of the push that the batch was rolled out with: the same in every mini-step.
+        out["delivered"] = mini_steps[-1]["delivered"]
     return out
 
 

@@ -154,12 +154,12 @@ class Trainer:
             return
         with self._timed("push"):
             if isinstance(self._engine, CollectiveEngine) and self._engine.takes_owned_weights:
-                self._engine.update_owned_weights(self._counted(self._actor.export_owned()), self._step)
+                self._engine.update_owned_weights(self._counted(self._actor.export_owned(self._step)), self._step)
                 total = torch.tensor([self._record["weight_bytes"]])
                 dist.all_reduce(total)
                 self._record["weight_bytes"] = int(total)
             else:
-                self._engine.update_weights(self._counted(self._actor.export()), self._step)
+                self._engine.update_weights(self._counted(self._actor.export(self._step)), self._step)
         # The embedded engine is the actor itself: once is enough.
         due = self._engine is not self._reference or self._pushed < 0
         if due and self._config.pr2_needs_engine_routes and self._config.rollout.handshake:

@@ -41,6 +41,7 @@ class MegatronEngine:
         """
         self._model, self._pr2, self._pad_id, self._max = model, pr2, pad_id, max_sequences
         self._version = 0
+        self._told: int | None = None  # the version, where there was a push
         self.on_progress: Callable[[Progress], None] | None = None
         sizes = {
             "tensor": mpu.get_tensor_model_parallel_world_size(),
@@ -57,7 +58,7 @@ class MegatronEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """The engine is the actor: the weights are its own, only the version is taken."""
-        self._version = version
+        self._version = self._told = version
 
     @torch.no_grad()
     def generate(
@@ -95,7 +96,7 @@ class MegatronEngine:
         was_training = self._model.training
         self._model.eval()
         try:
-            with self._pr2.merged_gates():
+            with self._pr2.merged_gates(self._told):
                 yield
         finally:
             self._model.train(was_training)

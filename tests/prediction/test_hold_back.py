@@ -18,9 +18,10 @@ from megatron_pr2.attach import attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.prediction.hold_back import GRID, HoldBack
+from megatron_pr2.prediction.hold_back import HoldBack
 from megatron_pr2.prediction.learned import LearnedPredictor
-from megatron_pr2.prediction.predictor import merge_gate
+from megatron_pr2.prediction.predictor import BETAS
+from megatron_pr2.prediction.rounding import merge_gate
 from megatron_pr2.replay.router import select_experts
 from megatron_pr2.replay.sequences import held_out_tokens, sampled_tokens
 from tests.helpers import drifting, toy
@@ -63,9 +64,9 @@ def test_the_best_beta_is_taken() -> None:
     held = hold_back()
     for noise in (1.0, -1.0, 0.5, -0.5, 0.0):
         observe(held, [5.0, 20.0 + noise, 12.0, 3.0, -30.0])
-    assert held.beta == [GRID[2]]
+    assert held.beta == [BETAS[2]]
     report = held.report()
-    assert report["beta"] == [GRID[2]]
+    assert report["beta"] == [BETAS[2]]
     assert report["lift"][0] == pytest.approx(0.02, rel=0.05)
     assert 0.0 < report["lift_error"][0] < 0.001
 
@@ -82,7 +83,7 @@ def test_of_equal_betas_the_smallest_is_taken() -> None:
     held = hold_back()
     for _ in range(4):
         observe(held, [10.0] * 5)
-    assert held.beta == [GRID[1]]
+    assert held.beta == [BETAS[1]]
 
 
 def test_a_prediction_that_goes_bad_is_held_back_again() -> None:
@@ -141,9 +142,10 @@ def test_counting_is_agreement_under_every_beta() -> None:
     held = hold_back()
     current, frozen = select_experts(router, p), select_experts(router, p_old)
     select = partial(select_experts, router)
-    held.add(0, select, torch.eye(toy.EXPERTS), current, frozen, p_old, shift)  # W_p h_old with W_p = 1
+    steps_J11 = torch.tensor(BETAS[1:]).view(-1, 1, 1)
+    held.add(0, select, steps_J11 * shift, current, frozen, p_old)
     wanted = [set(row) for row in current.tolist()]
-    for j, beta in enumerate(GRID):
+    for j, beta in enumerate(BETAS):
         chosen = (p_old + beta * shift).topk(toy.TOPK).indices.tolist()
         assert float(held._kept_LJ[0, j]) == sum(len(w & set(c)) for w, c in zip(wanted, chosen, strict=True))
     assert float(held._kept_LJ[0, -1]) == 50 * toy.TOPK
@@ -154,7 +156,7 @@ def test_state_continues() -> None:
     for gain in (4.0, 6.0, 5.0, 7.0):
         observe(first, [gain] * 5, layer=1)
     second.load_state(first.state().clone())
-    assert second.beta == first.beta == [0.0, GRID[1]]
+    assert second.beta == first.beta == [0.0, BETAS[1]]
     second.load_state(None)
     assert second.beta == [0.0, 0.0]
 
@@ -343,7 +345,6 @@ def test_without_hold_back_nothing_is_kept_or_reported() -> None:
     found = simulate("steady", rollouts=1, predictor="learned", hold_back=False)
     assert found.pr2.measurement.hold_back is None
     assert found.pr2.predictor is not None
-    assert found.pr2.predictor.pushed_LEH is None
     assert "hold_back" not in found.reports[0][0]
 
 

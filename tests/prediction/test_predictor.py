@@ -12,7 +12,8 @@ from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_a
 from torch import Tensor
 
 from megatron_pr2.prediction.learned import LearnedPredictor, gradient_sum, matching_logits
-from megatron_pr2.prediction.predictor import merge_gate, shift_logits
+from megatron_pr2.prediction.predictor import shift_logits
+from megatron_pr2.prediction.rounding import merge_gate
 from megatron_pr2.replay.hook import knows_score_function
 from megatron_pr2.replay.scores import SCORE_FUNCTIONS, divergence_gradient, divergence_terms, score
 from tests.helpers.distributed import pool
@@ -232,9 +233,11 @@ def test_merging_zero_leaves_the_gate_as_it_is(dtype: torch.dtype) -> None:
 
 
 def test_merging_adds_in_fp32_and_rounds_once() -> None:
-    gate = torch.tensor([[1.0]], dtype=torch.bfloat16)
-    w = torch.tensor([[2**-8 + 2**-12]])  # more than half a bf16 step of 1.0; rounded to bf16 first it would be exactly half
-    assert merge_gate(gate, w).item() == 1.0 + 2**-7
+    gate = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
+    w = torch.full((64, 64), 2**-7 + 2**-9)  # a bf16 step of 1.0 and a quarter of one
+    merged = merge_gate(gate, w).float()
+    assert set(merged.unique().tolist()) == {1.0 + 2**-7, 1.0 + 2**-6}
+    assert merge_gate(gate, w, torch.float32).unique().tolist() == [1.0 + 2**-7 + 2**-9]
     predictor = make(1)
     predictor.weight_LEH.fill_(0.25)
     torch.testing.assert_close(merge_gate(torch.ones(E, H), predictor.weight(0)), torch.full((E, H), 1.25), rtol=0, atol=0)

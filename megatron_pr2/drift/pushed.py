@@ -1,0 +1,206 @@
+"""Which push every token of a rollout batch was rolled out with, and what that push makes of its logits.
+
+Shape suffixes: T local tokens, S sampled tokens, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import AttachError
+from megatron_pr2.parallel.consensus import attempt
+from megatron_pr2.parallel.decoder_layers import DecoderLayers
+from megatron_pr2.parallel.grid import IntArray
+from megatron_pr2.parallel.groups import every_layer, gathered, pipeline_group
+from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.prediction.gates import merge_gates, refused
+from megatron_pr2.prediction.hold_back import HoldBack
+from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.prediction.pushes import Push, Pushes, Version, make_push
+from megatron_pr2.replay.sequences import ReplaySequence, versions_of
+from megatron_pr2.replay.sites import RouterSite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowsOfPush:
+    """The sampled tokens of a micro-batch that were rolled out with one push.
+
+    Attributes:
+        rows: which of S, on the device; None for all.
+        held_out: those that predictions are judged on; None without hold-back.
+    """
+
+    push: Push
+    rows: Tensor | None
+    held_out: Tensor | None
+
+
+class Pushed:
+    """The pushes to the engine, and those that the current rollout batch was rolled out with.
+
+    Attributes:
+        kept: the last ones, by version.
+        in_use, of_token: those of the current batch, the main one last, and which of them by flat token index; -1: not known.
+        unjudged: sampled tokens of this rank whose push is not known.
+    """
+
+    def __init__(
+        self, config: PR2Config, sites: Sequence[RouterSite], predictor: RoutePredictor | None, hold_back: HoldBack | None
+    ) -> None:
+        self._config, self._sites, self._predictor, self._hold_back = config, list(sites), predictor, hold_back
+        self.kept = Pushes()
+        self.in_use: list[Push] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """The current rollout batch is over."""
+        for push in self.in_use:
+            push.forget_candidates()
+        self.in_use = []
+        self.of_token: npt.NDArray[np.int16] = np.zeros(0, dtype=np.int16)
+        self.unjudged = 0
+
+    def report(self) -> dict[str, list[float]]:
+        """`delivered` of the batch's main push, per layer; empty where nothing was pushed."""
+        return dict([("delivered", push.delivered) for push in self.in_use[-1:] if push.delivered])
+
+    def push(self, version: Version | None = None, gate_dtype: torch.dtype | None = None) -> Push:
+        """What an engine gets now, kept for the batches that are rolled out with it; the same on all ranks of a stage.
+
+        Raises:
+            AttachError: a W_p in use is not finite.
+        """
+        return self.kept.add(self._present(version, gate_dtype))
+
+    def engine_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        layers: DecoderLayers,
+        *,
+        version: Version | None,
+        gate_dtype: torch.dtype | None,
+        own_stage: bool,
+        has_gates: bool,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `PR2.engine_weights`."""
+        push, failure = attempt(lambda: self.push(version, gate_dtype))
+        if not own_stage and (stages := pipeline_group()) is not None:
+            failure = next((told for told in gathered(failure, stages) if told is not None), None)
+        if push is None or failure is not None:
+            if own_stage:
+                return refused(weights, f"engine_weights: {failure}")  # the other stages are in the middle of a push
+            raise AttachError(f"engine_weights: {failure}")
+        own = {site.layer: push.prediction(site.local) for site in self._sites if has_gates}
+        everything = own if own_stage else every_layer(own)
+        routers = next((site.router.weight.dtype for site in self._sites), None)
+        return merge_gates(weights, everything, layers, seed=self._config.seed, routers=routers, pushed=gate_dtype)
+
+    def begin(
+        self, sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], version: Version | None
+    ) -> None:
+        """Finds what a batch was rolled out with; hold-back's last observation ends.
+
+        Args:
+            version: of sequences that do not say it themselves; None is the last push, or where there was none what it would be.
+        """
+        if self._predictor is None:
+            return
+        names, of_token = versions_of(sequences, tokens, version)
+        found = [self.kept.find(name) for name in names]
+        if names == [None] and found == [None]:
+            found = [self._present(read=False)]
+        if self._hold_back is not None:
+            self._hold_back.close_batch()
+        if self._config.routes == "actor":
+            # Recorded from now on, under logits with the prediction in them, which nothing rounds.
+            found, of_token = [self._present(merged=False, read=False)], np.zeros_like(of_token)
+        self.use(found, of_token)
+        self.unjudged = int((sampled & (self.of_token < 0)).sum())
+        if self.unjudged:
+            unknown = [name for name in names if self.kept.find(name) is None]
+            logger.warning(
+                "%d sampled tokens were rolled out with weights of the versions %s, which are none of the last pushes %s: their "
+                "prediction is not judged; pass the same version to engine_weights() and begin_rollout()",
+                self.unjudged, unknown, self.kept.versions,
+            )  # fmt: skip
+
+    def use(self, pushes: Sequence[Push | None], of_token: npt.NDArray[np.int16]) -> None:
+        """Sets what the current batch was rolled out with, the main push last; None stands for one that is not known.
+
+        Args:
+            of_token: by flat token index, which of the pushes; -1 for none.
+        """
+        assert self._predictor is not None
+        self.in_use = [push for push in pushes if push is not None]
+        places = [-1 if push is None else self.in_use.index(push) for push in pushes]
+        self.of_token = np.array([*places, -1], dtype=np.int16)[of_token]
+        main = self.in_use[-1] if self.in_use else None
+        self._predictor.begin(None if main is None else main.momentum_LEH)
+        if self._hold_back is not None and main is not None:
+            self._hold_back.used = dict(main.held)
+
+    def rows(
+        self, tokens_S: IntArray, held_out: npt.NDArray[np.bool_], to_device: Callable[[npt.NDArray[Any]], Tensor]
+    ) -> list[RowsOfPush]:
+        """Sampled tokens, by flat token index, by the push that they were rolled out with.
+
+        Args:
+            held_out: [S], those that predictions are judged on.
+        """
+        parts = []
+        for place, push in enumerate(self.in_use):
+            mine = self.of_token[tokens_S] == place
+            if mine.any():
+                rows = None if mine.all() else to_device(np.nonzero(mine)[0])
+                judged = None if self._hold_back is None else to_device(np.nonzero(held_out & mine)[0])
+                parts.append(RowsOfPush(push, rows, judged))
+        return parts
+
+    def start_over(self) -> float:
+        """Sets W_p to 0 in the layers where it is not finite, alike on all ranks of a stage; returns its norm then."""
+        assert self._predictor is not None
+        bad = self._predictor.clear_not_finite()
+        layers = [site.layer for site in self._sites if site.local in bad]
+        logger.warning("W_p of the MoE layers %s is not finite after its update: it starts over from 0 there", layers)
+        return self._predictor.weight_norm()
+
+    def _present(
+        self, version: Version | None = None, gate_dtype: torch.dtype | None = None, *, merged: bool = True, read: bool = True
+    ) -> Push:
+        assert self._predictor is not None
+        held = {} if self._hold_back is None else self._hold_back.report()
+        return make_push(
+            version,
+            [site.layer for site in self._sites],
+            [site.router.weight for site in self._sites] if merged else [],
+            self._predictor.weight_LEH,
+            held.get("beta", [1.0] * len(self._sites)),
+            dtype=gate_dtype,
+            seed=self._config.seed,
+            held=held,
+            momentum_LEH=self._predictor.momentum_LEH,
+            read=read,
+        )
+
+
+def predicted(layer: int, parts: Sequence[RowsOfPush], h_old_SH: Tensor, p_old_SE: Tensor) -> Tensor:
+    """p_old + delta h_old of a local layer, each token's delta that of its push; p_old where nothing arrived or it is not known."""
+    q_hat_SE = p_old_SE
+    for part in parts:
+        if part.push.beta[layer]:
+            if part.rows is None:
+                return p_old_SE + shift_logits(h_old_SH, part.push.delta(layer))
+            shift_SE = shift_logits(h_old_SH.index_select(0, part.rows), part.push.delta(layer))
+            q_hat_SE = q_hat_SE.index_add(0, part.rows, shift_SE)
+    return q_hat_SE
