@@ -17,7 +17,8 @@ def groups_job() -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
-    from megatron_pr2 import attach as attach_module
+    from megatron_pr2.attach import attach
+    from megatron_pr2.drift import parts
     from megatron_pr2.parallel.replica import timeout_of
 
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -30,13 +31,13 @@ def groups_job() -> dict[str, Any]:
 
     before, after_failures = len(known), []
     chunk = toy.ToyChunk(config, layers=[mpu.get_pipeline_model_parallel_rank() + 1])
-    make, attach_module.TokenCheck = attach_module.TokenCheck, refuse
+    make, parts.TokenCheck = parts.TokenCheck, refuse
     for _ in range(2):
         with pytest.raises(AttachError, match="not today"):
-            attach_module.attach(chunk, toy.preset("r3"))
+            attach(chunk, toy.preset("r3"))
         after_failures.append(len(known) - before)
-    attach_module.TokenCheck = make
-    pr2 = attach_module.attach(chunk, toy.preset("r3"))
+    parts.TokenCheck = make
+    pr2 = attach(chunk, toy.preset("r3"))
     handle = pr2.replica.ranks.handle
     found = {
         "after_failures": after_failures,
