@@ -246,6 +246,14 @@ def test_another_model_is_refused(changes: dict[str, Any], message: str, straigh
         assert message in raised
 
 
+def test_what_is_not_finite_is_neither_saved_nor_loaded(model: Path, tmp_path: Path) -> None:
+    """On any rank: of two stages one has the layer."""
+    for saving, loading, unchanged in pool(2).run(jobs.not_finite_job, model, CASES["pp2"], tmp_path / "poisoned"):
+        assert "the predictor's weight of the MoE layers [2] is not finite: it is not saved" in saving
+        assert "the predictor's weight of the MoE layers [2] is not finite: it is not loaded" in loading
+        assert unchanged
+
+
 def test_sequences_that_are_not_there_are_named(model: Path, straight: Straight, tmp_path: Path) -> None:
     directory, _ = straight("tp2")
     for raised, _ in pool(2).run(jobs.load_job, model, CASES["ep2"], directory, sequences=[4, 99]):

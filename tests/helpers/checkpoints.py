@@ -6,12 +6,14 @@ The policy is moved by noise that depends on the layer alone, so that every layo
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
@@ -208,6 +210,25 @@ def load_job(path: Path, case: Case, directory: Path, sequences: list[int] | Non
         except CheckpointError as error:
             raised = str(error)
     return raised, lines
+
+
+def not_finite_job(path: Path, case: Case, directory: Path) -> tuple[str, str, bool]:
+    """(what saving a W_p of which one layer is not finite raised, what loading one raised, whether W_p then was as before)"""
+    run, raised = build(path, case), []
+    assert run.pr2.predictor is not None
+    run.pr2.predictor.weight_LEH[[site.local for site in run.pr2.sites if site.layer == 2]] = math.nan
+    with pytest.MonkeyPatch.context() as patch:
+        for step in (checkpoint.save, checkpoint.save, checkpoint.load):
+            try:
+                step(run.pr2, directory)
+            except CheckpointError as error:
+                raised.append(str(error))
+            if step is checkpoint.save:
+                patch.setattr(checkpoint, "_check_predictor", lambda *_: None)
+            if (directory / ".metadata").is_file():
+                run.pr2.predictor.weight_LEH.fill_(0.5)
+    refused_save, refused_load = raised
+    return refused_save, refused_load, bool((run.pr2.predictor.weight_LEH == 0.5).all())
 
 
 def save_job(path: Path, case: Case, directory: Path) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.hf.model_types import MODEL_TYPES, known_model_types
+from megatron_pr2.hf.model_types import MODEL_TYPES, keeps_gates_in_fp32, known_model_types
 from megatron_pr2.hf.shape import model_shape
 from tests.helpers.distributed import pool
 
@@ -49,3 +50,10 @@ def test_megatron_bridge() -> None:
     known = set(pool(1).run(supported_job)[0])
     assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in MODEL_TYPES["megatron-bridge"]} <= known
     assert not {"MixtralForCausalLM", "Qwen2MoeForCausalLM"} & known, "docs/bridges.md says that it has neither"
+
+
+def test_gates_that_sglang_keeps_in_fp32() -> None:
+    assert keeps_gates_in_fp32(SimpleNamespace(model_type="glm4_moe"))
+    assert keeps_gates_in_fp32(SimpleNamespace(model_type="deepseek_v3", router_fp32=True))
+    for name in set(known_model_types()) - {"glm4_moe"}:
+        assert not keeps_gates_in_fp32(SimpleNamespace(model_type=name)), name

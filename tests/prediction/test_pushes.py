@@ -245,6 +245,21 @@ def test_a_push_without_a_version_is_the_last_one_where_nothing_changed() -> Non
     assert pr2.measurement.pushes.kept.versions == [3, None]
 
 
+def test_a_bf16_model_runs_with_the_fp32_gates_that_an_engine_has() -> None:
+    chunk, pr2 = model(torch.bfloat16)
+    assert pr2.predictor is not None
+    pr2.predictor.weight_LEH.normal_(0.0, 0.01)
+    list(pr2.engine_weights(weights_of(pr2), version=1, gate_dtype=torch.float32))
+    h = torch.randn(3, 1, toy.HIDDEN, dtype=torch.bfloat16)
+    plain = chunk(h)
+    with pr2.merged_gates():
+        assert {site.router.weight.dtype for site in pr2.sites} == {torch.float32}
+        merged = chunk(h)
+    assert {site.router.weight.dtype for site in pr2.sites} == {torch.bfloat16}
+    assert not torch.equal(merged, plain)
+    assert torch.equal(chunk(h), plain)
+
+
 def newest(pr2: PR2) -> Push:
     push = pr2.measurement.pushes.kept.newest
     assert push is not None
