@@ -283,7 +283,7 @@ class Measurement:
         p_CE = p_TE.index_select(0, rows_C)
         for push in self.pushes.in_use[-1:]:  # the engine's gate was the merged one
             if push.beta[site.local]:
-                p_CE = (p_CE.float() + shift_logits(h_TH.index_select(0, rows_C), push.delta(site.local))).to(p_CE.dtype)
+                p_CE = (p_CE + shift_logits(h_TH.index_select(0, rows_C), push.delta(site.local))).to(p_CE.dtype)
         replayed_CK = bound.routes_TLK[:, site.local].index_select(0, rows_C)
         self.agreement.add(site.local, bound.micro_batch.key, select_experts(site.router, p_CE), replayed_CK)
 
