@@ -106,7 +106,7 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
     Raises:
         CheckpointError: on every rank: no rollout batch or not these sequences in it, or any rank cannot read its part.
     """
-    directory = Path(directory)
+    directory, sequences = Path(directory), list(sequences)
     reader = files.RowReader(directory)
     found = files.together(lambda: _read_rollout(pr2, reader, directory, sequences))
     hold_back = pr2.measurement.hold_back

@@ -414,7 +414,7 @@ def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
     saved.pr2.step()
     saved.pr2.save(directory, rollout=True)
     resumed = Loop(scored=0)
-    resumed.pr2.load(directory, sequences=list(LENGTHS))
+    resumed.pr2.load(directory, sequences=(sid for sid in LENGTHS))  # walked more than once
     last = resumed.pr2.progress.mini_step
     resumed.update(None, DATA[:1])
     assert resumed.pr2.step()["predictor"]["tokens"] > 0, "a first mini-step would not learn"
