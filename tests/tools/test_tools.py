@@ -43,6 +43,19 @@ def test_bench_scatter_counts_bytes() -> None:
     sys.stdout.write(f"scatter against broadcast, by ranks: {ratios}\n")
 
 
+@pytest.mark.exhaustive
+def test_bench_gate_rounding_delivers_what_the_design_says() -> None:
+    """What is learned from router inputs: stochastic rounding delivers all of it and gets fewer slots wrong than the nearest."""
+    results = run_tool("bench_gate_rounding.py", "--seeds", "2", "--tokens", "1024")["results"]
+    found = {(r["prediction"], r["rms"], r["rounding"]): r for r in results}
+    for rms, nearest in ((1e-6, 0.03), (5e-6, 0.15), (4e-5, 0.82)):
+        stochastic, plain = (found["of inputs", rms, name] for name in ("stochastic", "nearest"))
+        assert plain["delivered"] == pytest.approx(nearest, abs=0.04)
+        assert stochastic["delivered"] == pytest.approx(1.0, abs=0.05)
+        assert stochastic["route_error"] < plain["route_error"]
+        assert found["of inputs", rms, "fp32"]["route_error"] == 0.0
+
+
 def test_bench_routes_decodes_the_same() -> None:
     report = run_tool("bench_routes.py", "--tokens", "256", "--layers", "4", "--repeats", "1")
     measured = [(case["tokens"], case["way"]) for case in report["cases"]]
