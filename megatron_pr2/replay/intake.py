@@ -19,6 +19,7 @@ from megatron_pr2.parallel.groups import communication_device, gathered, summed
 from megatron_pr2.parallel.replica import RankGroup, Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.replay.sequences import ReplaySequence, check_sequences, checked_table, listed, sampled_tokens
+from megatron_pr2.routes.repeats import longest_repeat, most_repeats
 from megatron_pr2.routes.table import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def take_in(
         return found, {s.id: checked_table(s, *shape) for s in found} if from_engine and is_owner else {}
 
     taken, failure = attempt(checked)
+    if taken is not None:
+        _warn_of_repeats(*taken)
     batch, tables = taken or ([], {})
     tokens = TokenIndex({s.id: s.length for s in batch})
     valid = np.zeros(tokens.total, dtype=bool)
@@ -102,6 +105,19 @@ def take_in(
     if config.drift:
         sampled = sampled_tokens(batch, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
     return Intake(batch, tokens, tables, valid, sampled, missing, total)
+
+
+def _warn_of_repeats(sequences: list[ReplaySequence], tables: dict[int, RouteTable]) -> None:
+    """Rows that are repeated over different tokens are valid, but no engine takes them; needs the token ids."""
+    known = [(s, tables[s.id]) for s in sequences if s.id in tables and s.token_ids is not None and s.length > 1]
+    runs = {s.id: longest_repeat(table, s.token_ids) for s, table in known if s.token_ids is not None}
+    wrong = [s.id for s, table in known if runs[s.id] > most_repeats(s.length, table.num_layers)]
+    if wrong:
+        logger.warning(
+            "the routes of %d sequences repeat one row over different tokens: %d rows in sequence %d; the engine returns a stale "
+            "buffer",
+            len(wrong), runs[wrong[0]], wrong[0],
+        )  # fmt: skip
 
 
 def _agreed(

@@ -9,18 +9,18 @@ n (3/4)^(r layers) < 1e-6.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_pr2.routes.table import RouteTable
 
 
-def longest_repeat(table: RouteTable, token_ids: Sequence[int]) -> int:
+def longest_repeat(table: RouteTable, token_ids: Any) -> int:
     """Most rows in succession that equal their predecessor in every layer while the token differs; both rows valid.
 
     Args:
-        token_ids: one per row of the table.
+        token_ids: integers, one per row of the table.
     """
     ids, rows = np.asarray(token_ids), table.experts
     same = (rows[1:] == rows[:-1]).all(axis=(1, 2)) & table.valid[1:] & table.valid[:-1] & (ids[1:] != ids[:-1])

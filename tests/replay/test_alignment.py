@@ -196,3 +196,14 @@ def test_the_rule() -> None:
     for topk, experts in ((1, 8), (2, 8), (8, 128)):
         rows = enough_rows(least_share("bfloat16", topk, experts), topk, experts)
         assert 2 <= rows <= 16
+
+
+def test_a_row_that_is_repeated_over_other_tokens_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tables = routes()
+    pr2 = attach(toy.ToyChunk(config()), PR2Config.preset("r3"))
+    given = [replace(s, token_ids=list(range(68))) for s in toy.sequences(LENGTHS, tables)]
+    pr2.begin_rollout(given)
+    assert "repeat one row" not in caplog.text
+    repeated(tables)
+    pr2.begin_rollout(given)
+    assert "the routes of 1 sequences repeat one row over different tokens: 66 rows in sequence 3" in caplog.text

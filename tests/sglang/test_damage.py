@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -174,3 +175,18 @@ def test_no_change_of_a_byte_raises_anything_else_than_an_error_of_this_package(
         assert found.routes is not None
         assert found.routes.num_tokens == len(ask.input_ids) + len(found.token_ids)
     assert accepted < 500
+
+
+def test_a_row_that_is_repeated_over_other_tokens_is_refused() -> None:
+    shape = SHAPES[0]
+    ask, answer = honest(shape, Random(0))
+    ids = random_ids(80, 4, 4, 16, seed=1)
+    ask = replace(ask, input_ids=list(range(3, 81 - len(answer["output_ids"]) + 3)))
+    num = len(ask.input_ids) + len(answer["output_ids"]) - 1
+    ids = ids[:num]
+    answer["meta_info"]["routed_experts"] = encoded(ids)
+    assert parsed(json.dumps(answer).encode(), ask, shape).invalid_rows == 0
+    ids[5:60] = ids[5]
+    answer["meta_info"]["routed_experts"] = encoded(ids)
+    with pytest.raises(RouteError, match=r"54 rows of routes in succession equal the row before them .*stale buffer"):
+        parsed(json.dumps(answer).encode(), ask, shape)
