@@ -76,7 +76,9 @@ def take_in(
         found = listed(sequences)
         check_sequences(found)
         shape = num_layers, model.moe_router_topk, model.num_moe_experts
-        return found, {s.id: checked_table(s, *shape) for s in found} if from_engine and is_owner else {}
+        tables = {s.id: checked_table(s, *shape) for s in found} if from_engine and is_owner else {}
+        _refuse_empty_layers(list(tables.values()))
+        return found, tables
 
     taken, failure = attempt(checked)
     if taken is not None:
@@ -105,6 +107,19 @@ def take_in(
     if config.drift:
         sampled = sampled_tokens(batch, tokens, valid if from_engine else None, config.seed, config.sample_fraction)
     return Intake(batch, tokens, tables, valid, sampled, missing, total)
+
+
+def _refuse_empty_layers(tables: list[RouteTable]) -> None:
+    """With top-1 zero may be a real choice: a layer of zeros shows over the batch, not in a table of a few rows."""
+    if not tables or tables[0].topk > 1 or tables[0].num_experts < 2:
+        return
+    rows = sum(int(table.valid.sum()) for table in tables)
+    zero_L = np.all([(table.experts[table.valid] == 0).all(axis=(0, 2)) for table in tables], axis=0)
+    if rows >= 32 and zero_L.any() and not zero_L.all():
+        raise RouteError(
+            f"the MoE layers {np.nonzero(zero_L)[0].tolist()} (0-based among themselves) send all {rows} tokens of the batch "
+            "to expert 0, other layers do not: the engine did not record their routes; run the handshake, check its MoE backend"
+        )
 
 
 def _warn_of_repeats(sequences: list[ReplaySequence], tables: dict[int, RouteTable]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_pr2.attach import PR2, PR2Config, attach
-from megatron_pr2.errors import ReplayError
+from megatron_pr2.errors import ReplayError, RouteError
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.replay.alignment import ROWS_PER_SEQUENCE, compared_rows
 from megatron_pr2.routes.agreement import enough_rows, least_hits, least_share, least_share_of_older
@@ -207,3 +207,16 @@ def test_a_row_that_is_repeated_over_other_tokens_is_warned_of(caplog: pytest.Lo
     repeated(tables)
     pr2.begin_rollout(given)
     assert "the routes of 1 sequences repeat one row over different tokens: 66 rows in sequence 3" in caplog.text
+
+
+def test_a_layer_of_zeros_is_judged_over_the_batch() -> None:
+    """Top-1, ten rows per sequence: too few for a verdict on one table."""
+    top1 = toy.toy_config(moe_router_topk=1, moe_router_pre_softmax=True)
+    lengths = dict.fromkeys(range(8), 11)
+    tables = toy.random_tables(lengths, top1)
+    pr2 = attach(toy.ToyChunk(top1), PR2Config.preset("r3"))
+    pr2.begin_rollout(toy.sequences(lengths, tables))
+    for table in tables.values():
+        table.experts[:, 1] = 0
+    with pytest.raises(RouteError, match=r"MoE layers \[1\] .* all 80 tokens of the batch to expert 0"):
+        pr2.begin_rollout(toy.sequences(lengths, tables))
