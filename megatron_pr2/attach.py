@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -63,15 +63,6 @@ class PR2(Parts):
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
         self.horizon.optimizer = optimizer
-
-    @property
-    def engine_agreement(self) -> float | None:
-        """Share of the engine's experts that the current router chose as well in the last old-log-prob pass.
-
-        Under the prediction that the engine had; over some rows of every sequence, all layers and all ranks.
-        """
-        found = self.measurement.engine_agreement
-        return None if found is None else found.overall
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence], *, version: Version | None = None) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
@@ -188,6 +179,23 @@ class PR2(Parts):
         self._passes.require_closed("step")
         return self._mini_steps.end(lr)
 
+    def look_ahead(self, micro_batches: Sequence[MicroBatch], forward: Callable[[ReplaySession], object]) -> None:
+        """After a batch's last `step`, with predictor="lookahead": makes the W_p of the next push; collective over all ranks.
+
+        The model runs twice over what is given, under its own weights and under those that its optimizer is heading for; weights,
+        optimizer, gradients and random states are afterwards as they were, bit by bit.
+
+        Args:
+            micro_batches: some of this rollout batch's; a few tens of thousands of tokens over all ranks are enough.
+            forward: runs them once, without gradients: `lambda session: forward_backward(..., forward_only=True)`.
+
+        Raises:
+            AttachError: another predictor, or the optimizer is not known or cannot be read.
+        """
+        self._passes.require_closed("look_ahead")
+        self._mini_steps.end_open("look_ahead")
+        self._predict_ahead(self._passes.agreed(micro_batches), forward)
+
     def metrics(self) -> dict[str, float]:
         """The last step in a few numbers for any logger, `pr2/lift` and others (drift.metrics.scalars); not collective."""
         return self._mini_steps.metrics()
@@ -223,16 +231,13 @@ class PR2(Parts):
         """Any other forward whose routes are wanted (an embedded rollout, a handshake): the router's own routes, recorded."""
         return self._passes.record(micro_batches)
 
-    def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
-        """Tables of a :meth:`record` session, by sequence id."""
-        return session.recorded_tables(lengths, len(self.moe_layers), self.model_config.num_moe_experts)
-
     def engine_weights(
         self,
         weights: Iterable[tuple[str, Tensor]],
         *,
         version: Version | None = None,
         gate_dtype: torch.dtype | None = None,
+        horizon: float | None = None,
         own_stage: bool = False,
         has_gates: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
@@ -246,6 +251,8 @@ class PR2(Parts):
             version: what `begin_rollout` will be told; the last three are kept. None: batches that begin before the next push.
             gate_dtype: torch.float32 where the engine keeps its gates so (docs/sglang.md), which loses nothing of W_p; None sends
                 them as they come, in bf16 rounded at random so that W_p arrives on average.
+            horizon: updates until what is sampled under these weights is trained on, where engines get gates for different
+                mini-steps (`ReplaySequence.horizon`); 0 is no prediction, None the average.
             has_gates: False where another rank sends the gates of this stage.
 
         Raises:
@@ -256,10 +263,10 @@ class PR2(Parts):
         self.measurement.pushed(version)
         if self.predictor is None:
             return iter(weights)
-        how: dict[str, Any] = {"version": version, "gate_dtype": gate_dtype, "own_stage": own_stage, "has_gates": has_gates}
-        return self.measurement.pushes.engine_weights(weights, self.layers, **how)
+        how: dict[str, Any] = {"version": version, "gate_dtype": gate_dtype, "horizon": horizon}
+        return self.measurement.pushes.engine_weights(weights, self.layers, own_stage=own_stage, has_gates=has_gates, **how)
 
-    def merged_gates(self, version: Version | None = None) -> AbstractContextManager[None]:
+    def merged_gates(self, version: Version | None = None, horizon: float | None = None) -> AbstractContextManager[None]:
         """The model itself with W + beta W_p in its gates, for an embedded rollout; the gates come back bit-identical.
 
         A push like `engine_weights`; without a version it is the last one where nothing has changed since.
@@ -268,7 +275,7 @@ class PR2(Parts):
         self.measurement.pushed(version)
         if self.predictor is None:
             return nullcontext()
-        return gates_in_place(self.sites, self.measurement.pushes.push(version).arrived)
+        return gates_in_place(self.sites, self.measurement.pushes.push(version, horizon=horizon).arrived)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
         """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.

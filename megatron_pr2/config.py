@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "routes": ("live", "actor", "engine"),
     "route_delivery": ("scatter", "local"),
-    "predictor": ("none", "learned", "momentum", "learned+momentum"),
+    "predictor": ("none", "learned", "momentum", "learned+momentum", "lookahead"),
     "target": ("post", "delta"),
     "feature_device": ("device", "cpu"),
 }
@@ -28,7 +28,7 @@ _SHARE = (lambda value: 0.0 < value <= 1.0, "a share in (0, 1]")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("alpha", "eps", "momentum", "horizon", "hold_back_confidence"), _NOT_NEGATIVE),
     **dict.fromkeys(("max_missing_share", "min_agreement"), _UP_TO_ONE),
-    **dict.fromkeys(("sample_fraction", "held_out_share"), _SHARE),
+    **dict.fromkeys(("sample_fraction", "held_out_share", "reach"), _SHARE),
     "hold_back_decay": (lambda value: 0.0 < value < 1.0, "a number in (0, 1)"),
     "feature_bytes": (lambda value: value >= 0, "a number of bytes >= 0"),
     "seed": (lambda value: value >= 0, "an integer >= 0"),
@@ -54,7 +54,9 @@ class PR2Config:
             share from the first rank, `local` slices tables that every rank was given. The same where a replica is one rank.
         predictor: source of W_p: `none`; `learned`, a linear predictor per router, trained on the router's drift (arXiv
             2606.00395); `momentum`, the direction in which the policy's Adam or Lion moves the gate, without training or features;
-            `learned+momentum`, where the first learns what the second misses. Set by the preset (docs/predictor.md).
+            `learned+momentum`, where the first learns what the second misses; `lookahead`, what the policy's next updates will do
+            to the routers, measured by a forward under the weights that its optimizer is heading for, once per rollout batch
+            (`PR2.look_ahead`). Set by the preset (docs/predictor.md).
         target: what the predictor matches: `post`, the distribution of the updated router, or `delta`, the change of its logits
             (the paper's ablation).
         alpha: learning rate of the predictor, relative to the policy's current one. Lower it if the report says that prediction
@@ -62,6 +64,8 @@ class PR2Config:
         betas: decay rates of the predictor's own Adam.
         eps: epsilon of the predictor's own Adam.
         momentum: factor c in W_p = c * horizon * (the gate's last update), for `momentum`.
+        reach: how much less each further update counts, for `lookahead`: n updates ahead are taken for reach + reach^2 + ... +
+            reach^n times the last one.
         horizon: updates between the weights that a rollout is sampled under and those that train on it, on average, for
             `momentum`. 0 takes (kappa - 1) / 2 for the kappa mini-steps that it sees; an asynchronous pipeline adds the updates
             that it is behind. Lift and hold-back compare with the weights of the old-log-prob pass: where these are newer than the
@@ -103,6 +107,7 @@ class PR2Config:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 1.0
+    reach: float = 0.6
     horizon: float = 0.0
     hold_back: bool = True
     held_out_share: float = 0.25
@@ -182,6 +187,16 @@ class PR2Config:
     def follows(self) -> bool:
         """Whether the predictor extrapolates the policy optimizer's momentum."""
         return "momentum" in self.predictor
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the predictor is made by a look-ahead."""
+        return self.predictor == "lookahead"
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether the predictor reads the policy's optimizer."""
+        return self.follows or self.looks_ahead
 
 
 def _is_number(value: Any) -> bool:

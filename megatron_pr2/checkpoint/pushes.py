@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.checkpoint.contents import Contents
-from megatron_pr2.prediction.pushes import Push, Version
+from megatron_pr2.prediction.pushes import Push
+from megatron_pr2.replay.sequences import PushName
 
 
-def push_numbers(pr2: Contents, known: Sequence[Version | None]) -> npt.NDArray[np.int16]:
+def push_numbers(pr2: Contents, known: Sequence[PushName]) -> npt.NDArray[np.int16]:
     """By flat token index, the place from 1 among `known`, all ranks' pushes, of the one that it was rolled out with; 0: none."""
     pushed = pr2.measurement.pushes
     if not len(pushed.of_token):
         return np.zeros(pr2.tokens.total, dtype=np.int16)
-    return np.array([*(known.index(push.version) + 1 for push in pushed.in_use), 0], dtype=np.int16)[pushed.of_token]
+    return np.array([*(known.index(push.name) + 1 for push in pushed.in_use), 0], dtype=np.int16)[pushed.of_token]
 
 
-def push_parts(pr2: Contents, numbers: Mapping[Version | None, int]) -> Iterator[tuple[int, str, Tensor]]:
+def push_parts(pr2: Contents, numbers: Mapping[PushName, int]) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, name, tensor) of the pushes that have a number."""
     for push in pr2.measurement.pushes.in_use:
-        for site in pr2.sites if push.version in numbers else ():
+        for site in pr2.sites if push.name in numbers else ():
             beta = [push.beta[site.local], *push.delivered[site.local : site.local + 1]]
             parts = {"w": push.w_LEH[site.local], "beta": torch.tensor(beta, dtype=torch.float64)}
             if push.momentum_LEH is not None:
@@ -37,7 +38,7 @@ def push_parts(pr2: Contents, numbers: Mapping[Version | None, int]) -> Iterator
             if push.gates:
                 parts |= {"gate": push.gates[site.local], "arrived": push.arrived[site.local]}
             for name, part in parts.items():
-                yield site.hidden_layer, f"push{numbers[push.version]}.{name}", part
+                yield site.hidden_layer, f"push{numbers[push.name]}.{name}", part
 
 
 def take_pushes(pr2: Contents, read: Callable[[int, str], Tensor | None], of_token: npt.NDArray[np.int16]) -> None:

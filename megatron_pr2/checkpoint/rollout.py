@@ -73,7 +73,7 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     replicas = mpu.get_data_parallel_group() if mpu.model_parallel_is_initialized() else None
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
-    mine = [push.version for push in pr2.measurement.pushes.in_use]
+    mine = [push.name for push in pr2.measurement.pushes.in_use]
     everyone = [mine] if replicas is None else gathered(mine, replicas)
     known = list(dict.fromkeys(version for versions in everyone for version in versions))
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:

@@ -153,7 +153,7 @@ class Measurement:
         self.held_out = np.zeros(tokens.total, dtype=bool)
         if self.hold_back is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
-        self._horizon = horizons(sequences, tokens, horizon) if horizon else None
+        self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
         compared, updates = compared_rows(tokens, valid, self._config.seed), self._updates_at_push.get(version, -1)
         older = [updates != self._updates or sequence.older for sequence in sequences]
         self.agreement.begin(tokens, compared, older, predicted=any(any(push.beta) for push in self.pushes.in_use))
@@ -236,7 +236,7 @@ class Measurement:
             if self.learning:
                 self.learning = False
                 update = self._predictor.step(self._config.alpha * lr, self._token_group)
-            if self._config.follows:
+            if self._config.needs_optimizer:
                 horizon.update()
                 update["weight_norm"] = self._predictor.weight_norm()
             if not math.isfinite(update["weight_norm"]):

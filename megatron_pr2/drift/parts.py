@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_pr2.config import PR2Config
@@ -16,16 +17,20 @@ from megatron_pr2.parallel.groups import check_groups, communication_device, eve
 from megatron_pr2.parallel.replica import find_replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.horizon import Horizon
+from megatron_pr2.prediction.lookahead import LookAhead, LookaheadPredictor
 from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.prediction.strategies import make_predictor
 from megatron_pr2.replay.hook import check_release, check_unpatched
+from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.model_settings import check_config
 from megatron_pr2.replay.passes import Passes
 from megatron_pr2.replay.progress import Progress
-from megatron_pr2.replay.sequences import ReplaySequence
+from megatron_pr2.replay.sequences import ReplaySequence, sampled_tokens
+from megatron_pr2.replay.session import Observer, ReplaySession
 from megatron_pr2.replay.sites import give_back, unwrapped, upgrade_routers
 from megatron_pr2.replay.token_check import TokenCheck
 from megatron_pr2.routes.store import RouteStore
+from megatron_pr2.routes.table import RouteTable
 
 
 class Parts:
@@ -65,6 +70,8 @@ class Parts:
             self.predictor: RoutePredictor | None = make_predictor(config, model, len(self.sites), device)
             self.horizon = Horizon(config, model, self.sites, self.predictor, self.token_group, device)
             self.horizon.optimizer = optimizer
+            scores = model.moe_router_score_function
+            self._look = LookAhead(chunks, self.sites, self.token_group, scores) if config.looks_ahead else None
             self.measurement = Measurement(
                 config, model, self.sites, self.predictor, self.replica, self.token_group, device, self.moe_layers
             )
@@ -83,3 +90,36 @@ class Parts:
         self.sequences: tuple[ReplaySequence, ...] = ()
         self._mini_steps = MiniSteps(config, self.progress, self.horizon, self.measurement)
         self._mode = "replay" if config.replays else "live"  # of passes after the old-log-prob pass
+
+    @property
+    def engine_agreement(self) -> float | None:
+        """Share of the engine's experts that the current router chose as well in the last old-log-prob pass.
+
+        Under the prediction that the engine had; over some rows of every sequence, all layers and all ranks.
+        """
+        found = self.measurement.engine_agreement
+        return None if found is None else found.overall
+
+    def recorded_tables(self, session: ReplaySession, lengths: dict[int, int]) -> dict[int, RouteTable]:
+        """Tables of a :meth:`record` session, by sequence id."""
+        return session.recorded_tables(lengths, len(self.moe_layers), self.model_config.num_moe_experts)
+
+    def _predict_ahead(self, micro_batches: list[MicroBatch], forward: Callable[[ReplaySession], object]) -> None:
+        """See PR2.look_ahead."""
+        if self._look is None or not isinstance(self.predictor, LookaheadPredictor):
+            raise AttachError(f"look_ahead: predictor={self.config.predictor!r} is not made by a look-ahead; use 'lookahead'")
+        bears = np.append(sampled_tokens(self.sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
+        rows = {}
+        for micro_batch in micro_batches:
+            tokens_T = self.tokens.of_grid(self.replica.tp_cp.rows(micro_batch.grid))
+            rows[micro_batch.key] = torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
+
+        def run(observer: Observer) -> None:
+            with torch.no_grad(), self._passes.run("look-ahead", micro_batches, self._mode, observer) as session:
+                forward(session)
+
+        updates = self.horizon.average()
+        multiple = max(1.0, self.predictor.size_of(updates))
+        change_LEH = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
+        self.predictor.look(change_LEH, updates)
+        self.progress.looked = True

@@ -75,13 +75,15 @@ class Pushed:
         """`delivered` of the batch's main push, per layer; empty where nothing was pushed."""
         return dict([("delivered", push.delivered) for push in self.in_use[-1:] if push.delivered])
 
-    def push(self, version: Version | None = None, gate_dtype: torch.dtype | None = None) -> Push:
+    def push(
+        self, version: Version | None = None, gate_dtype: torch.dtype | None = None, horizon: float | None = None
+    ) -> Push:
         """What an engine gets now, kept for the batches that are rolled out with it; the same on all ranks of a stage.
 
         Raises:
             AttachError: a W_p in use is not finite.
         """
-        return self.kept.add(self._present(version, gate_dtype))
+        return self.kept.add(self._present(version, gate_dtype, horizon=horizon))
 
     def engine_weights(
         self,
@@ -90,11 +92,12 @@ class Pushed:
         *,
         version: Version | None,
         gate_dtype: torch.dtype | None,
+        horizon: float | None,
         own_stage: bool,
         has_gates: bool,
     ) -> Iterator[tuple[str, Tensor]]:
         """See `PR2.engine_weights`."""
-        push, failure = attempt(lambda: self.push(version, gate_dtype))
+        push, failure = attempt(lambda: self.push(version, gate_dtype, horizon))
         if not own_stage and (stages := pipeline_group()) is not None:
             failure = next((told for told in gathered(failure, stages) if told is not None), None)
         if push is None or failure is not None:
@@ -117,9 +120,9 @@ class Pushed:
         if self._predictor is None:
             return
         names, of_token = versions_of(sequences, tokens, version)
-        found = [self.kept.find(name) for name in names]
-        if names == [None] and found == [None]:
-            found = [self._present(read=False)]
+        found = [self.kept.find(*name) for name in names]
+        if found == [None] and names[0][0] is None:
+            found = [self._present(read=False, horizon=names[0][1])]
         if self._hold_back is not None:
             self._hold_back.close_batch()
         if self._config.routes == "actor":
@@ -128,7 +131,7 @@ class Pushed:
         self.use(found, of_token)
         self.unjudged = int((sampled & (self.of_token < 0)).sum())
         if self.unjudged:
-            unknown = [name for name in names if self.kept.find(name) is None]
+            unknown = [version for version, horizon in names if self.kept.find(version, horizon) is None]
             logger.warning(
                 "%d sampled tokens were rolled out with weights of the versions %s, which are none of the last pushes %s: their "
                 "prediction is not judged; pass the same version to engine_weights() and begin_rollout()",
@@ -176,7 +179,13 @@ class Pushed:
         return self._predictor.weight_norm()
 
     def _present(
-        self, version: Version | None = None, gate_dtype: torch.dtype | None = None, *, merged: bool = True, read: bool = True
+        self,
+        version: Version | None = None,
+        gate_dtype: torch.dtype | None = None,
+        *,
+        merged: bool = True,
+        read: bool = True,
+        horizon: float | None = None,
     ) -> Push:
         assert self._predictor is not None
         held = {} if self._hold_back is None else self._hold_back.report()
@@ -184,12 +193,13 @@ class Pushed:
             version,
             [site.layer for site in self._sites],
             [site.router.weight for site in self._sites] if merged else [],
-            self._predictor.weight_LEH,
+            self._predictor.weight_for(horizon),
             held.get("beta", [1.0] * len(self._sites)),
             dtype=gate_dtype,
             seed=self._config.seed,
             held=held,
             momentum_LEH=self._predictor.momentum_LEH,
+            horizon=horizon,
             read=read,
         )
 

@@ -31,7 +31,7 @@ MEMORY: dict[str, tuple[str, str]] = {
     "weight": ("device", "predictor: W_p"),
     "gradient": ("device", "predictor: gradient sums"),
     "adam": ("device", "predictor: Adam's moments"),
-    "momentum": ("device", "predictor: W_p from the policy's momentum"),
+    "momentum": ("device", "predictor: W_p from the policy's momentum or a look-ahead"),
     "pushes": ("device", "predictor: the last pushes, by which batches are judged"),
     "features": ("features", "features (router inputs and logits under the old policy)"),
     "features_fetched": ("features", "features fetched for one mini-step"),

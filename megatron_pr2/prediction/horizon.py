@@ -48,13 +48,13 @@ class Horizon:
         """The policy's optimizer, or None.
 
         Raises:
-            AttachError: it does not train the gates, or predictor="momentum" needs their next update and does not know it.
+            AttachError: it does not train the gates, or the predictor needs their next update and does not know it.
         """
         return self._optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
-        if optimizer is not None and self._config.follows:
+        if optimizer is not None and self._config.needs_optimizer:
             for holder in find_holders(optimizer, self._gates):
                 update_rule(holder)
         elif optimizer is not None and self._config.learns:
@@ -99,7 +99,7 @@ class Horizon:
         return 0.0 if self._rate is None else checked_rate(self._rate)
 
     def _require_optimizer(self) -> None:
-        if self._config.follows and self._optimizer is None:
+        if self._config.needs_optimizer and self._optimizer is None:
             raise AttachError(
                 f"predictor={self._config.predictor!r} needs the policy's optimizer: attach(model, config, optimizer), or "
                 "pr2.optimizer = optimizer where it is made later"
@@ -125,6 +125,10 @@ class Horizon:
         """The next update of the gates, [L, E, H] fp32."""
         self._require_optimizer()
         return next_updates(self._optimizer, self._gates, self._shape, self._device)
+
+    def average(self) -> float:
+        """Updates that the next rollouts will be behind, on average: as many as those of a batch whose mini-steps all ran."""
+        return self._config.horizon or max((self._mini_steps - 1) / 2, 0.0)
 
     def known_horizon(self, sequences: Sequence[ReplaySequence]) -> float | None:
         """The average that sequences' own horizons are relative to, where the actor records their routes.

@@ -43,27 +43,56 @@ def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
     Raises:
         AttachError: a parameter is in none of the optimizers, or its optimizer is neither Adam nor Lion.
     """
-    holders = find_holders(optimizer, parameters)
     flat = torch.zeros(len(parameters), math.prod(shape), dtype=torch.float32, device=device)
     # Elements whose update is known, per parameter: the shards of all ranks make a whole, or some would silently stay zero.
     known = torch.zeros(len(parameters), dtype=torch.float32, device=device)
-    groups: dict[int, dist.ProcessGroup] = {}
-    for row, (parameter, holder) in enumerate(zip(parameters, holders, strict=True)):
-        if isinstance(holder, DistributedOptimizer):
-            groups[id(holder.data_parallel_group)] = holder.data_parallel_group
-        rule, piece = update_rule(holder), _piece(holder, parameter)
-        if piece is None:
-            continue
-        update = rule(piece, getattr(holder, "optimizer", holder))
-        flat[row, piece.span] = update.to(device).view(-1)
-        known[row] = update.numel()
-    for group in groups.values():
-        if group.size() > 1:
-            joined = torch.cat([flat.view(-1), known])
-            dist.all_reduce(joined, group=group)
-            flat, known = joined[: flat.numel()].view_as(flat), joined[flat.numel() :]
+    for part in partial_updates(optimizer, parameters):
+        flat[part.row, part.span] = part.update.to(device).view(-1)
+        known[part.row] = part.update.numel()
+    for group in {id(group): group for group in sharding_groups(optimizer, parameters) if group is not None}.values():
+        joined = torch.cat([flat.view(-1), known])
+        dist.all_reduce(joined, group=group)
+        flat, known = joined[: flat.numel()].view_as(flat), joined[flat.numel() :]
     # As tensors: before the first step all are zero, and no read of the device is needed to know.
     return torch.where((known == flat.shape[1]).unsqueeze(1), flat, 0.0).view(len(parameters), *shape)
+
+
+@dataclass(frozen=True)
+class PartialUpdate:
+    """What this rank knows of one parameter's next update.
+
+    Attributes:
+        row: which of the parameters.
+        span: the elements of the flattened parameter that it is of.
+        weight: these elements, flat, as the optimizer steps them: in fp32 where it keeps an fp32 copy.
+        update: what the optimizer would add to them, flat fp32.
+    """
+
+    row: int
+    span: slice
+    weight: Tensor
+    update: Tensor
+
+
+@torch.no_grad()
+def partial_updates(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[PartialUpdate]:
+    """The next update of whatever this rank's optimizers hold of the parameters; nothing of what was never stepped.
+
+    Raises:
+        AttachError: as :func:`find_holders` and :func:`update_rule`.
+    """
+    for row, (parameter, holder) in enumerate(zip(parameters, find_holders(optimizer, parameters), strict=True)):
+        rule, piece = update_rule(holder), _piece(holder, parameter)
+        if piece is not None:
+            update = rule(piece, getattr(holder, "optimizer", holder))
+            yield PartialUpdate(row, piece.span, piece.master.view(-1), update.view(-1))
+
+
+def sharding_groups(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[dist.ProcessGroup | None]:
+    """The ranks that hold slices of each parameter's moments; None where this rank has them whole."""
+    holders = find_holders(optimizer, parameters)
+    groups = [holder.data_parallel_group if isinstance(holder, DistributedOptimizer) else None for holder in holders]
+    return [group if group is not None and group.size() > 1 else None for group in groups]
 
 
 def learning_rate(optimizer: Any, gates: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device) -> float:
@@ -108,8 +137,9 @@ def find_holders(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Any
         if holder is None:
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "none"
             raise AttachError(
-                f"the gate of MoE layer {row} of this rank is in none of the optimizers ({kinds}) given to attach() or "
-                "pr2.optimizer; give it the one that trains the routers. predictor='momentum' needs routers that are not frozen"
+                f"the gate of MoE layer {row} of this rank ('lookahead': trained weight {row} that is no expert's) is in none of "
+                f"the optimizers ({kinds}) given to attach() or pr2.optimizer; give it the one that trains the routers. "
+                "predictor='momentum' needs routers that are not frozen"
             )
         holders.append(holder)
     return holders
@@ -124,12 +154,14 @@ class _Piece:
         settings: of its parameter group.
         span: the elements of the flattened parameter that they are of.
         weight: these elements.
+        master: the same as the optimizer steps them.
     """
 
     state: Mapping[str, Any]
     settings: Mapping[str, Any]
     span: slice
     weight: Tensor
+    master: Tensor
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
@@ -163,7 +195,7 @@ def update_rule(part: Any) -> Callable[[_Piece, Any], Tensor]:
     names = " and ".join(sorted({type(each).__name__ for each in made_of}))
     raise AttachError(
         f"the gates are trained by {names}: predictor='momentum' knows the next update of Adam and of Lion, not this one's (Muon "
-        "and its like take every matrix that is no embedding, gates too); use predictor='learned'"
+        "and its like take every matrix that is no embedding, gates too), and neither does 'lookahead'; use predictor='learned'"
     )
 
 
@@ -204,12 +236,12 @@ def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
         span = part._get_model_param_range_map(parameter)["param"]
         # Decodes what a precision-aware optimizer keeps in fewer bits.
         state = part._get_main_param_and_optimizer_states(parameter)
-        # Not its "param": what that is depends on how the optimizer stores it, as remainders for one.
+        # What "param" is depends on how the optimizer stores it: as 16-bit remainders for one.
         weight = parameter.detach().view(-1)[span.start : span.end]
-        return _Piece(state, settings, slice(span.start, span.end), weight)
+        return _Piece(state, settings, slice(span.start, span.end), weight, state["param"].detach())
     trained = _trained(parameter)
     state = getattr(part, "optimizer", part).state.get(trained)
-    return _Piece(state, settings, slice(None), trained.detach()) if state else None
+    return _Piece(state, settings, slice(None), trained.detach(), trained.detach()) if state else None
 
 
 def _lion(piece: _Piece, inner: Any) -> Tensor:

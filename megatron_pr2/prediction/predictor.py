@@ -51,6 +51,19 @@ class RoutePredictor(ABC):
     def weight_LEH(self) -> Tensor:
         """W_p of every layer, [L, E, H] fp32."""
 
+    def size_of(self, updates: float) -> float:
+        """How far so many updates of the policy go, in units of one."""
+        return updates
+
+    def weight_for(self, horizon: float | None) -> Tensor:
+        """W_p of every layer for so many updates ahead instead of `horizon`, which it is made for; None for that."""
+        if horizon is None:
+            return self.weight_LEH
+        made_for = self.size_of(self.horizon)
+        if horizon == 0.0 or not made_for:
+            return torch.zeros_like(self.weight_LEH)  # exactly no prediction, also of a W_p that is not finite
+        return self.weight_LEH * (self.size_of(horizon) / made_for)
+
     def weight(self, layer: int) -> Tensor:
         """W_p of one local layer, [E, H] fp32."""
         return self.weight_LEH[layer]
@@ -126,10 +139,10 @@ def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: s
     """Bytes of a predictor on a rank with so many MoE layers, by what they are for.
 
     Returns:
-        weight, gradient, adam (all of the learned part), momentum. What was pushed comes on top (:func:`push_bytes`).
+        weight, gradient, adam (all of the learned part), momentum (or look-ahead). Pushes come on top (:func:`push_bytes`).
     """
     one = 4 * num_layers * num_experts * hidden
-    learns, follows = "learned" in predictor, "momentum" in predictor
+    learns, follows = "learned" in predictor, "momentum" in predictor or predictor == "lookahead"
     return {
         "weight": one * learns,
         "gradient": (one + 4 * num_layers) * learns,

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_pr2.errors import AttachError
 from megatron_pr2.prediction.predictor import BETAS, KEPT, shift_logits
 from megatron_pr2.prediction.rounding import merge_gate
+from megatron_pr2.replay.sequences import PushName
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Push:
         arrived: what the engine got, in the dtype of the push.
         momentum_LEH: the extrapolation that is a part of w_LEH, where another part is learned.
         seed: of the rounding.
+        horizon: updates that it is predicted for; None is the average.
         delivered: per layer <delta, beta W_p> / <beta W_p, beta W_p>; NaN where nothing is predicted; empty if not known.
     """
 
@@ -52,7 +54,13 @@ class Push:
     momentum_LEH: Tensor | None
     seed: int
     delivered: list[float] = field(default_factory=list)
+    horizon: float | None = None
     _candidates: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> PushName:
+        """Which of the pushes it is."""
+        return self.version, self.horizon
 
     def prediction(self, layer: int) -> Tensor:
         """beta W_p of a local layer, [E, H] fp32."""
@@ -118,6 +126,7 @@ def make_push(
     seed: int,
     held: Mapping[str, list[float]] | None = None,
     momentum_LEH: Tensor | None = None,
+    horizon: float | None = None,
     read: bool = True,
 ) -> Push:
     """Merges and copies what an engine gets now.
@@ -137,6 +146,7 @@ def make_push(
     if read:
         _require_finite(w_LEH, layers, beta)
     push = Push(version, list(layers), list(beta), held or {}, w_LEH, [], [], momentum_LEH, seed)
+    push.horizon = horizon
     push.momentum_LEH = None if momentum_LEH is None else momentum_LEH.detach().clone()
     for local, gate in enumerate(gates):
         gate_EH = gate.detach().clone()
@@ -169,7 +179,7 @@ class Pushes:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Version | None, Push] = {}
+        self._kept: dict[PushName, Push] = {}
         self._warned = False
 
     @property
@@ -180,22 +190,26 @@ class Pushes:
     @property
     def versions(self) -> list[Version | None]:
         """What is kept, oldest first."""
-        return list(self._kept)
+        return list(dict.fromkeys(version for version, _ in self._kept))
 
     def add(self, push: Push) -> Push:
         """Keeps a push and returns it; without a version the newest one where that is of the same gates and prediction."""
-        if push.version is None and self.newest is not None and push.same_as(self.newest):
-            return self.newest
-        self._kept.pop(push.version, None)
-        self._kept[push.version] = push
-        while len(self._kept) > KEPT:
-            del self._kept[next(iter(self._kept))]
+        name = push.name
+        last = self.find(None, push.horizon)
+        if push.version is None and last is not None and push.same_as(last):
+            return last
+        self._kept.pop(name, None)
+        self._kept[name] = push
+        for old in self.versions[:-KEPT]:
+            self._kept = {name: push for name, push in self._kept.items() if name[0] != old}
         self._warn(push)
         return push
 
-    def find(self, version: Version | None) -> Push | None:
-        """A push by its version, None for the newest one; None where it is not kept, or there is none."""
-        return self.newest if version is None else self._kept.get(version)
+    def find(self, version: Version | None, horizon: float | None = None) -> Push | None:
+        """A push by its version, None for the newest one of that horizon; None where it is not kept, or there is none."""
+        if version is not None:
+            return self._kept.get((version, horizon))
+        return next((push for push in reversed(self._kept.values()) if push.horizon == horizon), None)
 
     def clear(self) -> None:
         """Forgets all pushes: after a checkpoint was loaded they are of another run."""

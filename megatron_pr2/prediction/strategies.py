@@ -8,6 +8,7 @@ import torch
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.prediction.learned import LearnedPredictor
+from megatron_pr2.prediction.lookahead import LookaheadPredictor
 from megatron_pr2.prediction.momentum import LearnedMomentumPredictor, MomentumPredictor
 from megatron_pr2.prediction.predictor import RoutePredictor
 
@@ -17,6 +18,8 @@ def make_predictor(config: PR2Config, model_config: Any, num_layers: int, device
     if not config.predicts:
         return None
     sizes = num_layers, model_config.num_moe_experts, model_config.hidden_size
+    if config.looks_ahead:
+        return LookaheadPredictor(*sizes, reach=config.reach, device=device)
     learned = momentum = None
     if config.learns:
         scores = model_config.moe_router_score_function

@@ -29,6 +29,7 @@ class Progress:
     Attributes:
         mini_step: the last one whose forward and backward ran; 0 before the first.
         open: step() has not followed it yet.
+        looked: look_ahead() has run.
         scored, trained: which tokens an old-log-prob pass and a training pass ran, by flat token index.
         untrained: sequences that no training pass ran, of the batch that end_rollout() ended; None after begin_rollout().
     """
@@ -41,7 +42,7 @@ class Progress:
 
     def _start(self, tokens: TokenIndex) -> None:
         self._tokens = tokens
-        self.mini_step, self.open = 0, False
+        self.mini_step, self.open, self.looked = 0, False, False
         self.scored, self.trained = np.zeros((2, tokens.total), dtype=bool)
 
     def begin(self, tokens: TokenIndex) -> None:
@@ -71,6 +72,11 @@ class Progress:
                 "(pr2/untrained_sequences counts them after end_rollout): give actor_update() all of its micro-batches, or "
                 "begin_rollout() only what is trained on", self.untrained, total,
             )  # fmt: skip
+        if self.mini_step and self._config.looks_ahead and not self.looked:
+            self.warn(
+                "no look_ahead() in this rollout batch: the next push is predicted with what an earlier one found, or not at all. "
+                "Call pr2.look_ahead(micro_batches, forward) after the last step() of each batch"
+            )
         if self.mini_step == 1 and self._config.learns:
             self.warn(
                 "one update per rollout batch (mini_step stays 1): the predictor learns from the second on, so it never learns; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from megatron_pr2.errors import RouteError
 from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, thinned_positions
 from megatron_pr2.routes.ids import integers
 from megatron_pr2.routes.table import RouteTable
+
+# A push by the version of its weights, None for the last one, and the horizon that it was predicted for, None for the average.
+PushName = tuple[int | str | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ReplaySequence:
             predicted for that many updates instead of the average; an engine has one gate for all sequences.
         token_ids: [length], prompt and response, to be compared with what the model runs (replay.token_check); None: the ids
             of the first pass are what later ones are compared with.
+        horizon: updates that the gates were predicted for which it was sampled with, as `engine_weights(horizon=)` was told;
+            None: the average.
         versions: [loss_stop - loss_start] version of the weights that sampled the output of each of these positions, as
             `engine_weights` was told (RolloutResponse.weight_versions; -1 where nothing was sampled). None: the one that
             `begin_rollout` was told.
@@ -47,6 +52,7 @@ class ReplaySequence:
     loss_mask: npt.NDArray[Any] | torch.Tensor | Sequence[int] | None = None
     mini_step: int | None = None
     token_ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None
+    horizon: float | None = None
     versions: npt.NDArray[Any] | Sequence[int] | Sequence[str] | None = None
     older: bool = False
 
@@ -79,7 +85,7 @@ class ReplaySequence:
             raise RouteError(f"sequence {id}: the prompt is empty; the first token of a response needs one before it")
         length = len(prompt) + len(response)
         token_ids = np.concatenate([prompt, response])
-        return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids, versions)
+        return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids, versions=versions)
 
 
 def _or_none(ids: Any) -> Any:
@@ -246,38 +252,50 @@ def held_out_tokens(
     return held
 
 
-def horizons(sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: float) -> npt.NDArray[np.float32]:
-    """Updates until each token is trained on, relative to the average over mini-steps, by flat token index.
+def horizons(
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, average: float, size: Callable[[float], float]
+) -> npt.NDArray[np.float32]:
+    """How far each token's routers will have moved when it is trained on, relative to the average, by flat token index.
 
     Args:
         sequences: all of them say their mini-step; the i-th is i - 1 updates away.
-        average: that W_p is made for, (kappa - 1) / 2 of kappa mini-steps.
+        average: updates that W_p is made for, (kappa - 1) / 2 of kappa mini-steps.
+        size: how far so many updates go, in units of one.
     """
     out = np.ones(tokens.total, dtype=np.float32)
     for sequence in sequences:
-        out[tokens.span(sequence.id)] = ((sequence.mini_step or 1) - 1) / average
+        out[tokens.span(sequence.id)] = size((sequence.mini_step or 1) - 1) / size(average)
     return out
 
 def versions_of(
     sequences: Sequence[ReplaySequence], tokens: TokenIndex, default: int | str | None
-) -> tuple[list[int | str | None], npt.NDArray[np.int16]]:
-    """The versions of the weights that sequences were rolled out with, and which of them each token was, by flat token index.
+) -> tuple[list[PushName], npt.NDArray[np.int16]]:
+    """What sequences were rolled out with, and which of it each token was, by flat token index.
 
-    Versions come in the order in which numbers grow, the default last.
+    Names come in the order in which versions and horizons grow, those of the default version last.
     """
     told = {sequence.id: np.asarray(sequence.versions) for sequence in sequences if sequence.versions is not None}
-    distinct = set().union(*(set(values.tolist()) for values in told.values())) - {-1, default}
-    names: list[int | str | None] = sorted(distinct, key=lambda name: (isinstance(name, str), name))
-    if len(told) < len(sequences) or not names or default is not None:
-        names.append(default)
+    used = {
+        (version, sequence.horizon)
+        for sequence in sequences
+        for version in (set(told[sequence.id].tolist()) - {-1} if sequence.id in told else (default,))
+    }
+    if default is not None and not any(version == default for version, _ in used):
+        used.add((default, None))
+
+    def order(name: PushName) -> tuple[bool, bool, Any, float]:
+        version, horizon = name
+        return version == default, isinstance(version, str), 0 if version is None else version, horizon or 0.0
+
+    names = sorted(used, key=order) or [(default, None)]
     places = {name: place for place, name in enumerate(names)}
     of_token = np.zeros(tokens.total, dtype=np.int16)
     for sequence in sequences:
         if sequence.id in told:
             start = tokens.span(sequence.id).start
             values, where = np.unique(told[sequence.id], return_inverse=True)
-            mine = np.array([places.get(name, 0) for name in values.tolist()], dtype=np.int16)
+            mine = np.array([places.get((version, sequence.horizon), 0) for version in values.tolist()], dtype=np.int16)
             of_token[start + sequence.loss_start : start + sequence.loss_stop] = mine[where]
-        elif default in places:
-            of_token[tokens.span(sequence.id)] = places[default]
+        else:
+            of_token[tokens.span(sequence.id)] = places[default, sequence.horizon]
     return names, of_token

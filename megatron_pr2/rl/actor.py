@@ -38,6 +38,7 @@ from megatron_pr2.rl.losses import LOSS_COLUMNS, decoupled_loss, diagnose
 from megatron_pr2.rl.proximal import ProximalPolicy
 
 logger = logging.getLogger(__name__)
+LOOK_AHEAD_SHARE = 0.25  # of a rollout batch's samples
 # Opens a replay session over micro-batches: pr2.old_logprobs or pr2.replay.
 Pass = Callable[[Sequence[MicroBatch]], AbstractContextManager[ReplaySession]]
 LossFunction = Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
@@ -182,6 +183,22 @@ class Actor:
             "approx_kl": mean["approx_kl"],
             **report,
         }
+
+    def look_ahead(self, samples: Sequence[Sample]) -> None:
+        """After the last mini-step: what the next updates will do to the routers, on a share of the batch's samples."""
+        if not self.pr2.config.looks_ahead:
+            return
+        size = self._config.algorithm.micro_batch_size
+        items = micro_batches(samples[: math.ceil(LOOK_AHEAD_SHARE * len(samples))], size, self._pad_id)
+
+        def forward(session: ReplaySession) -> None:
+            self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
+
+        for chunk in self.chunks:
+            chunk.eval()
+        self.pr2.look_ahead([item["micro_batch"] for item in items], forward)
+        for chunk in self.chunks:
+            chunk.train()
 
     def export(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights in Hugging Face names with merged gates, for an engine; every rank walks it to the end."""

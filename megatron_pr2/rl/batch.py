@@ -29,6 +29,7 @@ class Sample:
         id: unique over the whole run.
         reward, advantage: of the whole response.
         old_logprobs: [len(response_ids)] float32, of no meaning where the response's loss_mask is off.
+        horizon: of the request that it answers.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Sample:
     reward: float
     advantage: float
     old_logprobs: npt.NDArray[np.float32] | None = None
+    horizon: float | None = None
 
     @property
     def length(self) -> int:
@@ -79,6 +81,7 @@ class Sample:
             routes=response.routes,
             loss_mask=response.loss_mask,
             mini_step=mini_step,
+            horizon=self.horizon,
             token_ids=response.token_ids,
             versions=response.weight_versions,
             older=bool((versions < version).any()),
@@ -98,6 +101,17 @@ def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[i
     blocks = range(own.start // mini_steps, own.stop // mini_steps)
     drawn = np.stack([np.random.default_rng([*seed, block]).permutation(mini_steps) for block in blocks])
     return (drawn + mini_steps * np.arange(len(blocks))[:, None]).T.reshape(-1).tolist()
+
+
+def group_horizons(mini_steps: int, groups: int) -> list[float]:
+    """Updates that each mini-step's responses are predicted for: the mean of its group; 0 for the group of the first one.
+
+    Args:
+        groups: sets of routers, each for about equally many mini-steps in a row.
+    """
+    group_of = [step * groups // mini_steps for step in range(mini_steps)]
+    mean = [float(np.mean([step for step in range(mini_steps) if group_of[step] == group])) for group in range(groups)]
+    return [mean[group] if group else 0.0 for group in group_of]
 
 
 def micro_batches(

@@ -68,6 +68,9 @@ class RolloutConfig:
         engine: `megatron` samples with the actor itself, without a KV cache: for small models only. `sglang` uses servers
             (docs/sglang.md).
         engines: SGLang servers that the run starts, and stops at the end. Each takes `rollout.sglang.tp_size` GPUs.
+        groups: sets of routers that responses are sampled under, each predicted for its share of the mini-steps, the first one's
+            exactly `r3`; at most `algorithm.mini_steps`. 1: one set for all; 0: one for each mini-step. Above 1 needs a prediction
+            and `rollout.engine=megatron`, which samples group by group: SGLang servers hold one set.
         urls: `http://127.0.0.1:PORT` of running SGLang servers, instead of own ones; they are left running.
         router: what stands in front of several servers: `none` (each request goes to the server that knows its prompt, else to the
             least busy one), `own` (SGLang's router is started; needs sglang-router), or the URL of a running router.
@@ -91,6 +94,7 @@ class RolloutConfig:
 
     engine: str = "megatron"
     engines: int = 1
+    groups: int = 1
     urls: list[str] = field(default_factory=list)
     router: str = "none"
     sglang: dict[str, Any] = field(default_factory=dict)
@@ -256,7 +260,7 @@ _RULES: dict[str, Rule] = {
         for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines", "oversample")
     },
     **{f"algorithm.{name}": _at_least(1) for name in ("mini_steps", "micro_batch_size", "importance_cap")},
-    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "algorithm.clip_high", "optimizer.lr")},
+    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "rollout.groups", "algorithm.clip_high", "optimizer.lr")},
     "algorithm.clip_low": _UP_TO_ONE,
     "algorithm.proximal_decay": _UP_TO_ONE,
     "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
@@ -294,6 +298,13 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             "algorithm.old_logprobs=ewma needs algorithm.importance=tis or mis: nothing was sampled from the moving average, and a "
             "ratio to it alone is off-policy without a correction"
+        )
+    if rollout.groups > algorithm.mini_steps:
+        raise ConfigError(f"rollout.groups={rollout.groups}: expected at most algorithm.mini_steps={algorithm.mini_steps}")
+    if rollout.groups != 1 and (rollout.engine != "megatron" or replay.routes != "engine" or not replay.predicts):
+        raise ConfigError(
+            f"rollout.groups={rollout.groups} needs rollout.engine=megatron, pr2.routes=engine and a pr2.predictor; not "
+            f"{rollout.engine}, {replay.routes} and {replay.predictor}"
         )
     for name in ("urls", "sglang"):
         if getattr(rollout, name) and rollout.engine != "sglang":

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +26,14 @@ from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
-from megatron_pr2.rl.batch import Sample, mini_batch_order
+from megatron_pr2.rl.batch import Sample, group_horizons, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import logprob_gap, replay_summary, rollout_summary, update_summary
-from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.rollout.handshake import PROBE_TOKENS, handshake, probe_of, require_routes
 
@@ -135,6 +135,8 @@ class Trainer:
                 self.monitor.phase(f"mini-step {mini_step} of {kappa}")
                 mini_batch = samples[(mini_step - 1) * size : mini_step * size]
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
+        with self._timed("look_ahead"):
+            self._actor.look_ahead(samples)
         seconds, group = time.monotonic() - started, mpu.get_data_parallel_group()
         self._record |= {
             "wall_seconds": seconds,
@@ -188,7 +190,7 @@ class Trainer:
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
         rollout, with_routes, enough = self._config.rollout, self._config.pr2_needs_engine_routes, self._prompts.enough
-        requests = self._prompts.requests()
+        requests = self._for_mini_steps(self._prompts.requests())
         stops = self._prompts.stop_token_ids
         sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, stops, max_turns=rollout.max_turns)
         self._engine.on_progress = self._on_progress
@@ -201,11 +203,25 @@ class Trainer:
         ]
         advantages = group_advantages(np.asarray(rewards, dtype=np.float64), rollout.responses)
         samples = [
-            Sample(number, response, reward, float(advantage))
-            for (number, _), response, reward, advantage in zip(answered[own], batch.responses, rewards, advantages, strict=True)
+            Sample(number, response, reward, float(advantage), horizon=requests[place].horizon)
+            for place, (number, _), response, reward, advantage in zip(
+                batch.finished[own], answered[own], batch.responses, rewards, advantages, strict=True
+            )
         ]
         order = mini_batch_order(own, self._config.algorithm.mini_steps, [self._config.seed, self._step])
         return [samples[i] for i in order], batch.stats
+
+    def _for_mini_steps(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
+        """With `rollout.groups`: the requests, each for the routers of the mini-step that will train on its response."""
+        kappa = self._config.algorithm.mini_steps
+        groups = self._config.rollout.groups or kappa
+        if groups == 1:
+            return requests
+        order = mini_batch_order(slice(0, len(requests)), kappa, [self._config.seed, self._step])
+        horizons = group_horizons(kappa, groups)
+        size = len(requests) // kappa
+        of_request = {index: horizons[place // size] for place, index in enumerate(order)}
+        return [replace(request, horizon=of_request[index]) for index, request in enumerate(requests)]
 
     def _last_turn(self, response: RolloutResponse) -> str:
         """What the policy wrote after the environment's last reply: the reward is for its own words."""

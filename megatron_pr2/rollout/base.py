@@ -65,6 +65,8 @@ class RolloutRequest:
         key: names the response over several calls: what an early stop leaves unfinished is continued by the next request of
             the same key. Empty: never continued.
         group: responses that are of use together only (those of one prompt); an early stop counts complete groups.
+        horizon: updates of the policy until the response is trained on, which its routes are to be predicted for; None: the
+            average of the batch. 0 is no prediction.
         environment: replies whenever the policy samples a stop token; None for a single turn.
 
     Raises:
@@ -75,6 +77,7 @@ class RolloutRequest:
     seed: int
     key: str = ""
     group: int = 0
+    horizon: float | None = None
     environment: Environment | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

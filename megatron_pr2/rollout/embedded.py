@@ -72,11 +72,18 @@ class MegatronEngine:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         chosen = set(list(dict.fromkeys(request.group for request in requests))[:enough])
         finished = [index for index, request in enumerate(requests) if request.group in chosen]
-        own = [requests[index] for index in finished[share(len(finished), size, rank)]]
-        responses: list[RolloutResponse] = []
-        with self._evaluating():
-            for start in range(0, len(own), self._max):
-                responses += self._wave(own[start : start + self._max], sampling, return_routes)
+        of_ranks = [[requests[index] for index in finished[share(len(finished), size, each)]] for each in range(size)]
+        own = of_ranks[rank]
+        answers: dict[int, RolloutResponse] = {}
+        for horizon in dict.fromkeys(request.horizon for part in of_ranks for request in part):
+            places = [place for place, request in enumerate(own) if request.horizon == horizon]
+            # As many waves on every rank: their experts serve the others.
+            longest = max(sum(request.horizon == horizon for request in part) for part in of_ranks)
+            with self._evaluating(horizon):
+                for start in range(0, longest, self._max):
+                    wave = places[start : start + self._max]
+                    answers |= zip(wave, self._wave([own[place] for place in wave], sampling, return_routes), strict=True)
+        responses = [answers[place] for place in range(len(own))]
         tokens = torch.tensor([sum(int(r.loss_mask.sum()) for r in responses)], dtype=torch.int64)
         dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
         stats = RolloutStats(time.monotonic() - began, int(tokens))
@@ -91,12 +98,12 @@ class MegatronEngine:
         return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode with the prediction merged into its gates."""
+    def _evaluating(self, horizon: float | None = None) -> Iterator[None]:
+        """The model in evaluation mode with the prediction for so many updates ahead merged into its gates."""
         was_training = self._model.training
         self._model.eval()
         try:
-            with self._pr2.merged_gates(self._told):
+            with self._pr2.merged_gates(self._told, horizon):
                 yield
         finally:
             self._model.train(was_training)

@@ -27,7 +27,7 @@ from megatron_pr2.errors import CheckpointError
 from megatron_pr2.hf.bridge import load_model
 from megatron_pr2.replay.sites import unwrapped
 from tests.parallel import batch
-from tests.parallel.replay import Case, LogProbs, _noise, _Run
+from tests.parallel.replay import Case, LogProbs, Run, _noise
 
 LR = 1e-2
 
@@ -53,7 +53,7 @@ class Outcome:
     judged: dict[int, Tensor] = field(default_factory=dict)
 
 
-def build(path: Path, case: Case, **settings: Any) -> _Run:
+def build(path: Path, case: Case, **settings: Any) -> Run:
     """The model in a layout, with PR2 on it."""
     host.init(**case.layout)
     bridge, chunks = load_model(
@@ -65,7 +65,7 @@ def build(path: Path, case: Case, **settings: Any) -> _Run:
     # The routes are random ones: no engine's, and some tokens have none.
     tolerant = {"max_missing_share": 1.0, "min_agreement": 0.0}
     config = PR2Config.preset("pr2", **{"sample_fraction": 0.5, "route_delivery": case.delivery, **tolerant, **settings})
-    run = _Run(attach(chunks, config), bridge, chunks, case, None)
+    run = Run(attach(chunks, config), bridge, chunks, case, None)
     run.pr2.optimizer = _optimizer(run.pr2)
     return run
 
@@ -98,9 +98,9 @@ def judged(pr2: PR2) -> dict[int, Tensor]:
     return {} if held is None else {site.layer: held.state()[site.local].clone() for site in pr2.sites}
 
 
-def mini_step(run: _Run, logprobs: LogProbs) -> dict[str, Any]:
+def mini_step(run: Run, logprobs: LogProbs) -> dict[str, Any]:
     """Forward and backward on the replayed routes, then the predictor's update."""
-    run._training_pass(logprobs)
+    run.training_pass(logprobs)
     return run.pr2.step(lr=LR)
 
 
@@ -110,8 +110,8 @@ def straight_job(path: Path, case: Case, directory: Path, **settings: Any) -> Ou
     if settings.get("routes") == "actor":
         run.pr2.begin_rollout([batch.replay_sequence(s, None) for s in sequences(run)])
     else:
-        run._begin_rollout()
-    logprobs, _ = run._old_logprobs()
+        run.begin_rollout()
+    logprobs, _ = run.old_logprobs()
     drift(run.pr2, 12)
     mini_step(run, logprobs)
     checkpoint.save(run.pr2, directory, rollout=True)
@@ -132,12 +132,12 @@ def resumed_job(path: Path, case: Case, directory: Path, logprobs: LogProbs, **s
     return Outcome(weights(run.pr2), report, logprobs, held, plan.moved_tokens, judged(run.pr2))
 
 
-def sequences(run: _Run) -> list[int]:
+def sequences(run: Run) -> list[int]:
     """What this rank's replica trains on."""
     return list(batch.LENGTHS)[run.place.dp_rank :: run.place.dp]
 
 
-def policy_shards(run: _Run) -> dict[str, Any]:
+def policy_shards(run: Run) -> dict[str, Any]:
     """The policy as a pipeline saves it."""
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     return {"model": unwrapped(run.chunks[0]).sharded_state_dict(metadata={"dp_cp_group": group})}

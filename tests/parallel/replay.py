@@ -75,10 +75,10 @@ def run_case(path: Path, case: Case) -> Result:
     )
     # bf16 features turn a difference in the last fp32 bit into one of 0.4 %; the layouts are compared in fp32.
     pr2.features._h_dtype = torch.float32
-    return _Run(pr2, bridge, chunks, case, optimizer).result()
+    return Run(pr2, bridge, chunks, case, optimizer).result()
 
 
-class _Run:
+class Run:
     """The passes of one case."""
 
     def __init__(self, pr2: PR2, bridge: Any, chunks: list[torch.nn.Module], case: Case, optimizer: Any) -> None:
@@ -99,14 +99,15 @@ class _Run:
     def result(self) -> Result:
         pr2 = self.pr2
         assert pr2.predictor is not None
-        self._begin_rollout()
+        self.begin_rollout()
         for site in pr2.sites:
             pr2.predictor.weight_LEH[site.local].copy_(_noise(site, 0.02, seed=11))
-        logprobs, first = self._old_logprobs()
+        logprobs, first = self.old_logprobs()
         with torch.no_grad():
             for site in pr2.sites:
                 site.router.weight += _noise(site, 0.03, seed=12)
-        items, loss, second = self._training_pass(logprobs)
+        items, loss, second = self.training_pass(logprobs)
+        assert self.clipped > 0
         sums = {site.hidden_layer: _reduced(pr2, site) for site in pr2.sites}
         _gather_shards(self.chunks)
         gradients = exported_gradients(self.bridge, self.chunks)
@@ -136,7 +137,7 @@ class _Run:
             other_calls=self.other_calls,
         )
 
-    def _begin_rollout(self) -> None:
+    def begin_rollout(self) -> None:
         place, config = self.place, self.config
         first = place.tp_rank == place.cp_rank == mpu.get_pipeline_model_parallel_rank() == 0
         owns = self.case.routes == "engine" and (first or self.case.delivery == "local")
@@ -148,8 +149,8 @@ class _Run:
             ]
         )
 
-    def _old_logprobs(self) -> tuple[LogProbs, ReplaySession]:
-        items = self.first_items = self._items("old", self.case.old)
+    def old_logprobs(self) -> tuple[LogProbs, ReplaySession]:
+        items = self.first_items = self.items("old", self.case.old)
         for chunk in self.chunks:
             chunk.eval()
         found: LogProbs = {}
@@ -163,15 +164,15 @@ class _Run:
             return logprobs_BS.sum(), bears.sum().int(), {}
 
         with self.pr2.old_logprobs([item["micro_batch"] for item in items]) as session, torch.no_grad():
-            self._schedule(session, items, collect, training=False)
+            self.schedule(session, items, collect, training=False)
         for chunk in self.chunks:
             chunk.train()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         return {key: value for part in everyone for key, value in part.items()}, session
 
-    def _training_pass(self, logprobs: LogProbs) -> tuple[list[dict[str, Any]], float, ReplaySession]:
-        items = self._items("new", self.case.new)
+    def training_pass(self, logprobs: LogProbs) -> tuple[list[dict[str, Any]], float, ReplaySession]:
+        items = self.items("new", self.case.new)
         for item in items:
             keys = torch.stack([item["sequence"], item["position"]], dim=-1).flatten(0, 1).tolist()
             values = torch.tensor([logprobs.get((s, p), 0.0) for s, p in keys])
@@ -186,15 +187,15 @@ class _Run:
             return loss, item["mask"].sum().int(), {}
 
         with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step=2) as session:
-            self._schedule(session, items, loss_func, training=True)
+            self.schedule(session, items, loss_func, training=True)
         # Tensor-parallel ranks of the last stage have the same sums, other stages have none.
         if self.place.tp_rank:
             sums.zero_()
         dist.all_reduce(sums)
-        assert sums[LOSS_COLUMNS.index("clipped")] > 0
+        self.clipped = float(sums[LOSS_COLUMNS.index("clipped")])
         return items, float(sums[LOSS_COLUMNS.index("loss")] / sums[LOSS_COLUMNS.index("tokens")]), session
 
-    def _items(self, name: str, split: Split) -> list[dict[str, Any]]:
+    def items(self, name: str, split: Split) -> list[dict[str, Any]]:
         interleaved = mpu.get_virtual_pipeline_model_parallel_world_size() is not None
         groups = batch.split(
             split,
@@ -205,7 +206,7 @@ class _Run:
         )
         return [batch.micro_batch((name, n), ids, split, self.place, self.case.packed) for n, ids in enumerate(groups)]
 
-    def _schedule(self, session: ReplaySession, items: list[dict[str, Any]], loss: Callable[..., Any], *, training: bool) -> None:
+    def schedule(self, session: ReplaySession, items: list[dict[str, Any]], loss: Callable[..., Any], *, training: bool) -> None:
         def forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
             item = next(iterator)
             self.in_forward = True

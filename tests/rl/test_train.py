@@ -184,6 +184,27 @@ def test_every_preset_runs(tiny_checkpoint: Path, prompts: Path, tmp_path: Path)
     assert all((tmp_path / preset / "final" / "model.safetensors").is_file() for preset in PRESETS)
 
 
+def test_each_mini_step_has_routers_of_its_own(tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """With a look-ahead and a group for each mini-step the first is r3, and later ones are predicted, more the later."""
+    fast = [*SMALL, "optimizer.lr=0.03"]  # so that routes drift within a few updates
+    ahead = [*fast, "steps=3", "pr2.predictor=lookahead", "pr2.hold_back=false"]
+    runs = [
+        (tmp_path / "groups", [*ahead, "rollout.groups=0"], False),
+        (tmp_path / "one", ahead, False),
+        (tmp_path / "r3", [*fast, "steps=1", "preset=r3"], False),
+    ]
+    for groups, one, r3 in pool(2).run(train_job, tiny_checkpoint, runs, prompts):
+        # Before the first look-ahead nothing is predicted: r3, bit by bit.
+        for name in ("rollouts", "samples", "weights", "optimizer"):
+            assert one[name][: len(r3[name])] == r3[name]
+        for record in groups["records"][1:]:
+            assert record["mini_steps"][0]["lift"] == 0.0
+            assert record["routes"]["missing"] == 0
+        assert any(entry["lift"] for record in groups["records"][1:] for entry in record["mini_steps"][1:])
+        assert any(record["mini_steps"][0]["lift"] < 0.0 for record in one["records"][1:])
+        assert groups["predictor"] > 0
+
+
 @pytest.mark.sglang
 def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     """Real SGLang: killed in the middle of a run, which goes on; and I7 after a restart with a predictor that has learned.

@@ -71,6 +71,11 @@ def check_engine(engine_config: Any, model_config: Any, settings: PR2Config) -> 
     speculative = getattr(getattr(model_config, "mtp", None), "enable_rollout", False)
     problems = [
         (
+            settings.looks_ahead,
+            f"{WHERE}.predictor=lookahead needs a pass over a part of the batch after its last update, which this engine does not "
+            "run; use learned or momentum",
+        ),
+        (
             replay != "disabled",
             f"{MEGATRON}.router_replay.mode={replay!r} is verl's own replay, and only one can be used: set it to 'disabled' and "
             f"{WHERE}.preset={'r2' if replay == 'R2' else 'r3'} (r3 and pr2 with "

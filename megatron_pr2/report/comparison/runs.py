@@ -29,7 +29,11 @@ _INCIDENTAL = (
     "rollout.handshake", "rollout.urls", "rollout.engines", "rollout.router",
 )  # fmt: skip
 # What has no effect where the predictor's name lacks the word, or without hold-back.
-_OF_PREDICTOR = {"learned": ("target", "alpha", "betas", "eps"), "momentum": ("momentum", "horizon")}
+_OF_PREDICTOR = {
+    "learned": ("target", "alpha", "betas", "eps"),
+    "momentum": ("momentum", "horizon"),
+    "lookahead": ("reach", "horizon"),
+}
 _OF_HOLD_BACK = ("held_out_share", "hold_back_decay", "hold_back_confidence")
 _MINI_STEPS, _LR = "algorithm.mini_steps", "optimizer.lr"
 _GROUP = "group"

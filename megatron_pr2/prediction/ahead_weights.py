@@ -1,0 +1,96 @@
+"""theta + c u: the weights that the policy's optimizer is heading for, which the model can be run with.
+
+u is the next update of all weights but the experts' (prediction.optimizer_moments); c says how many updates ahead. Everything but
+the experts explains nearly all of how routers move, and is a small part of a MoE model. A bf16 weight becomes round(master + c u),
+as the optimizer itself would write it: at a small learning rate few of its entries move at all, which is a part of the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_pr2.errors import AttachError
+from megatron_pr2.prediction.optimizer_moments import partial_updates, sharding_groups
+from megatron_pr2.replay.sites import unwrapped
+
+
+def dense_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained weights of a model but its experts'; each once.
+
+    Raises:
+        AttachError: the chunks gather weights during the forward, which would undo what is written over them.
+    """
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            raise AttachError(
+                "overlap_param_gather=True gathers the policy's weights during the forward, over those that look ahead; to use "
+                "predictor=lookahead set it to False in DistributedDataParallelConfig and OptimizerConfig"
+            )
+    found = {
+        id(parameter): parameter
+        for chunk in chunks
+        for name, parameter in unwrapped(chunk).named_parameters()
+        if parameter.requires_grad and ".experts." not in name
+    }
+    return list(found.values())
+
+
+@torch.no_grad()
+def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -> list[Tensor]:
+    """theta + multiple * u of every parameter, in its own shape and dtype; the parameter's value before the optimizer's first step.
+
+    Collective over the data-parallel group of a distributed optimizer, whose ranks each make their slice.
+
+    Raises:
+        AttachError: a parameter's optimizer is not known (optimizer_moments.find_holders), or keeps no fp32 copy of it.
+    """
+    values = [torch.zeros(p.numel(), dtype=p.dtype, device=p.device) for p in parameters]
+    # Elements made on any rank: an incomplete parameter, which was never stepped, stays as it is.
+    made = torch.zeros(len(parameters), dtype=torch.float64)
+    for part in partial_updates(optimizer, parameters):
+        if not part.weight.is_floating_point() or part.weight.element_size() < 4:
+            raise AttachError(
+                f"the policy's optimizer keeps its weights as {part.weight.dtype}, not as an fp32 copy, from which an update would "
+                "be predicted; set store_param_remainders=False (OptimizerConfig)"
+            )
+        value = torch.add(part.weight.float(), part.update.to(part.weight.device), alpha=multiple)
+        values[part.row][part.span] = value.to(values[part.row])
+        made[part.row] = value.numel()
+    groups = sharding_groups(optimizer, parameters)
+    for value, group in zip(values, groups, strict=True):
+        if group is not None:
+            # Bytes that are zero on every other rank: exact in any dtype, also in those that a backend cannot sum.
+            dist.all_reduce(value.view(torch.uint8), group=group)
+    for group in {id(group): group for group in groups if group is not None}.values():
+        counts = made.to(values[0].device, torch.float32)
+        dist.all_reduce(counts, group=group)
+        made = torch.where(torch.tensor([each is group for each in groups]), counts.cpu().double(), made)
+    return [
+        value.view_as(parameter) if count == parameter.numel() else parameter.detach().clone()
+        for parameter, value, count in zip(parameters, values, made.tolist(), strict=True)
+    ]
+
+
+@contextmanager
+def swapped_in(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """The model runs with `values`; afterwards with its own weights, bit by bit, whatever happened.
+
+    Weights are exchanged in place: they may be views of a buffer of DistributedDataParallel, which must stay where they are. No
+    forward of before may be waiting for its backward.
+    """
+    exchanged: list[tuple[Tensor, Tensor]] = []
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            own = parameter.detach().clone()
+            exchanged.append((parameter.data, own))
+            parameter.data.copy_(value)
+        yield
+    finally:
+        for data, own in exchanged:
+            data.copy_(own)

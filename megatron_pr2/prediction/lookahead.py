@@ -1,0 +1,144 @@
+"""Prediction by looking ahead: what the policy's next updates will do to the routers, distilled into W_p.
+
+Routers move mostly because their inputs do: knowing how the gate moves is not enough. So the model runs twice over a sample of the
+last batch's tokens with their routes, under theta and under theta + c u (prediction.ahead_weights), and what the logits did is
+regressed on the router inputs:
+
+    y_t   = p(theta + c u)_t - p(theta)_t - c U h_t          what the gate's own update U does not explain
+    W_p   = m (U + ridge(y on h) / c)
+
+m and c are in units of the last update. The next n of them are taken for reach + ... + reach^n times the last one: each is worth
+less than the one before, since a momentum decays where the gradients to come are new. Everything is in closed form: there is no
+learning rate, and nothing is kept over batches but the optimizer's moments.
+
+Shape suffixes: T rows of a router's input on this rank, S sampled ones, L local MoE layers, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor, nn
+
+from megatron_pr2.prediction.ahead_weights import ahead, dense_parameters, swapped_in
+from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.prediction.ridge import ridge_fit
+from megatron_pr2.replay.micro_batch import BoundMicroBatch
+from megatron_pr2.replay.session import Observer
+from megatron_pr2.replay.sites import RouterSite
+
+# Relative to the mean diagonal of the router inputs' second moments; a tenth or ten times of it costs 0 to 3 points of gain.
+RIDGE = 1e-2
+
+
+def reached(updates: float, reach: float) -> float:
+    """How many times the last update the next `updates` ones come to: reach + reach^2 + ...; linear between whole numbers."""
+    whole = math.floor(updates)
+    return sum(reach**j for j in range(1, whole + 1)) + (updates - whole) * reach ** (whole + 1)
+
+
+class LookaheadPredictor(RoutePredictor):
+    """W_p from a look-ahead; zero until the first one."""
+
+    def __init__(self, num_layers: int, num_experts: int, hidden: int, *, reach: float, device: torch.device) -> None:
+        """Args: `reach` says what an update counts that is one further ahead."""
+        self._reach = reach
+        self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
+
+    @property
+    def weight_LEH(self) -> Tensor:
+        return self._weight_LEH
+
+    def size_of(self, updates: float) -> float:
+        """reach + reach^2 + ..., linear between whole numbers of updates."""
+        return reached(updates, self._reach)
+
+    def look(self, change_LEH: Tensor, updates: float) -> None:
+        """Takes what a look-ahead found: the routers' change per update, to be predicted for so many."""
+        torch.mul(change_LEH, self.size_of(updates), out=self._weight_LEH)
+        self.horizon = updates
+
+    def state(self) -> dict[str, Tensor]:
+        """lookahead [L, E, H], because a push may come before the next look-ahead; horizon [L]."""
+        return {"lookahead": self._weight_LEH, "horizon": torch.full((len(self._weight_LEH),), self.horizon)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self._weight_LEH.zero_()
+            if "lookahead" in state:
+                self._weight_LEH.copy_(state["lookahead"])
+        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
+
+
+class LookAhead:
+    """Two forwards over sampled rows, and what the second one changed in the logits."""
+
+    def __init__(
+        self, chunks: Sequence[nn.Module], sites: Sequence[RouterSite], token_group: dist.ProcessGroup | None, score_function: str
+    ) -> None:
+        """Args: `token_group` are the ranks that hold other tokens of the same layers; None on a single process."""
+        self._parameters = dense_parameters(chunks)
+        self._sites, self._group = list(sites), token_group
+        # A shift of all logits alike changes nothing under softmax, and is noise to the regression.
+        self._centred = score_function == "softmax"
+
+    @torch.no_grad()
+    def run(
+        self,
+        optimizer: Any,
+        gate_updates_LEH: Tensor,
+        multiple: float,
+        rows: Mapping[Hashable, Tensor],
+        forward: Callable[[Observer], None],
+    ) -> Tensor:
+        """The change of every router per update, [L, E, H] fp32; the model, its optimizer and the random states stay as they are.
+
+        Collective over the token group, and over the groups of the optimizer's shards.
+
+        Args:
+            multiple: c, at least 1.
+            rows: of every micro-batch by key, the rows of this rank that are looked at, on the device.
+            forward: runs the same micro-batches once with their routes, with an observer.
+        """
+        before: dict[tuple[int, Hashable], tuple[Tensor, Tensor]] = {}
+        shifts: dict[tuple[int, Hashable], Tensor] = {}
+
+        def keep(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+            rows_S = rows[bound.micro_batch.key]
+            h_SH, p_SE = h_TH.index_select(0, rows_S).float(), p_TE.index_select(0, rows_S).float()
+            # What the logits become if only the gate moves.
+            before[site.local, bound.micro_batch.key] = h_SH, p_SE + multiple * shift_logits(h_SH, gate_updates_LEH[site.local])
+
+        def compare(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+            key = site.local, bound.micro_batch.key
+            y_SE = p_TE.index_select(0, rows[bound.micro_batch.key]).float() - before[key][1]
+            shifts[key] = y_SE - y_SE.mean(-1, keepdim=True) if self._centred else y_SE
+
+        with _random_states_kept():
+            forward(keep)
+            with swapped_in(self._parameters, ahead(optimizer, self._parameters, multiple)):
+                forward(compare)
+        if not self._sites:
+            return gate_updates_LEH
+        inputs = [torch.cat([before[site.local, key][0] for key in rows]) for site in self._sites]
+        targets = [torch.cat([shifts[site.local, key] for key in rows]) for site in self._sites]
+        hidden = ridge_fit(inputs, targets, RIDGE, self._group)
+        return gate_updates_LEH + hidden / multiple
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Torch's random state, and Megatron-Core's by parallel axis, are afterwards as they were."""
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    with torch.random.fork_rng(enabled=True):
+        try:
+            yield
+        finally:
+            tracker.set_states(states)

@@ -1,0 +1,93 @@
+"""Ridge regression of logit shifts on router inputs, from tokens that are spread over ranks.
+
+    W = argmin sum_t |W h_t - y_t|^2 + r |W|^2,    r = ridge * mean diagonal of sum_t h_t h_t^T
+
+The sums over tokens are all that ranks exchange, so that every parallel layout gives the W of one process. Two ways to it: the
+H x H sums of a layer on one rank each, or conjugate gradients on W, which need no H x H at all.
+
+Shape suffixes: S tokens of this rank, L local MoE layers, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def ridge_fit(
+    inputs: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ridge: float,
+    group: dist.ProcessGroup | None,
+    *,
+    gram_bytes: int = 1 << 30,
+    iterations: int = 32,
+) -> Tensor:
+    """W [L, E, H] fp32 of every layer; collective over `group`, whose ranks hold other tokens of the same layers.
+
+    Args:
+        inputs, shifts: h [S, H] and y [S, E] of every layer, fp32.
+        ridge: relative to the mean diagonal.
+        gram_bytes: above this a layer's H x H sums are not made, and conjugate gradients take so many `iterations`.
+    """
+    hidden = inputs[0].shape[1]
+    if 4 * hidden * hidden <= gram_bytes:
+        return _direct(inputs, shifts, ridge, group)
+    return _conjugate_gradients(inputs, shifts, ridge, group, iterations)
+
+
+def _summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def _direct(inputs: Sequence[Tensor], shifts: Sequence[Tensor], ridge: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Each layer's normal equations are solved in float64 by one rank, and its W is sent to the others."""
+    size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+    solutions = torch.zeros(len(inputs), shifts[0].shape[1], inputs[0].shape[1], device=inputs[0].device)
+    for layer, (h_SH, y_SE) in enumerate(zip(inputs, shifts, strict=True)):
+        owner = layer % size
+        gram_HH, cross_EH = h_SH.t() @ h_SH, y_SE.t() @ h_SH
+        for value in (gram_HH, cross_EH):
+            if group is not None and size > 1:
+                dist.reduce(value, group=group, group_dst=owner)
+        if rank == owner:
+            gram_HH = gram_HH.double()
+            diagonal = gram_HH.diagonal()
+            # Without a token everything is zero, and so is W.
+            diagonal.add_(ridge * diagonal.mean() + torch.finfo(torch.float32).tiny)
+            solutions[layer] = torch.linalg.solve(gram_HH, cross_EH.double(), left=False).float()
+    return _summed(solutions, group)
+
+
+def _conjugate_gradients(
+    inputs: Sequence[Tensor], shifts: Sequence[Tensor], ridge: float, group: dist.ProcessGroup | None, iterations: int
+) -> Tensor:
+    """Every row of every W is a system of its own; all take a step together, which all-reduces L x E x H."""
+
+    def summed(parts: list[Tensor]) -> Tensor:
+        return _summed(torch.stack(parts), group)
+
+    diagonal_L = summed([h_SH.square().sum() / h_SH.shape[1] for h_SH in inputs])
+    ridge_L11 = (ridge * diagonal_L).view(-1, 1, 1)
+    residual = summed([y_SE.t() @ h_SH for h_SH, y_SE in zip(inputs, shifts, strict=True)])
+    solution, direction = torch.zeros_like(residual), residual.clone()
+    squared = residual.square().sum(-1, keepdim=True)
+    for _ in range(iterations):
+        image = summed([(d_EH @ h_SH.t()) @ h_SH for h_SH, d_EH in zip(inputs, direction, strict=True)])
+        image += ridge_L11 * direction
+        # A row that is solved, or has nothing to solve, stays.
+        step = _ratio(squared, (direction * image).sum(-1, keepdim=True))
+        solution += step * direction
+        residual -= step * image
+        before, squared = squared, residual.square().sum(-1, keepdim=True)
+        direction = residual + _ratio(squared, before) * direction
+    return solution
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below.clamp(min=torch.finfo(below.dtype).tiny), 0.0)

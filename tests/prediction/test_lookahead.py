@@ -1,0 +1,216 @@
+"""The look-ahead's parts: the regression against float64, the weights ahead against the optimizer's own step, both undone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_pr2.attach import PR2, attach
+from megatron_pr2.config import PR2Config
+from megatron_pr2.errors import AttachError
+from megatron_pr2.prediction.ahead_weights import ahead, swapped_in
+from megatron_pr2.prediction.lookahead import LookaheadPredictor, reached
+from megatron_pr2.prediction.ridge import ridge_fit
+from megatron_pr2.replay.session import ReplaySession
+from megatron_pr2.rl.batch import group_horizons
+from tests.helpers import toy
+from tests.helpers.distributed import pool
+
+pytestmark = pytest.mark.usefixtures("host_platform")
+LAYERS, TOKENS, EXPERTS, HIDDEN = 3, 40, 8, 16
+
+
+def data(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(LAYERS)]
+    return inputs, [torch.randn(TOKENS, EXPERTS, generator=generator) for _ in range(LAYERS)]
+
+
+def reference(h_SH: Tensor, y_SE: Tensor, ridge: float) -> Tensor:
+    """The minimum of the definition, as a least-squares problem in float64: rows for the penalty below those of the tokens."""
+    h, y = h_SH.double(), y_SE.double()
+    weight = (ridge * (h.t() @ h).diagonal().mean()).sqrt()
+    rows = torch.cat([h, weight * torch.eye(HIDDEN, dtype=torch.float64)])
+    return torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(HIDDEN, EXPERTS, dtype=torch.float64)])).solution.t()
+
+
+@pytest.mark.parametrize("gram_bytes", [1 << 30, 0])
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_ridge_is_the_least_squares_solution(gram_bytes: int, ridge: float) -> None:
+    inputs, shifts = data()
+    fitted = ridge_fit(inputs, shifts, ridge, None, gram_bytes=gram_bytes)
+    for h_SH, y_SE, w_EH in zip(inputs, shifts, fitted, strict=True):
+        torch.testing.assert_close(w_EH.double(), reference(h_SH, y_SE, ridge), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gram_bytes", [1 << 30, 0])
+def test_without_tokens_nothing_is_predicted(gram_bytes: int) -> None:
+    nothing = [torch.zeros(0, HIDDEN)], [torch.zeros(0, EXPERTS)]
+    assert not ridge_fit(*nothing, 1e-2, None, gram_bytes=gram_bytes).any()
+
+
+def _fit_a_part(gram_bytes: int) -> Tensor:
+    """Ranks with 25, 0 and 15 tokens."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    first, stop = ((0, 25), (25, 25), (25, TOKENS))[rank]
+    inputs, shifts = data()
+    return ridge_fit([h[first:stop] for h in inputs], [y[first:stop] for y in shifts], 1e-2, group, gram_bytes=gram_bytes)
+
+
+@pytest.mark.parametrize("gram_bytes", [1 << 30, 0])
+def test_ridge_does_not_depend_on_how_tokens_are_spread(gram_bytes: int) -> None:
+    whole = ridge_fit(*data(), 1e-2, None, gram_bytes=gram_bytes)
+    for fitted in pool(3).run(_fit_a_part, gram_bytes):
+        torch.testing.assert_close(fitted, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_further_updates_count_less() -> None:
+    assert [reached(n, 0.6) for n in (0, 1, 2, 3)] == pytest.approx([0.0, 0.6, 0.96, 1.176])
+    assert reached(1.5, 0.6) == pytest.approx((reached(1, 0.6) + reached(2, 0.6)) / 2)
+    assert reached(5, 1.0) == 5
+
+
+def trained(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    generator = torch.Generator().manual_seed(3)
+    parameters = [nn.Parameter(torch.randn(4, 3, generator=generator).to(dtype)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.randn(4, 3, generator=generator).to(dtype)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def test_ahead_is_the_step_that_is_made_again() -> None:
+    parameters, optimizer = trained()
+    before = [p.detach().clone() for p in parameters]
+    values = ahead(optimizer, parameters, 2.0)
+    state = copy.deepcopy(optimizer.state_dict())
+    group = optimizer.param_groups[0]
+    for parameter, own, value in zip(parameters, before, values, strict=True):
+        moments = optimizer.state[parameter]
+        mean = moments["exp_avg"] / (1 - 0.9 ** float(moments["step"]))
+        spread = (moments["exp_avg_sq"] / (1 - 0.999 ** float(moments["step"]))).sqrt() + group["eps"]
+        torch.testing.assert_close(value, own - 2.0 * group["lr"] * (mean / spread + 0.1 * own))
+        assert torch.equal(parameter, own)  # only what was returned is ahead
+    assert str(state) == str(optimizer.state_dict())
+
+
+def test_a_weight_that_was_never_stepped_stays() -> None:
+    parameter = nn.Parameter(torch.randn(4, 3))
+    (value,) = ahead(torch.optim.AdamW([parameter]), [parameter], 1.0)
+    assert torch.equal(value, parameter)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_swap_is_undone_bit_by_bit(fails: bool) -> None:
+    buffer = torch.randn(24).bfloat16()
+    parameters = [nn.Parameter(part) for part in buffer.view(2, 4, 3)]
+    addresses, before = [p.data_ptr() for p in parameters], buffer.clone()
+    try:
+        with swapped_in(parameters, [torch.full((4, 3), 1.0 / 3.0), torch.ones(4, 3)]):
+            assert torch.equal(parameters[0], torch.full((4, 3), 1.0 / 3.0).bfloat16())
+            assert bool((buffer[12:] == 1).all())
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert torch.equal(buffer, before)
+    assert addresses == [p.data_ptr() for p in parameters]
+
+
+def test_a_prediction_for_a_horizon() -> None:
+    predictor = LookaheadPredictor(1, EXPERTS, HIDDEN, reach=0.6, device=torch.device("cpu"))
+    change = torch.randn(1, EXPERTS, HIDDEN)
+    assert not predictor.weight_for(2.0).any()  # nothing was looked at
+    predictor.look(change, 1.5)
+    torch.testing.assert_close(predictor.weight_for(None), reached(1.5, 0.6) * change)
+    torch.testing.assert_close(predictor.weight_for(3.0), reached(3, 0.6) * change)
+    predictor.look(change * math.nan, 1.5)
+    assert not predictor.weight_for(0.0).any()
+
+
+def test_groups_of_mini_steps() -> None:
+    assert group_horizons(4, 4) == [0.0, 1.0, 2.0, 3.0]
+    assert group_horizons(4, 2) == [0.0, 0.0, 2.5, 2.5]
+    assert group_horizons(4, 1) == [0.0] * 4
+
+
+def rolled_out(config: PR2Config) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:
+    """A toy after one batch with two mini-steps."""
+    model = toy.toy_config()
+    chunk = toy.ToyChunk(model)
+    optimizer = torch.optim.Adam(chunk.parameters(), lr=1e-2)
+    pr2 = attach(chunk, config, optimizer)
+    lengths = {0: 12, 1: 9}
+    data = toy.batches(lengths, 1)
+    pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, model)))
+    toy.old_logprobs(pr2, chunk, data)
+    for batch in data:
+        optimizer.zero_grad()
+        with pr2.actor_update([batch.micro_batch]) as session:
+            session.begin(chunk, batch.micro_batch)
+            chunk(batch.inputs_SBH).square().sum().backward()
+        optimizer.step()
+        pr2.step()
+    return pr2, chunk, data
+
+
+def look(pr2: PR2, chunk: toy.ToyChunk, data: list[toy.Batch]) -> None:
+    def forward(session: ReplaySession) -> None:
+        for batch in data:
+            session.begin(chunk, batch.micro_batch)
+            chunk(batch.inputs_SBH)
+
+    pr2.look_ahead([batch.micro_batch for batch in data], forward)
+
+
+def test_gates_are_made_for_a_horizon(caplog: pytest.LogCaptureFixture) -> None:
+    """With horizon 0 they are the policy's own, bit by bit; the others are told apart by it, and each is judged by its own."""
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    look(pr2, chunk, data)
+    pr2.end_rollout()
+    gates = {f"model.layers.{site.layer}.mlp.gate.weight": site.router.weight.detach().clone() for site in pr2.sites}
+    pushed = {h: dict(pr2.engine_weights(gates.items(), version=7, horizon=h)) for h in (0.0, 1.0, None)}
+    for site, (name, gate) in zip(pr2.sites, gates.items(), strict=True):
+        assert torch.equal(pushed[0.0][name], gate)
+        assert not torch.equal(pushed[1.0][name], gate)
+        kept = pr2.measurement.pushes.kept
+        for horizon, weights in pushed.items():
+            push = kept.find(7, horizon)
+            assert push is not None
+            assert torch.equal(push.arrived[site.local], weights[name])
+    lengths = {0: 12, 1: 9}
+    told = [replace(s, horizon=float(s.id)) for s in toy.sequences(lengths, toy.random_tables(lengths, pr2.model_config))]
+    pr2.begin_rollout(told, version=7)
+    assert [push.horizon for push in pr2.measurement.pushes.in_use] == [0.0, 1.0]
+    assert pr2.measurement.pushes.of_token.tolist() == [0] * 12 + [1] * 9
+    assert "look_ahead()" not in caplog.text
+
+
+def test_a_forgotten_look_ahead_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    pr2, _, _ = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    with caplog.at_level(logging.WARNING):
+        pr2.end_rollout()
+    assert "no look_ahead() in this rollout batch" in caplog.text
+
+
+def test_other_predictors_do_not_look_ahead() -> None:
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="momentum"))
+    with pytest.raises(AttachError, match="predictor='momentum' is not made by a look-ahead"):
+        look(pr2, chunk, data)
+
+
+def test_what_would_undo_it_is_refused() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    chunk.ddp_config = SimpleNamespace(overlap_param_gather=True)
+    with pytest.raises(AttachError, match="overlap_param_gather=True"):
+        attach(chunk, toy.preset("pr2", predictor="lookahead"))
