@@ -50,25 +50,15 @@ __all__ = ["PR2", "MicroBatch", "PR2Config", "ReplaySequence", "RouteTable", "at
 class PR2(Parts):
     """Predictive routing replay on one model; made by :func:`attach`. Its attributes: drift.parts.Parts."""
 
-    @property
-    def optimizer(self) -> Any:
-        """The policy's optimizer, from `attach` or set later: a Megatron-Core's or a torch.optim's. None: not known.
-
-        Raises:
-            AttachError: when it is set, if a predictor needs it and it does not train the gates, or, for predictor="momentum", is
-                not known to prediction.optimizer_moments.
-        """
-        return self.horizon.optimizer
-
-    @optimizer.setter
-    def optimizer(self, optimizer: Any) -> None:
-        self.horizon.optimizer = optimizer
-
     def begin_rollout(self, sequences: Sequence[ReplaySequence], *, version: Version | None = None) -> RolloutReport:
         """Takes the sequences of a rollout batch that this rank trains on, checks their routes and samples tokens.
 
         Collective over the replica and over the ranks that hold other tokens of the same layers: what one of them refuses, all of
         them raise. Every rank of a replica is told of the same sequences in the same order.
+
+        Args:
+            version: of the weights that the batch was rolled out with, as `engine_weights` was told, for sequences that do not say
+                it themselves (`ReplaySequence.versions`); None: the last push.
 
         Raises:
             RouteError: a table is absent or does not fit the model, more tokens lack a route than `max_missing_share` allows, or
@@ -95,7 +85,7 @@ class PR2(Parts):
     def prefetch(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Starts moving the routes of micro-batches to the ranks that will replay them; the pass that runs them finds them there.
 
-        Optional, collective over the replica: call it before other work that the transfer can hide behind.
+        Optional, collective over the replica: before other work that the transfer can hide behind.
         """
         self._passes.require_attached()
         if self.config.routes == "engine":

@@ -92,6 +92,20 @@ class Parts:
         self._mode = "replay" if config.replays else "live"  # of passes after the old-log-prob pass
 
     @property
+    def optimizer(self) -> Any:
+        """The policy's optimizer, from `attach` or set later: a Megatron-Core's or a torch.optim's. None: not known.
+
+        Raises:
+            AttachError: when it is set, if a predictor needs it and it does not train the gates, or, for predictor="momentum", is
+                not known to prediction.optimizer_moments.
+        """
+        return self.horizon.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self.horizon.optimizer = optimizer
+
+    @property
     def engine_agreement(self) -> float | None:
         """Share of the engine's experts that the current router chose as well in the last old-log-prob pass.
 
