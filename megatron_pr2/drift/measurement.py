@@ -156,7 +156,7 @@ class Measurement:
         self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
         compared, updates = compared_rows(tokens, valid, self._config.seed), self._updates_at_push.get(version, -1)
         older = [updates != self._updates or sequence.older for sequence in sequences]
-        self.agreement.begin(tokens, compared, older, predicted=any(any(push.beta) for push in self.pushes.in_use))
+        self.agreement.begin(tokens, compared, older, predicted=self.pushes.predicts)
         self.plan.begin(tokens, sampled)
 
     def end(self) -> None:

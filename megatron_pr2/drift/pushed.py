@@ -63,6 +63,11 @@ class Pushed:
         self.in_use: list[Push] = []
         self.forget()
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the current batch is from an engine with a prediction in its gates, in a layer of this rank."""
+        return any(any(push.beta) for push in self.in_use)
+
     def forget(self) -> None:
         """The current rollout batch is over."""
         for push in self.in_use:

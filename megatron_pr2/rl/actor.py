@@ -112,10 +112,12 @@ class Actor:
     def old_logprobs(self, samples: Sequence[Sample]) -> None:
         """Once per rollout batch: the pass under theta_old with replayed routes, where the settings need one.
 
-        Fills `sample.old_logprobs`, except with old_logprobs=ewma, where :meth:`update` does.
+        Fills `sample.old_logprobs`, except with old_logprobs=ewma, where :meth:`update` does, and `sample.snapshot_logprobs`.
         """
         if self._config.needs_snapshot_pass:
             self._take_logprobs(samples, self.pr2.old_logprobs)
+            for sample in samples:
+                sample.snapshot_logprobs = sample.old_logprobs
         if self._config.algorithm.old_logprobs == "rollout":
             for sample in samples:
                 sample.old_logprobs = sample.rollout_logprobs()

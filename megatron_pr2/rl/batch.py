@@ -29,6 +29,7 @@ class Sample:
         id: unique over the whole run.
         reward, advantage: of the whole response.
         old_logprobs: [len(response_ids)] float32, of no meaning where the response's loss_mask is off.
+        snapshot_logprobs: the same under the weights at the start of the rollout batch, where there was a pass under them.
         horizon: of the request that it answers.
     """
 
@@ -37,6 +38,7 @@ class Sample:
     reward: float
     advantage: float
     old_logprobs: npt.NDArray[np.float32] | None = None
+    snapshot_logprobs: npt.NDArray[np.float32] | None = None
     horizon: float | None = None
 
     @property

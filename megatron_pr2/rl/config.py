@@ -90,6 +90,8 @@ class RolloutConfig:
         handshake: compare every server's routes and log-probs with the actor's after each push of weights, on one short probe (with
             the embedded engine: once). Without it a server that returns wrong routes, or took only a part of the weights, is not
             noticed.
+        max_logprob_gap: mean difference in nats between the engine's log-probs and those of the old-log-prob pass above which a
+            batch is refused; `null` takes bounds by dtype (docs/sglang.md), 0 disables the check.
     """
 
     engine: str = "megatron"
@@ -107,6 +109,7 @@ class RolloutConfig:
     temperature: float = 1.0
     restarts: int = 2
     handshake: bool = True
+    max_logprob_gap: float | None = None
 
 
 @dataclass
@@ -265,6 +268,7 @@ _RULES: dict[str, Rule] = {
     "algorithm.proximal_decay": _UP_TO_ONE,
     "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
     "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
+    "rollout.max_logprob_gap": (lambda value: value is None or value >= 0, "a number >= 0, or null"),
     "model.warm_start": _one_of(*LESSONS),
     "model.bridge": _one_of(*BRIDGES),
     "model.dtype": _one_of("float32", "bfloat16"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_pr2.attach import PR2, RolloutReport
 from megatron_pr2.drift.metrics import COLUMNS
+from megatron_pr2.replay.logprob_gap import Sums, measured
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rollout.base import RolloutStats
 
@@ -86,18 +87,29 @@ def update_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out | drift_summary(mini_steps) | {"predictor": mini_steps[-1]["predictor"]}
 
 
-def logprob_gap(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, float]:
-    """|log mu - log pi_old| per response token: the mismatch between the engine and the actor's old-log-prob pass.
+def logprob_gap(samples: Sequence[Sample], step: int, group: dist.ProcessGroup) -> tuple[Sums, Sums]:
+    """The engine's log-probs against those of the snapshot pass: of tokens sampled by the weights of `step`, and by older ones."""
+    known = [(sample.snapshot_logprobs, sample.response) for sample in samples if sample.snapshot_logprobs is not None]
+    out = []
+    for older in (False, True):
+        masks = [response.loss_mask & ((response.weight_versions < step) == older) for _, response in known]
+        sums = measured([response.logprobs for _, response in known], [snapshot for snapshot, _ in known], masks)
+        total = torch.tensor([*sums.values, sums.kl], dtype=torch.float64)
+        largest = torch.tensor(sums.largest, dtype=torch.float64)
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        *values, kl = total.tolist()
+        out.append(Sums(np.array(values), largest.item(), kl))
+    return out[0], out[1]
 
-    "kl" is the k3 estimate of KL(mu || pi_old) from the engine's samples.
-    """
-    with_old = [(s.old_logprobs, s.response) for s in samples if s.old_logprobs is not None]
-    gaps = [(old.astype(np.float64) - response.logprobs)[response.loss_mask] for old, response in with_old]
-    gap = np.concatenate([np.zeros(0), *gaps])
-    total = _reduced({"tokens": gap.size, "mean": np.abs(gap).sum(), "kl": (np.exp(gap) - 1.0 - gap).sum()}, group)
-    tokens = max(total.pop("tokens"), 1.0)
-    largest = _reduced({"max": np.abs(gap).max(initial=0.0)}, group, dist.ReduceOp.MAX)
-    return {name: value / tokens for name, value in total.items()} | largest
+
+def gap_summary(gaps: Sequence[Sums]) -> dict[str, Any]:
+    """Of all tokens: mean and max |gap|, and the k3 estimate of KL(mu || snapshot); nothing where nothing was compared."""
+    tokens = sum(sums.tokens for sums in gaps)
+    if not tokens:
+        return {}
+    mean, kl = sum(sums.values[1] for sums in gaps) / tokens, sum(sums.kl for sums in gaps) / tokens
+    return {"logprob_gap": {"mean": float(mean), "kl": kl, "max": max(sums.largest for sums in gaps)}}
 
 
 def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.parallel.consensus import attempt, failures_of_all
+from megatron_pr2.replay.logprob_gap import BOUNDS, OLDER_BOUNDS, judge
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
@@ -32,7 +33,7 @@ from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
-from megatron_pr2.rl.summary import logprob_gap, replay_summary, rollout_summary, update_summary
+from megatron_pr2.rl.summary import gap_summary, logprob_gap, replay_summary, rollout_summary, update_summary
 from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.rollout.handshake import PROBE_TOKENS, handshake, probe_of, require_routes
@@ -129,6 +130,7 @@ class Trainer:
             sequences = [sample.replay_sequence(i // size + 1, self._step) for i, sample in enumerate(samples)]
             report = self._actor.pr2.begin_rollout(sequences)
             self._actor.old_logprobs(samples)
+            gap = self._compare_logprobs(samples)
         mini_steps = []
         with self._timed("update"):
             for mini_step in range(1, kappa + 1):
@@ -144,12 +146,28 @@ class Trainer:
             **rollout_summary(samples, self._step, stats, group),
             **update_summary(mini_steps),
             **replay_summary(report, self._actor.pr2, mini_steps, group),
-            "logprob_gap": logprob_gap(samples, group),
+            **gap,
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
         }
         self._record["tokens_per_second"] = self._record.pop("tokens") / seconds
         self._record["bytes"]["weights"] = self._record.pop("weight_bytes")
         self._actor.pr2.end_rollout()
+
+    def _compare_logprobs(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What the record says of the engine's log-probs; refuses those that cannot be of these tokens and weights."""
+        gaps = logprob_gap(samples, self._step, mpu.get_data_parallel_group())
+        given, failure = self._config.rollout.max_logprob_gap, None
+        # The engine weights its experts by the prediction.
+        now = OLDER_BOUNDS if self._actor.pr2.measurement.pushes.predicts else BOUNDS[self._config.model.dtype]
+        for sums, (warn, most) in zip(gaps, (now, OLDER_BOUNDS), strict=True):
+            if given != 0 and (found := judge(sums, (warn, most) if given is None else (min(warn, given), given))):
+                if found.refuse:
+                    failure = f"{found.text}. rollout.max_logprob_gap sets another bound; 0 disables the check"
+                elif dist.get_rank() == 0:
+                    logger.warning("step %d: %s", self._step, found.text)
+        if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
+            raise RolloutError(failures[min(failures)])
+        return gap_summary(gaps)
 
     def _push(self) -> None:
         if self._pushed == self._step:
