@@ -147,7 +147,7 @@ def _kind(name: str, default: Any) -> dict[str, Any]:
         return {"type": type(default[0]), "nargs": len(default), "metavar": tuple("VALUE" for _ in default)}
     if name in CHOICES:
         return {"choices": CHOICES[name]}
-    return {"type": type(default)}
+    return {"type": float if default is None else type(default)}  # numbers whose default is a rule
 
 
 def _shown(value: Any) -> str:

@@ -295,7 +295,7 @@ def test_the_peak_of_a_step_is_linear_in_tokens(what: str) -> None:
             model.pr2.begin_rollout([])
             peaks.append(meter.peak(lambda rollout=rollout: model.step(rollout)))
     first, second = peaks[1] - peaks[0], (peaks[2] - peaks[1]) / 2
-    assert second == pytest.approx(first, rel=0.15)
+    assert second == pytest.approx(first, rel=0.25)  # the largest of several phases, each linear
     assert peaks[2] > 2 * peaks[0]
 
 
@@ -313,6 +313,7 @@ def test_what_a_rollout_batch_costs() -> None:
         empty = meter.live
         model.pr2.begin_rollout(rollout.sequences)
         begun = meter.live
+        pushes = sum(push.nbytes for push in model.pr2.measurement.pushes.in_use)
         toy.old_logprobs(model.pr2, model.chunk, rollout.first)
         kept = meter.live
         for number, data in enumerate(rollout.mini_batches, start=1):
@@ -324,11 +325,12 @@ def test_what_a_rollout_batch_costs() -> None:
         gone = meter.live
     features, indices = sampled * FEATURE, sampled * 8
     assert model.pr2.features.peak_bytes == 0
-    assert begun - empty == pytest.approx(tokens * 26, rel=0.05)  # holder, segment and slot per token, its id, six flags
+    # Holder, segment and slot per token, its id, its push and six flags.
+    assert begun - empty - pushes == pytest.approx(tokens * 28, rel=0.05)
     # Where a micro-batch's rows and features are (two indices) is known during a pass.
     assert features <= kept - begun - rows * ROUTE - indices <= features + 2 * indices
     assert stepped - begun == features + indices + (rows + again) * ROUTE
-    assert gone - empty < 100
+    assert gone - empty - pushes < 100  # what was pushed is kept for the next batches
 
 
 @pytest.mark.parametrize(

@@ -170,10 +170,10 @@ def loop(path: Path, run: Path, tokens: Tensor, bridge: str) -> dict[str, Any]:
         "routes": torch.stack([torch.from_numpy(table.experts.astype(np.int64)) for table in tables]).sort(-1).values,
         "record": monitor.records[0],
         "after": logits_of(actor, tokens),
-        "predictions": {site.layer: actor.pr2.measurement.prediction(site) for site in actor.pr2.sites},
+        "predictions": {site.layer: actor.pr2.predictor.weight(site.local).clone() for site in actor.pr2.sites},
         "plain": copied(export_weights(actor._bridge, actor.chunks)),
-        "merged": copied(actor.export()),
-        "owned": copied(actor.export_owned()),
+        "merged": copied(actor.export(1)),
+        "owned": copied(actor.export_owned(1)),
     }
 
 

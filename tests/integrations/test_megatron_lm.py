@@ -32,7 +32,10 @@ OTHER: dict[str, tuple[list[str], Any]] = {
     "target": (["delta"], "delta"),
     "betas": (["0.5", "0.75"], (0.5, 0.75)),
     "feature_device": (["cpu"], "cpu"),
+    "min_agreement": (["0.7"], 0.7),
 }
+# What a setting contradicts at its other value.
+WITH = {"drift": (["--pr2-predictor", "none"], {"predictor": "none"})}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,8 +86,9 @@ def test_the_preset_is_pr2_unless_told_otherwise() -> None:
 @pytest.mark.parametrize("field", fields(PR2Config), ids=lambda field: field.name)
 def test_a_flag_changes_its_setting_and_no_other(field: Any) -> None:
     words, value = other(field)
+    more, settings = WITH.get(field.name, ([], {}))
     assert value != field.default
-    assert config(*words) == replace(PR2Config(), **{field.name: value})
+    assert config(*words, *more) == replace(PR2Config(), **settings, **{field.name: value})
 
 
 def test_a_switch_can_be_given_both_ways() -> None:

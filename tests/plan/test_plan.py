@@ -73,6 +73,7 @@ CASES = {
     "replay alone": Case(1, {}, Workload(batch=3, seq=9), {"predictor": "none", "drift": False}),
     "no predictor": Case(1, {}, Workload(batch=3, seq=9), {"predictor": "none"}),
     "momentum, padded": Case(1, {}, Workload(batch=6, seq=11, padded=True, micro_batch=3), {"predictor": "momentum"}),
+    "look-ahead": Case(1, {}, Workload(batch=4, seq=9, mini_steps=2), {"predictor": "lookahead"}),
     "momentum, held back": Case(1, {}, Workload(batch=3, seq=9), {"predictor": "momentum", "hold_back": True}),
     "logits only, packed otherwise in the training passes": Case(
         2,
@@ -437,7 +438,7 @@ def test_ranks_add_up_to_the_totals(made: Plan) -> None:
         assert total.moved["features_received"] == 0
     samples = work.batch * min(work.seq - work.prompt, max(1, round((work.seq - work.prompt) * made.config.sample_fraction)))
     config = made.config
-    inputs = 2 * spec.hidden * ("learned" in config.predictor or (config.predictor == "momentum" and config.hold_back))
+    inputs = 2 * spec.hidden * ("learned" in config.predictor or (config.predictor != "none" and config.hold_back))
     kept, rest = divmod(total.memory["features"], len(spec.moe_layers) * (inputs + 4 * spec.num_experts))
     assert (rest, kept == samples) == (0, made.sample_fraction == config.sample_fraction)
     assert kept <= samples

@@ -362,9 +362,9 @@ def average_job(path: Path, directory: Path, ranks: int, load: bool) -> dict[str
         checkpoint.save(directory, 1, {"actor": actor.state_dict()})
     own = digest([parameter.data for parameter in actor.model.parameters()])
     with actor.proximal.swapped_in():
-        average = {name: digest(tensor) for name, tensor in actor.export()}
+        average = {name: digest(tensor) for name, tensor in actor.export(1)}
     assert digest([parameter.data for parameter in actor.model.parameters()]) == own
-    return {**average, "updates": str(actor.proximal.updates), "policy": digest(dict(actor.export()))}
+    return {**average, "updates": str(actor.proximal.updates), "policy": digest(dict(actor.export(1)))}
 
 
 def test_i6_another_layout_reads_the_same_average(tiny_checkpoint: Path, tmp_path: Path) -> None:
