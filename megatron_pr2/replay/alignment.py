@@ -28,8 +28,7 @@ from megatron_pr2.routes.agreement import least_hits, least_share, least_share_o
 
 Counts = npt.NDArray[np.float64]
 
-# Of each sequence so many rows are compared: over all layers enough to tell a sequence's routes from another's, and so few that the
-# pass does not notice (tools/bench_agreement.py).
+# Of each sequence so many rows are compared: over all layers enough to tell its routes from another's, and few of a long sequence.
 ROWS_PER_SEQUENCE = 64
 
 
