@@ -154,8 +154,9 @@ class Measurement:
         if self.hold_back is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
         self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
-        compared, updates = compared_rows(tokens, valid, self._config.seed), self._updates_at_push.get(version, -1)
-        older = [updates != self._updates or sequence.older for sequence in sequences]
+        compared = compared_rows(tokens, valid, self._config.seed)
+        present = {pushed for pushed, updates in self._updates_at_push.items() if updates == self._updates}
+        older = [sequence.older or not (sequence.versions_or(version) or {version}) <= present for sequence in sequences]
         self.agreement.begin(tokens, compared, older, predicted=self.pushes.predicts)
         self.plan.begin(tokens, sampled)
 

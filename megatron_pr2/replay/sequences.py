@@ -87,6 +87,10 @@ class ReplaySequence:
         token_ids = np.concatenate([prompt, response])
         return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids, versions=versions)
 
+    def versions_or(self, default: int | str | None) -> set[Any]:
+        """Versions of the weights that sampled it; the default where it does not say."""
+        return {default} if self.versions is None else set(np.asarray(self.versions).tolist()) - {-1}
+
 
 def _or_none(ids: Any) -> Any:
     """Of an empty list numpy makes floats."""
@@ -275,11 +279,7 @@ def versions_of(
     Names come in the order in which versions and horizons grow, those of the default version last.
     """
     told = {sequence.id: np.asarray(sequence.versions) for sequence in sequences if sequence.versions is not None}
-    used = {
-        (version, sequence.horizon)
-        for sequence in sequences
-        for version in (set(told[sequence.id].tolist()) - {-1} if sequence.id in told else (default,))
-    }
+    used = {(version, sequence.horizon) for sequence in sequences for version in sequence.versions_or(default)}
     if default is not None and not any(version == default for version, _ in used):
         used.add((default, None))
 

@@ -143,6 +143,26 @@ def test_a_step_ends_what_the_last_push_says() -> None:
     toy.old_logprobs(pr2, chunk, DATA)
 
 
+@pytest.mark.parametrize("told", ["version of the batch", "versions of the tokens", "nothing"])
+def test_a_push_before_the_batch_begins_does_not_make_older_routes_new(told: str) -> None:
+    """A loop that is one step behind pushes new weights, and then begins with what older ones have sampled."""
+    chunk = toy.ToyChunk(config())
+    pr2 = attach(chunk, PR2Config.preset("r3"))
+    tables = routes(changed=rounded_to_8_bits)
+    list(pr2.engine_weights([], version=1))
+    pr2.step(0.1)
+    list(pr2.engine_weights([], version=2))
+    sequences = toy.sequences(LENGTHS, tables)
+    if told == "versions of the tokens":
+        sequences = [replace(s, versions=[1] * (s.loss_stop - s.loss_start)) for s in sequences]
+    pr2.begin_rollout(sequences, version=1 if told == "version of the batch" else None)
+    if told == "nothing":  # so it is of the last push
+        with pytest.raises(ReplayError, match="where the weights are the same"):
+            toy.old_logprobs(pr2, chunk, DATA)
+    else:
+        toy.old_logprobs(pr2, chunk, DATA)
+
+
 def test_predicted_routes_are_compared_with_the_prediction() -> None:
     """The engine's gates are W + W_p: its routes are not those of W."""
     weights = [0.1 * torch.randn(16, toy.HIDDEN, generator=torch.Generator().manual_seed(layer)) for layer in range(4)]
