@@ -513,7 +513,7 @@ def test_the_table_in_the_documentation_is_generated() -> None:
         layout, largest = found["layout"], found["largest"]
         sizes = f"TP {layout['tp']} x PP {layout['pp']} x CP {layout['cp']} x DP {layout['dp']}"
         memory, moved = largest["memory"], largest["moved"]
-        predictor = sum(memory[part] for part in ("weight", "gradient", "adam", "snapshot"))
+        predictor = sum(memory[part] for part in ("weight", "gradient", "adam", "pushes"))
         shown = [
             f"{predictor / (1 << 20):.0f} MiB", f"{memory['slices'] / (1 << 20):.0f} MiB", f"{memory['features'] / GIB:.1f} GiB",
             f"{memory['tables'] / GIB:.1f} GiB", f"{largest['host_bytes'] / GIB:.1f} GiB",
