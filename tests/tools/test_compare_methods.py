@@ -80,7 +80,7 @@ def test_every_method_is_what_its_name_says(grid: ModuleType, tmp_path: Path) ->
     ]  # fmt: skip
     for name, pr2 in cells.items():
         if name not in ("grpo", "r2", "r3"):
-            base, at, _ = name.removesuffix("+hold").partition("@")
+            base, _, at = name.removesuffix("+hold").partition("@")
             assert pr2.routes == (at if at == "actor" else "engine")
             assert pr2.hold_back == name.endswith("+hold")
             assert pr2.predictor == {"pr2-post": "learned", "pr2-delta": "learned"}.get(base, base)

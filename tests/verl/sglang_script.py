@@ -53,7 +53,8 @@ async def answer() -> dict[str, object]:
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
     server = PR2SGLangHttpServer(config.rollout, config.model, RolloutMode.STANDALONE, [], 0, 0, 1, "", 0)
     await server.launch_server()
-    output = await server.generate([5, 6, 7, 8], {"temperature": 1.0, "logprobs": True, "max_new_tokens": 12}, "request")
+    sampling = {"temperature": 1.0, "logprobs": True, "max_new_tokens": 12, "ignore_eos": True}
+    output = await server.generate([5, 6, 7, 8], sampling, "request")
     return {
         "token_ids": list(output.token_ids),
         "log_probs": list(output.log_probs),
