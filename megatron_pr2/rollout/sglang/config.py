@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,10 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_url(url: str, *, allow_remote: bool, has_key: bool) -> None:
@@ -159,12 +163,13 @@ class SGLangConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"sglang.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name, value in vars(self).items():
-            if name in ("retries", "rerolls", "first_gpu"):
-                if value < 0:
-                    raise ConfigError(f"sglang.{name}={value}: expected 0 or more")
-            elif isinstance(value, int | float) and not isinstance(value, bool) and name != "max_total_tokens" and value <= 0:
-                raise ConfigError(f"sglang.{name}={value}: expected a positive number")
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if not _is_number(setting.default) or name == "max_total_tokens":
+                continue
+            least = "0 or more" if name in ("retries", "rerolls", "first_gpu") else "a positive number"
+            if not _is_number(value) or value < 0 or (value == 0 and least != "0 or more"):
+                raise ConfigError(f"sglang.{name}={value!r}: expected {least}")
         for flag in self.extra_flags:
             name = flag.split("=")[0]
             # argparse takes abbreviations: "--hos" would be a second --host. Those of secrets are refused by SGLangServer.
