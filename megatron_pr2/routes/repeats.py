@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_pr2.routes.table import RouteTable
 
@@ -22,11 +23,23 @@ def longest_repeat(table: RouteTable, token_ids: Any) -> int:
     Args:
         token_ids: integers, one per row of the table.
     """
+    return int(np.diff(_run_edges(table, token_ids)).max()) - 1
+
+
+def repeated_rows(table: RouteTable, token_ids: Any) -> npt.NDArray[np.bool_]:
+    """[T] bool: the rows of runs that are longer than `most_repeats`; arguments as for `longest_repeat`."""
+    found, edges = np.zeros(table.num_tokens, dtype=bool), _run_edges(table, token_ids)
+    for run in np.flatnonzero(np.diff(edges) - 1 > most_repeats(table.num_tokens, table.num_layers)):
+        found[edges[run] + 2 : edges[run + 1] + 1] = True
+    return found
+
+
+def _run_edges(table: RouteTable, token_ids: Any) -> npt.NDArray[np.int64]:
+    """Pairs of rows (i, i + 1) that are no repeat, and both ends; a run is between two of them."""
     ids, rows = np.asarray(token_ids), table.experts
     same = (rows[1:] == rows[:-1]).all(axis=(1, 2)) & table.valid[1:] & table.valid[:-1] & (ids[1:] != ids[:-1])
     (breaks,) = np.nonzero(~same)
-    edges = np.concatenate(([-1], breaks, [len(same)]))
-    return int(np.diff(edges).max()) - 1
+    return np.concatenate(([-1], breaks, [len(same)]))
 
 
 def most_repeats(rows: int, layers: int) -> int:

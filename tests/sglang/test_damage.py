@@ -177,7 +177,7 @@ def test_no_change_of_a_byte_raises_anything_else_than_an_error_of_this_package(
     assert accepted < 500
 
 
-def test_a_row_that_is_repeated_over_other_tokens_is_refused() -> None:
+def test_a_row_that_is_repeated_over_other_tokens_is_missing() -> None:
     shape = SHAPES[0]
     ask, answer = honest(shape, Random(0))
     ids = random_ids(80, 4, 4, 16, seed=1)
@@ -188,5 +188,7 @@ def test_a_row_that_is_repeated_over_other_tokens_is_refused() -> None:
     assert parsed(json.dumps(answer).encode(), ask, shape).invalid_rows == 0
     ids[5:60] = ids[5]
     answer["meta_info"]["routed_experts"] = encoded(ids)
-    with pytest.raises(RouteError, match=r"54 rows of routes in succession equal the row before them .*stale buffer"):
-        parsed(json.dumps(answer).encode(), ask, shape)
+    found = parsed(json.dumps(answer).encode(), ask, shape)
+    assert found.invalid_rows == 54
+    assert found.routes is not None
+    assert np.flatnonzero(~found.routes.valid).tolist() == [*range(6, 60), num]

@@ -85,6 +85,23 @@ def test_invalid_answers_are_retried(fake: FakeServer, change: Any) -> None:
     engine.close()
 
 
+def test_repeated_rows_fall_back_where_a_retry_does_not_help(fake: FakeServer) -> None:
+    def stale(meta: dict[str, Any]) -> None:
+        rows = np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4").reshape(-1, SHAPE.num_hidden_layers, SHAPE.topk)
+        meta["routed_experts"] = base64.b64encode(np.repeat(rows[:1], len(rows), axis=0).tobytes()).decode()
+
+    prompt = tuple(range(3, 63))
+    damaged(fake, 3, stale)
+    engine = engine_on(fake, rerolls=2)
+    batch = engine.generate([RolloutRequest(prompt, 0)], SAMPLING, return_routes=True)
+    engine.close()
+    assert batch.stats.extra["rerolls"] == 2
+    assert batch.stats.extra["invalid_rows"] >= len(prompt) - 1
+    (response,) = batch.responses
+    assert response.routes is not None
+    assert response.routes.num_missing == batch.stats.extra["invalid_rows"] + 1
+
+
 def test_another_attempt_has_another_id(fake: FakeServer) -> None:
     fake.overrides["/generate"] = lambda body, call: (503, {}) if call % 2 == 0 else None
     engine = engine_on(fake, retries=3)

@@ -127,7 +127,8 @@ class RolloutCall:
                 self.counts["interrupted"] += 1
             if sampled.invalid_rows and episode.failures < self.config.rerolls:
                 raise RouteError(
-                    f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids"
+                    f"{where}: {sampled.invalid_rows} rows of routes hold duplicate, all-zero or out-of-range expert ids, "
+                    "or repeat the row before them in all layers though the tokens differ (a stale buffer)"
                 )
             episode.extend(await self._kept(sampled), where)
         except _RETRIED as error:

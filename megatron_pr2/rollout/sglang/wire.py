@@ -13,7 +13,7 @@ from megatron_pr2.errors import RolloutError, RouteError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import SamplingParams
 from megatron_pr2.rollout.sglang.routes import AnswerError, decode_table
-from megatron_pr2.routes.repeats import longest_repeat, most_repeats
+from megatron_pr2.routes.repeats import repeated_rows
 from megatron_pr2.routes.table import RouteTable
 
 # [log-prob, token id, null] in JSON, with room for another spelling of the numbers.
@@ -131,7 +131,7 @@ def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[s
     Raises:
         AnswerError: fields are missing or contradict each other.
         RouteError: routes of a wrong shape, or routes that were recomputed under weights other than those that sampled. Single
-            bad rows are no error: they come back invalid and are counted.
+            bad rows, and rows that repeat longer than chance explains, are no error: they come back invalid and are counted.
         RolloutError: sampled from weights that this engine did not push.
     """
     meta, token_ids = _meta_and_ids(answer, where)
@@ -163,12 +163,8 @@ def parse_generate(answer: Any, ask: Ask, shape: ModelShape, versions: Mapping[s
     encoded: Any = meta.get("routed_experts")
     num_tokens = len(ask.input_ids) + len(token_ids) - ask.first_row
     routes = decode_table(encoded, num_tokens=num_tokens, shape=shape, where=where, first_row=ask.first_row)
-    repeated = longest_repeat(routes, [*ask.input_ids, *token_ids][ask.first_row :])
-    if repeated > (most := most_repeats(num_tokens, routes.num_layers)):
-        raise RouteError(
-            f"{where}: {repeated} rows of routes in succession equal the row before them in all layers, though the tokens differ "
-            f"(at most {most} by chance): the server returned a stale buffer"
-        )
+    repeated = repeated_rows(routes, [*ask.input_ids, *token_ids][ask.first_row :])
+    routes.experts[repeated], routes.valid[repeated] = 0, False
     return Sampled(
         token_ids, logprobs, of_token, routes, reason, len(encoded), routes.num_missing - 1, cached_tokens, retractions
     )
