@@ -29,7 +29,7 @@ from megatron_pr2.errors import RolloutError
 PARENT_VARIABLE = "MEGATRON_PR2_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 20
-_POLL_S = 0.1
+_POLL_S = 0.25
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 

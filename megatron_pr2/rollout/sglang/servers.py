@@ -74,7 +74,8 @@ class SGLangServers:
         fleet, loop = self.running(), self._loop
         assert loop is not None
         broken = [r for r in self.replicas if not r.connected or r.index in fleet.lost or r.why_dead() is not None]
-        router_died = self._why_router_died() is not None
+        # Without a front, a restart before this one failed after it had stopped the router.
+        router_died = self._config.router == "own" and (self._why_router_died() is not None or fleet.front is None)
         if router_died:
             self._stop_router()
         elif not broken:

@@ -21,6 +21,7 @@ import httpx
 
 from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
+from megatron_pr2.rollout.sglang.config import is_loopback
 from megatron_pr2.rollout.sglang.gateway.launch import API_KEY_VARIABLE
 from megatron_pr2.rollout.sglang.python import check_module, find_python, package_environment
 
@@ -38,7 +39,7 @@ class SGLangRouter(ChildProcess):
         python: interpreter of an environment with sglang-router; found by find_python() if None.
         policy: how a server is chosen: "cache_aware" is the one that has seen the beginning of the prompt, unless it has more to
             do than the others. power_of_two asks for the load under an address that SGLang 0.5.23 no longer has.
-        bind: IP address to listen on, or "localhost".
+        bind: IP address to listen on, or "localhost". An address beyond this machine needs an api_key.
         start_timeout_s: from process start until every server is registered.
     """
 
@@ -57,6 +58,8 @@ class SGLangRouter(ChildProcess):
             self._address = str(ipaddress.ip_address("127.0.0.1" if bind == "localhost" else bind))
         except ValueError as error:
             raise ConfigError(f"router: bind={bind!r}: expected an IP address, e.g. 127.0.0.1") from error
+        if api_key is None and not is_loopback(self._address):
+            raise ConfigError(f"router: bind={bind!r} lets other machines reach it: give an api_key, or use bind='127.0.0.1'")
         self._python = find_python(python, module="sglang_router")
         check_module(self._python, "sglang_router", "pip install sglang-router==0.3.2 there, or use router='none'")
         self.worker_urls = [url.rstrip("/") for url in worker_urls]
@@ -146,12 +149,14 @@ class SGLangRouter(ChildProcess):
         self._wait_for({new_url}, time.monotonic() + self._start_timeout_s)
 
     def _wait_for(self, urls: set[str], deadline: float) -> None:
-        missing = set(urls)
+        missing = urls
 
         def registered() -> bool:
+            nonlocal missing
             with contextlib.suppress(RolloutError):  # it does not listen yet
-                missing.intersection_update(urls - set(self.healthy_workers()))
-            return not missing
+                missing = urls - set(self.healthy_workers())
+                return not missing
+            return False
 
         def late() -> str:
             return (
