@@ -99,9 +99,9 @@ class Run:
     def result(self) -> Result:
         pr2 = self.pr2
         assert pr2.predictor is not None
-        self.begin_rollout()
         for site in pr2.sites:
             pr2.predictor.weight_LEH[site.local].copy_(_noise(site, 0.02, seed=11))
+        self.begin_rollout()
         logprobs, first = self.old_logprobs()
         with torch.no_grad():
             for site in pr2.sites:
