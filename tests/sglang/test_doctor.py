@@ -86,7 +86,7 @@ def test_nothing_is_wrong_with_a_real_engine(engine: SGLangEngine, tiny: TinyMod
         "prefix cache", "repetition", "handshake", "latency",
     ]  # fmt: skip
     assert "100.00% of the routes" in found["handshake"]["detail"]
-    assert "it held 47 tokens" in found["prefix cache"]["detail"]
+    assert "it held 255 tokens" in found["prefix cache"]["detail"]
     assert "tokens/s" in found["latency"]["detail"]
     assert replica.api_key not in result.output
 

@@ -51,8 +51,9 @@ class Probes:
         self._client, self._shape, self._router = client, shape, router
         self._busy = 0
         self.label: Any = None
-        # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones.
-        vocabulary = shape.vocab_size if shape is not None else 100
+        # Ids beyond the vocabulary kill SGLang's scheduler: without a config, only small ones. Not the last ones of a vocabulary
+        # either, which may be padding: SGLang reports ids beyond the tokenizer's as 0.
+        vocabulary = shape.vocab_size // 2 if shape is not None else 100
         self._ids = [3 + 7919 * (index + 1) % max(1, vocabulary - 3) for index in range(PROBE_TOKENS)]
 
     def _ask(self, *, through_rid: bool, score: bool = False) -> tuple[Any, Mapping[str, Any]]:
