@@ -50,7 +50,7 @@ def plan(
         int | None, typer.Option(help="The same in the old-log-prob pass, if it is cut otherwise: routes and features then move.")
     ] = None,
     padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
-    predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum or learned+momentum.")] = "learned",
+    predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum, learned+momentum or lookahead.")] = "learned",
     hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
     drift: Annotated[bool, typer.Option(help="Drift is measured, from features; not for replay alone.")] = True,
     sample_fraction: Annotated[

@@ -69,7 +69,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"{count(layout.world_size)} ranks: TP {layout.tensor} x PP {layout.pipeline} x CP {layout.context} x DP {layout.data}, "
         f"experts EP {layout.expert} x ETP {layout.expert_tensor}; {count(replica)} ranks (a replica) train the same sequences",
         f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
-        f"{plan.sample_fraction:.2g} of the response tokens{budget}; predictor {config.predictor}",
+        f"{plan.sample_fraction:.3g} of the response tokens{budget}; predictor {config.predictor}",
     ]
     console.print(Text("\n".join(lines)))
     console.print(_table(plan, "Memory", {name: words for name, (_, words) in MEMORY.items()}, "memory"))

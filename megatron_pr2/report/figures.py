@@ -101,21 +101,27 @@ def chart(name: str, *panels: Panel, height: float = 2.8) -> Plot | None:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    series = [line for line in panel.lines if line.values.notna().any()]
-    x = np.asarray(series[0].values.index, dtype=np.float64)
+    shown = [line for line in panel.lines if line.values.notna().any()]
+    # Lines may lack points that others have.
+    index = shown[0].values.index
+    for line in shown[1:]:
+        index = index.union(line.values.index)
+    halves = [None if line.half is None else line.half.reindex(index) for line in shown]
+    series = [line._replace(values=line.values.reindex(index), half=half) for line, half in zip(shown, halves, strict=True)]
+    x = np.asarray(index, dtype=np.float64)
     width = (x[-1] - x[0]) / max(1, x.size - 1) or 1.0
     everything = pd.concat([line.values for line in series])
     positive = everything[everything > 0]
     log = panel.log if positive.max() > 10 * positive.min() else 0
-    bottom = pd.Series(0.0, index=series[0].values.index)
+    bottom = pd.Series(0.0, index=index)
     if panel.shade is not None:
         for sign, colour in ((1, "green"), (-1, "red")):
             axes.fill_between(x, 0, (sign * panel.shade).clip(lower=0) * sign, color=LIGHT[colour], alpha=0.3, linewidth=0)
     for label, at in panel.rules.items():
         axes.axhline(at, color=LIGHT["muted"], label=label or None, linewidth=1, linestyle="--" if at else "-")
-    for index, line in enumerate(series):
+    for number, line in enumerate(series):
         values = line.values.where(line.values > 0) if log else line.values
-        place = x + panel.spread * (index / max(1, len(series) - 1) - 0.5) * (len(series) > 1)
+        place = x + panel.spread * (number / max(1, len(series) - 1) - 0.5) * (len(series) > 1)
         style: dict[str, Any] = {"color": LIGHT[line.colour], "label": line.label}
         if panel.kind == "area":
             top = bottom + values.fillna(0)
@@ -135,7 +141,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         if line.half is not None:
             axes.fill_between(x, values - line.half, values + line.half, color=style["color"], alpha=0.2, linewidth=0)
     axes.set_ylabel(panel.y)
-    x_axis(axes, series[0].values.index, width)
+    x_axis(axes, index, width)
     form = panel.form
     if log:
         log_scale(axes, log)

@@ -188,8 +188,6 @@ class Actor:
 
     def look_ahead(self, samples: Sequence[Sample]) -> None:
         """After the last mini-step: what the next updates will do to the routers, on a share of the batch's samples."""
-        if not self.pr2.config.looks_ahead:
-            return
         size = self._config.algorithm.micro_batch_size
         items = micro_batches(samples[: math.ceil(LOOK_AHEAD_SHARE * len(samples))], size, self._pad_id)
 

@@ -7,10 +7,12 @@ read (config.py); what only a built model or a running server can tell is refuse
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +215,13 @@ def _check_context(settings: SGLangConfig, model: dict[str, Any], longest: int) 
                 f"a prompt has {longest} tokens, and {name} is {limit}, for prompt and response together; use shorter prompts or a "
                 "larger limit"
             )
+
+
+def context_length(sglang: Mapping[str, Any]) -> float:
+    """Tokens of prompt and response that `rollout.sglang` allows; infinity where it says nothing of it."""
+    flags = [part for flag in sglang.get("extra_flags") or () for part in str(flag).split("=")]
+    said = [value for flag, value in pairwise(flags) if flag == "--context-length"]
+    return min((float(each) for each in (sglang.get("max_total_tokens"), *said) if each), default=math.inf)
 
 
 def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:

@@ -83,7 +83,13 @@ class PromptQueue:
                 f"the run was started with {state['num_examples']} examples, the data set has {len(self._examples)}; "
                 "resume with the data the run was started with"
             )
-        self._next_group, self._waiting = state["next_group"], list(state["waiting"])
+        waiting = list(state.get("waiting", []))
+        if "next_group" not in state or not all(isinstance(group, int) for group in waiting):
+            raise ConfigError(
+                "the checkpoint is of a release that numbered prompts otherwise; finish the run with that release, or start again "
+                "in another run=DIRECTORY"
+            )
+        self._next_group, self._waiting = state["next_group"], waiting
 
     def _order_of(self, epoch: int) -> list[int]:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._examples)).tolist()

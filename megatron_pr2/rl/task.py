@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_pr2.errors import ConfigError
+
 SPLITS = ("warmstart", "train", "eval")
 # Every prompt belongs to exactly one split, decided by a checksum of its text: 4/10 warm-start, 5/10 train, 1/10 eval.
 _BUCKETS = ("warmstart",) * 4 + ("train",) * 5 + ("eval",)
@@ -64,10 +66,14 @@ def make_problems(config: TaskConfig, split: str, count: int, seed: int) -> list
     """`count` different problems of one split; the same arguments give the same problems."""
     rng = random.Random(f"{seed}:{split}")
     found: dict[str, Problem] = {}
-    while len(found) < count:
+    for _ in range(1000 + 200 * count):
+        if len(found) >= count:
+            break
         problem = draw_problem(config, rng)
         if split_of(problem.prompt) == split:
             found.setdefault(problem.prompt, problem)
+    if len(found) < count:
+        raise ConfigError(f"only {len(found)} different {split} prompts found for {config}; expected {count}: allow more terms")
     return list(found.values())
 
 

@@ -83,8 +83,13 @@ def save_tiny_model(model: Qwen3MoeForCausalLM, path: str | Path) -> Path:
     """Writes config, generation config, safetensors and tokenizer into directory `path`, which is created if needed."""
     from transformers.utils import logging as hf_logging
 
+    showed = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # the file has half a megabyte
-    model.save_pretrained(str(path))
+    try:
+        model.save_pretrained(str(path))
+    finally:
+        if showed:
+            hf_logging.enable_progress_bar()
     return save_byte_tokenizer(path, model.config.max_position_embeddings)
 
 

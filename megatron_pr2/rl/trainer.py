@@ -7,6 +7,7 @@ push merged gates -> generate with routes -> rewards, advantages -> begin_rollou
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_pr2.errors import RolloutError
-from megatron_pr2.parallel.consensus import attempt, failures_of_all
+from megatron_pr2.parallel.consensus import failures_of_all
 from megatron_pr2.replay.logprob_gap import BOUNDS, OLDER_BOUNDS, judge
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.report.display import LiveDisplay
@@ -31,6 +32,7 @@ from megatron_pr2.rl.batch import Sample, group_horizons, mini_batch_order
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, encode
 from megatron_pr2.rl.losses import group_advantages
+from megatron_pr2.rl.preflight import context_length
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import gap_summary, logprob_gap, replay_summary, rollout_summary, update_summary
@@ -137,8 +139,9 @@ class Trainer:
                 self.monitor.phase(f"mini-step {mini_step} of {kappa}")
                 mini_batch = samples[(mini_step - 1) * size : mini_step * size]
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
-        with self._timed("look_ahead"):
-            self._actor.look_ahead(samples)
+        if self._actor.pr2.config.looks_ahead:
+            with self._timed("look_ahead"):
+                self._actor.look_ahead(samples)
         seconds, group = time.monotonic() - started, mpu.get_data_parallel_group()
         self._record |= {
             "wall_seconds": seconds,
@@ -196,11 +199,16 @@ class Trainer:
     def _handshake(self) -> None:
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
         ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)
-        # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-        # An engine samples one token after it.
-        longest = getattr(unwrapped(self._actor.model), "max_sequence_length", PROBE_TOKENS + 1) - 1
-        probe, dtype, layers = probe_of(ids, min(PROBE_TOKENS, longest)), self._config.model.dtype, self._actor.pr2.moe_layers
-        report, failure = attempt(lambda: handshake(self._engine, self._reference, probe, dtype, layers))
+        context = getattr(unwrapped(self._actor.model), "max_sequence_length", math.inf)
+        # One token is sampled after it, and SGLang keeps six of its context for itself.
+        longest = min(context, context_length(self._config.rollout.sglang)) - 7
+        probe, dtype, layers = probe_of(ids, int(min(PROBE_TOKENS, longest))), self._config.model.dtype, self._actor.pr2.moe_layers
+        report, failure = None, None
+        try:
+            report = handshake(self._engine, self._reference, probe, dtype, layers)
+        except RolloutError as error:
+            # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
+            failure = str(error)
         if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
             raise RolloutError(failures[min(failures)])
         assert report is not None

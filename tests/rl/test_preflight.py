@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
@@ -21,7 +22,7 @@ from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.data import load_examples
 from megatron_pr2.rl.launch import _alone, _claim, train
-from megatron_pr2.rl.preflight import check, check_place, check_tokenizer
+from megatron_pr2.rl.preflight import check, check_place, check_tokenizer, context_length
 from megatron_pr2.rollout.sglang.python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,3 +283,16 @@ def test_nothing_heavy_is_imported_and_no_process_started(model: Path, tmp_path:
     done = subprocess.run([sys.executable, "-c", CALL, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert "vocab_size is 60" in done.stderr, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "code 1 []"
+
+
+@pytest.mark.parametrize(
+    ("sglang", "length"),
+    [
+        ({}, math.inf),
+        ({"max_total_tokens": 300}, 300.0),
+        ({"extra_flags": ["--context-length", "200"], "max_total_tokens": 300}, 200.0),
+        ({"extra_flags": ["--other", "--context-length=100"]}, 100.0),
+    ],
+)
+def test_the_context_that_servers_are_given(sglang: dict[str, Any], length: float) -> None:
+    assert context_length(sglang) == length

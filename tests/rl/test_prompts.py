@@ -96,6 +96,13 @@ def test_a_run_goes_on_with_the_data_it_was_started_with() -> None:
         queue().load_state_dict({**queue().state_dict(), "num_examples": 21})
 
 
+@pytest.mark.parametrize("old", [{"waiting": [(3, 4)]}, {"next_group": ...}])
+def test_a_checkpoint_that_numbered_prompts_otherwise_is_refused(old: dict[str, Any]) -> None:
+    state = {name: value for name, value in {**queue().state_dict(), **old}.items() if value is not ...}
+    with pytest.raises(ConfigError, match="numbered prompts otherwise"):
+        queue().load_state_dict(state)
+
+
 def test_an_environment_is_made_for_every_response(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = queue("rollout.environment=tests.rl.test_prompts:Tool")
     requests = prompts.requests()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 
+import pytest
+
+from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.data import load_examples
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.task import SPLITS, TaskConfig, guess, make_problems, split_of, write_problems
@@ -54,3 +57,9 @@ def test_written_problems_load(tmp_path):
     problems = make_problems(TaskConfig(), "eval", 20, 0)
     examples = load_examples(write_problems(problems, tmp_path / "new" / "eval.jsonl"))
     assert [(e.prompt, e.answer) for e in examples] == [(p.prompt, p.answer) for p in problems]
+
+
+def test_more_problems_than_there_are() -> None:
+    few = TaskConfig(max_digit=1, min_terms=2, max_terms=2)
+    with pytest.raises(ConfigError, match=r"only \d different train prompts found"):
+        make_problems(few, "train", 5, 0)

@@ -152,6 +152,7 @@ class Comparison:
         table = self._with_heads(table[table["measure"].isin(BY_KEY)])
         found = zip(table["difference"], table["difference_half"], (BY_KEY[key].better for key in table["measure"]), strict=True)
         words = [Interval(mean, half).verdict(better) if better and mean == mean else "" for mean, half, better in found]
+        table.loc[(table["method"] != table["baseline"]) & table["common_seeds"].isna(), "common_seeds"] = 0
         _write(path, table.assign(verdict=words).astype({"common_seeds": "Int64"})[SUMMARY])
 
     def write_mini_steps(self, path: Path) -> None:
