@@ -51,6 +51,10 @@ class StaticRoutes:
         ids_TK = torch.where(self.missing_T.unsqueeze(1), live_TK, self.ids_TK)
         return scores.gather(1, ids_TK), ids_TK
 
+    def counted(self, map_TE: Tensor) -> Tensor | None:
+        """As a session counts where there is no padding."""
+        return map_TE if self._record else None
+
 
 def captured(work: Callable[[], R], device: torch.device) -> Callable[[], R]:
     """`work` as a captured CUDA graph: each call runs it again and gives the same tensors with new values.
