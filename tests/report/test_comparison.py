@@ -304,6 +304,16 @@ def test_a_run_without_configuration_is_known_by_its_records(tmp_path: Path) -> 
     assert (setting.label, list(setting.methods), list(setting.methods["pr2"])) == ("off-2, lr 3e-4", ["pr2"], [5])
 
 
+@pytest.mark.parametrize(("logged", "lr"), [(0.0, 0.0), (None, math.nan)])
+def test_a_rate_that_starts_at_0_or_was_not_finite(tmp_path: Path, logged: float | None, lr: float) -> None:
+    path = make(tmp_path / "a", "pr2", 5)
+    (path / "config.yaml").unlink()
+    records = [json.loads(line) | {"lr": logged} for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (setting,) = load([path])
+    assert setting.lr == pytest.approx(lr, nan_ok=True)
+
+
 # ---- page, Markdown, CSV -------------------------------------------------------------------------------------------------
 
 

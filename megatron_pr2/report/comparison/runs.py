@@ -163,7 +163,7 @@ def _read(path: Path, given: str | None, group: str) -> Run:
         "preset": str(first.get("preset", "unknown")),
         "seed": int(first.get("seed") or 0),
         _MINI_STEPS: len(first.get("mini_steps") or []),
-        _LR: first.get("lr", math.nan),
+        _LR: math.nan if first.get("lr") is None else first["lr"],
     }
     file = path / "config.yaml"
     if file.exists():
