@@ -191,7 +191,9 @@ class PR2(Parts):
         return self._mini_steps.metrics()
 
     def end_rollout(self) -> None:
-        """After the last mini-step: frees routes and features, whose memory a colocated engine needs. Not collective.
+        """After the last mini-step: frees routes and features, whose memory a colocated engine needs.
+
+        Collective only where it makes up for a forgotten step().
 
         Without it, what the batch says of the prediction counts one push later.
         """

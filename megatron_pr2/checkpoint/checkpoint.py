@@ -161,7 +161,8 @@ def _has_predictor(pr2: Contents, found: files.Shapes, where: str | Path) -> boo
     Raises:
         CheckpointError: it is of other layers, experts or another hidden size.
     """
-    ours = {key: shape for key, shape in found.items() if key.startswith(PREFIX) and key.endswith((".weight", ".momentum"))}
+    kinds = (".weight", ".momentum", ".lookahead")
+    ours = {key: shape for key, shape in found.items() if key.startswith(PREFIX) and key.endswith(kinds)}
     if pr2.predictor is None:
         if ours:
             _say("%s has a predictor, but predictor='none' is configured: ignored", where)

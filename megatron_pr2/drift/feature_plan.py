@@ -153,7 +153,8 @@ class FeaturePlan:
 
     def _keys(self) -> npt.NDArray[np.float64]:
         """Per token of the rollout batch, the same one on every rank."""
-        return np.concatenate([thinning_keys(self._seed, sid, length) for sid, length in self._tokens.lengths.items()])
+        parts = [thinning_keys(self._seed, sid, length) for sid, length in self._tokens.lengths.items()]
+        return np.concatenate(parts) if parts else np.zeros(0)  # a rank may have no sequence
 
     def absent(self, tokens_T: IntArray) -> int:
         """Sampled tokens among a micro-batch's rows whose features no log-prob pass kept."""

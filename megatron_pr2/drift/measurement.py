@@ -186,7 +186,7 @@ class Measurement:
         try:
             if self._horizon is not None:
                 for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
-                    of_rows = np.where(tokens_T >= 0, self._horizon[tokens_T], np.float32(1.0))
+                    of_rows = np.append(self._horizon, np.float32(1.0))[tokens_T]  # -1 is padding
                     self._row_horizons[micro_batch.key] = self._to_device(of_rows[:, None])  # [T, 1]; padding is 1
             self._locate(micro_batches, rows)
             self.agreement.open(micro_batches, rows)

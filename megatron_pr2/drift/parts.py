@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -136,4 +137,6 @@ class Parts:
         multiple = max(1.0, self.predictor.size_of(updates))
         change_LEH = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
         self.predictor.look(change_LEH, updates)
+        if not math.isfinite(self.predictor.weight_norm()):
+            self.measurement.pushes.start_over()
         self.progress.looked = True

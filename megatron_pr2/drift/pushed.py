@@ -217,5 +217,5 @@ def predicted(layer: int, parts: Sequence[RowsOfPush], h_old_SH: Tensor, p_old_S
             if part.rows is None:
                 return p_old_SE + shift_logits(h_old_SH, part.push.delta(layer))
             shift_SE = shift_logits(h_old_SH.index_select(0, part.rows), part.push.delta(layer))
-            q_hat_SE = q_hat_SE.index_add(0, part.rows, shift_SE)
+            q_hat_SE = q_hat_SE.index_add(0, part.rows, shift_SE.to(q_hat_SE.dtype))
     return q_hat_SE

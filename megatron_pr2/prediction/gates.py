@@ -58,6 +58,7 @@ def merge_gates(
     """
     of_hidden = {layer: layer for layer in w_by_layer} if layers is None else layers.of_hidden
     merged = set()
+    failure: str | None = None  # raised behind the last weight: other ranks take part in the export
     for name, tensor in weights:
         if match := GATE_NAME.search(name):
             number = int(match.group(1))
@@ -65,12 +66,14 @@ def merge_gates(
             if layer is not None and layer in w_by_layer:
                 merged.add(layer)
                 if routers is not None and tensor.dtype != routers:
-                    raise AttachError(
+                    failure = (
                         f"engine_weights: {name} comes in {tensor.dtype}, the router has {routers}, so that what arrives would not "
                         "be what is judged; export gates as they are, and say gate_dtype= for a push in another dtype"
                     )
                 tensor = merge_gate(tensor, w_by_layer[layer], pushed, seed=seed, layer=layer)
         yield name, tensor
+    if failure is not None:
+        raise AttachError(failure)
     if merged != set(w_by_layer):
         why = "if the weights are those of one pipeline stage only, say own_stage=True"
         if not merged:

@@ -137,7 +137,7 @@ def _random_states_kept() -> Iterator[None]:
     """Torch's random state, and Megatron-Core's by parallel axis, are afterwards as they were."""
     tracker = get_cuda_rng_tracker()
     states = tracker.get_states()
-    with torch.random.fork_rng(enabled=True):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         try:
             yield
         finally:

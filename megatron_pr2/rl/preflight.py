@@ -222,7 +222,8 @@ def context_length(sglang: Mapping[str, Any]) -> float:
     flags = [part for flag in sglang.get("extra_flags") or () for part in str(flag).split("=")]
     said = [value for flag, value in pairwise(flags) if flag == "--context-length"]
     # What is no number SGLang refuses by its name.
-    return min((float(each) for each in (sglang.get("max_total_tokens"), *said) if str(each).isdigit()), default=math.inf)
+    given = (str(each) for each in (sglang.get("max_total_tokens"), *said))
+    return min((float(each) for each in given if each.isdigit()), default=math.inf)
 
 
 def sglang_config(config: TrainConfig, model_path: str) -> SGLangConfig:

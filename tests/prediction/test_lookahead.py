@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError
@@ -214,3 +216,33 @@ def test_what_would_undo_it_is_refused() -> None:
     chunk.ddp_config = SimpleNamespace(overlap_param_gather=True)
     with pytest.raises(AttachError, match="overlap_param_gather=True"):
         attach(chunk, toy.preset("pr2", predictor="lookahead"))
+
+
+def _saved_and_loaded(directory: str) -> tuple[Tensor, Tensor, float, float]:
+    """(W_p, horizon) of a handle and of another one that loads what it saved."""
+    host.init()
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    look(pr2, chunk, data)
+    pr2.save(directory)
+    other, _, _ = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    other.load(directory)
+    assert pr2.predictor is not None
+    assert other.predictor is not None
+    return pr2.predictor.weight_LEH, other.predictor.weight_LEH, pr2.predictor.horizon, other.predictor.horizon
+
+
+def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:
+    ((saved, loaded, horizon, same),) = pool(1).run(_saved_and_loaded, str(tmp_path / "pr2"))
+    assert saved.any()
+    assert torch.equal(saved, loaded)
+    assert horizon == same == 0.5
+
+
+def test_what_is_not_finite_starts_over(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    monkeypatch.setattr("megatron_pr2.prediction.lookahead.ridge_fit", lambda inputs, *_: torch.full((2, EXPERTS, 32), math.inf))
+    with caplog.at_level(logging.WARNING):
+        look(pr2, chunk, data)
+    assert pr2.predictor is not None
+    assert not pr2.predictor.weight_LEH.any()
+    assert "not finite" in caplog.text
