@@ -7,7 +7,7 @@ as the optimizer itself would write it: at a small learning rate few of its entr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +20,30 @@ from megatron_pr2.prediction.optimizer_moments import partial_updates, sharding_
 from megatron_pr2.replay.sites import unwrapped
 
 
-def dense_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained weights of a model but its experts'; each once.
+def require_no_gathering(chunks: Sequence[nn.Module], swapped: str, setting: str) -> None:
+    """Refuses chunks that gather weights during the forward, which would undo what :func:`swapped_in` writes over them.
+
+    Args:
+        swapped: what takes the weights' place, and the `setting` that asks for it; for the message.
 
     Raises:
-        AttachError: the chunks gather weights during the forward, which would undo what is written over them.
+        AttachError: they do.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
             raise AttachError(
-                "overlap_param_gather=True gathers the policy's weights during the forward, over those that look ahead; to use "
-                "predictor=lookahead set it to False in DistributedDataParallelConfig and OptimizerConfig"
+                f"overlap_param_gather=True gathers the policy's weights during the forward, over {swapped}; to use {setting} set "
+                "it to False in DistributedDataParallelConfig and OptimizerConfig"
             )
+
+
+def dense_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained weights of a model but its experts'; each once.
+
+    Raises:
+        AttachError: the chunks gather weights during the forward.
+    """
+    require_no_gathering(chunks, "those that look ahead", "predictor=lookahead")
     found = {
         id(parameter): parameter
         for chunk in chunks
@@ -78,16 +90,16 @@ def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -
 
 
 @contextmanager
-def swapped_in(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """The model runs with `values`; afterwards with its own weights, bit by bit, whatever happened.
+def swapped_in(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterator[None]:
+    """The model runs with `values`, rounded to its weights' dtype; afterwards with its own weights, bit by bit, whatever happened.
 
-    Weights are exchanged in place: they may be views of a buffer of DistributedDataParallel, which must stay where they are. No
-    forward of before may be waiting for its backward.
+    Its own are kept where the values are. Weights are exchanged in place: they may be views of a buffer of
+    DistributedDataParallel, which must stay where they are. No forward of before may be waiting for its backward.
     """
     exchanged: list[tuple[Tensor, Tensor]] = []
     try:
         for parameter, value in zip(parameters, values, strict=True):
-            own = parameter.detach().clone()
+            own = parameter.detach().to(value.device, copy=True)
             exchanged.append((parameter.data, own))
             parameter.data.copy_(value)
         yield

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from megatron_pr2.prediction.ahead_weights import ahead, dense_parameters, swapped_in
-from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.prediction.predictor import ExtrapolatingPredictor, shift_logits
 from megatron_pr2.prediction.ridge import ridge_fit
 from megatron_pr2.replay.micro_batch import BoundMicroBatch
 from megatron_pr2.replay.session import Observer
@@ -43,17 +43,15 @@ def reached(updates: float, reach: float) -> float:
     return sum(reach**j for j in range(1, whole + 1)) + (updates - whole) * reach ** (whole + 1)
 
 
-class LookaheadPredictor(RoutePredictor):
+class LookaheadPredictor(ExtrapolatingPredictor):
     """W_p from a look-ahead; zero until the first one."""
+
+    kind = "lookahead"
 
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, reach: float, device: torch.device) -> None:
         """Args: `reach` says what an update counts that is one further ahead."""
+        super().__init__(num_layers, num_experts, hidden, device=device)
         self._reach = reach
-        self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
-
-    @property
-    def weight_LEH(self) -> Tensor:
-        return self._weight_LEH
 
     def size_of(self, updates: float) -> float:
         """reach + reach^2 + ..., linear between whole numbers of updates."""
@@ -63,17 +61,6 @@ class LookaheadPredictor(RoutePredictor):
         """Takes what a look-ahead found: the routers' change per update, to be predicted for so many."""
         torch.mul(change_LEH, self.size_of(updates), out=self._weight_LEH)
         self.horizon = updates
-
-    def state(self) -> dict[str, Tensor]:
-        """lookahead [L, E, H], because a push may come before the next look-ahead; horizon [L]."""
-        return {"lookahead": self._weight_LEH, "horizon": torch.full((len(self._weight_LEH),), self.horizon)}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            self._weight_LEH.zero_()
-            if "lookahead" in state:
-                self._weight_LEH.copy_(state["lookahead"])
-        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
 
 
 class LookAhead:

@@ -18,36 +18,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pr2.prediction.learned import LearnedPredictor
-from megatron_pr2.prediction.predictor import RoutePredictor
+from megatron_pr2.prediction.predictor import ExtrapolatingPredictor, RoutePredictor
 
 
-class MomentumPredictor(RoutePredictor):
+class MomentumPredictor(ExtrapolatingPredictor):
     """W_p extrapolates what the policy's optimizer is doing to the gates; set after every update of the policy."""
+
+    kind = "momentum"
 
     def __init__(self, num_layers: int, num_experts: int, hidden: int, *, coefficient: float, device: torch.device) -> None:
         """Args: `coefficient` is c."""
+        super().__init__(num_layers, num_experts, hidden, device=device)
         self._coefficient = coefficient
-        self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
-
-    @property
-    def weight_LEH(self) -> Tensor:
-        return self._weight_LEH
 
     @torch.no_grad()
     def follow(self, updates_LEH: Tensor, horizon: float) -> None:
         """W_p = c * horizon * updates."""
         torch.mul(updates_LEH, self._coefficient * horizon, out=self._weight_LEH)
-
-    def state(self) -> dict[str, Tensor]:
-        """momentum [L, E, H], because a push may come before the next update of the policy; horizon [L]."""
-        return {"momentum": self._weight_LEH, "horizon": torch.full((len(self._weight_LEH),), self.horizon)}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            self._weight_LEH.zero_()
-            if "momentum" in state:
-                self._weight_LEH.copy_(state["momentum"])
-        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
 
 
 class LearnedMomentumPredictor(RoutePredictor):

@@ -135,6 +135,34 @@ class RoutePredictor(ABC):
         """Restores :meth:`state`; what is absent starts at its initial value."""
 
 
+class ExtrapolatingPredictor(RoutePredictor):
+    """W_p is set as a whole: a change of the routers per update of the policy, for so many updates.
+
+    Attributes:
+        kind: name of W_p in its state.
+    """
+
+    kind: str
+
+    def __init__(self, num_layers: int, num_experts: int, hidden: int, *, device: torch.device) -> None:
+        self._weight_LEH = torch.zeros(num_layers, num_experts, hidden, dtype=torch.float32, device=device)
+
+    @property
+    def weight_LEH(self) -> Tensor:
+        return self._weight_LEH
+
+    def state(self) -> dict[str, Tensor]:
+        """W_p [L, E, H], because a push may come before it is set again; horizon [L]."""
+        return {self.kind: self._weight_LEH, "horizon": torch.full((len(self._weight_LEH),), self.horizon)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self._weight_LEH.zero_()
+            if self.kind in state:
+                self._weight_LEH.copy_(state[self.kind])
+        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
+
+
 def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str) -> dict[str, int]:
     """Bytes of a predictor on a rank with so many MoE layers, by what they are for.
 

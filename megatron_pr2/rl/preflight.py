@@ -12,7 +12,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ from megatron_pr2.rl.task import training_problems
 from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.python import find_python
+from megatron_pr2.rollout.sglang.refusals import settings_from_flags
 
 _CONNECT_SECONDS = 3.0
 _TOKENIZER_FILES = (
@@ -219,10 +219,9 @@ def _check_context(settings: SGLangConfig, model: dict[str, Any], longest: int) 
 
 def context_length(sglang: Mapping[str, Any]) -> float:
     """Tokens of prompt and response that `rollout.sglang` allows; infinity where it says nothing of it."""
-    flags = [part for flag in sglang.get("extra_flags") or () for part in str(flag).split("=")]
-    said = [value for flag, value in pairwise(flags) if flag == "--context-length"]
+    flags = settings_from_flags(list(map(str, sglang.get("extra_flags") or ())))
     # What is no number SGLang refuses by its name.
-    given = (str(each) for each in (sglang.get("max_total_tokens"), *said))
+    given = (str(each) for each in (sglang.get("max_total_tokens"), flags.get("context_length")))
     return min((float(each) for each in given if each.isdigit()), default=math.inf)
 
 

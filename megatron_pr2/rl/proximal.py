@@ -11,15 +11,15 @@ log(1/2) / log(decay): an average that is a updates old is decay = a / (1 + a).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
-from torch import Tensor
 
-from megatron_pr2.errors import AttachError, CheckpointError, ConfigError
+from megatron_pr2.errors import CheckpointError, ConfigError
+from megatron_pr2.prediction.ahead_weights import require_no_gathering, swapped_in
 from megatron_pr2.replay.sites import unwrapped
 
 
@@ -46,12 +46,7 @@ class ProximalPolicy:
         """
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"proximal_decay={decay}: expected a number in [0, 1)")
-        for chunk in chunks:
-            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-                raise AttachError(
-                    "overlap_param_gather=True gathers the policy's weights during the forward, over the average that is swapped "
-                    "in; to use old_logprobs=ewma set it to False in DistributedDataParallelConfig and OptimizerConfig"
-                )
+        require_no_gathering(chunks, "the average that is swapped in", "old_logprobs=ewma")
         self.decay = decay
         self.updates = 0
         # The sum of the weights in the average.
@@ -73,19 +68,9 @@ class ProximalPolicy:
             average.lerp_(parameter.detach().to(average.device, torch.float32), 1.0 / self._total)
         self.updates += 1
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The model runs with the average, rounded to its weights' dtype; afterwards with its own weights, bit by bit.
-
-        Weights are copied in place: they may be views of a buffer of DistributedDataParallel, which must stay where they are. No
-        forward of before may be waiting for its backward.
-        """
-        saved = {name: parameter.detach().to(self._average[name].device, copy=True) for name, parameter in self._parameters.items()}
-        try:
-            self._write(self._average)
-            yield
-        finally:
-            self._write(saved)
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """The model runs with the average; see :func:`megatron_pr2.prediction.ahead_weights.swapped_in`."""
+        return swapped_in(self._parameters.values(), self._average.values())
 
     def sharded_state_dict(self, model: dict[str, Any]) -> dict[str, Any]:
         """The average as shards that any parallel layout can read; `model` are the chunks' own (checkpoint.model_shards).
@@ -111,8 +96,3 @@ class ProximalPolicy:
         for name, average in self._average.items():
             average.copy_(loaded["average"][name])
         self._total, self.updates = float(loaded["total"]), int(loaded["updates"])
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(values[name])

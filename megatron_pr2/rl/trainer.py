@@ -168,8 +168,7 @@ class Trainer:
                     failure = f"{found.text}. rollout.max_logprob_gap sets another bound; 0 disables the check"
                 elif dist.get_rank() == 0:
                     logger.warning("step %d: %s", self._step, found.text)
-        if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
-            raise RolloutError(failures[min(failures)])
+        _raise_together(failure)
         return gap_summary(gaps)
 
     def _push(self) -> None:
@@ -209,8 +208,7 @@ class Trainer:
         except RolloutError as error:
             # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
             failure = str(error)
-        if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
-            raise RolloutError(failures[min(failures)])
+        _raise_together(failure)
         assert report is not None
         self._record["handshake"] = asdict(report)
 
@@ -283,3 +281,9 @@ class Trainer:
         yield
         seconds = self._record["seconds"]
         seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+def _raise_together(failure: str | None) -> None:
+    """Raises on every rank what any of them refuses; collective."""
+    if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
+        raise RolloutError(failures[min(failures)])
