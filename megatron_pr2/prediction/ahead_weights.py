@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_pr2.errors import AttachError
-from megatron_pr2.prediction.optimizer_moments import partial_updates, sharding_groups
+from megatron_pr2.prediction.optimizer_moments import find_holders, partial_updates, sharding_groups
 from megatron_pr2.replay.sites import unwrapped
 
 
@@ -62,10 +62,11 @@ def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -
     Raises:
         AttachError: a parameter's optimizer is not known (optimizer_moments.find_holders), or keeps no fp32 copy of it.
     """
+    holders = find_holders(optimizer, parameters)
     values = [torch.zeros(p.numel(), dtype=p.dtype, device=p.device) for p in parameters]
     # Elements made on any rank: an incomplete parameter, which was never stepped, stays as it is.
     made = torch.zeros(len(parameters), dtype=torch.float64)
-    for part in partial_updates(optimizer, parameters):
+    for part in partial_updates(holders, parameters):
         if not part.weight.is_floating_point() or part.weight.element_size() < 4:
             raise AttachError(
                 f"the policy's optimizer keeps its weights as {part.weight.dtype}, not as an fp32 copy, from which an update would "
@@ -74,7 +75,7 @@ def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -
         value = torch.add(part.weight.float(), part.update.to(part.weight.device), alpha=multiple)
         values[part.row][part.span] = value.to(values[part.row])
         made[part.row] = value.numel()
-    groups = sharding_groups(optimizer, parameters)
+    groups = sharding_groups(holders)
     for value, group in zip(values, groups, strict=True):
         if group is not None:
             # Bytes that are zero on every other rank: exact in any dtype, also in those that a backend cannot sum.

@@ -43,13 +43,14 @@ def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tupl
     Raises:
         AttachError: a parameter is in none of the optimizers, or its optimizer is neither Adam nor Lion.
     """
+    holders = find_holders(optimizer, parameters)
     flat = torch.zeros(len(parameters), math.prod(shape), dtype=torch.float32, device=device)
     # Elements whose update is known, per parameter: the shards of all ranks make a whole, or some would silently stay zero.
     known = torch.zeros(len(parameters), dtype=torch.float32, device=device)
-    for part in partial_updates(optimizer, parameters):
+    for part in partial_updates(holders, parameters):
         flat[part.row, part.span] = part.update.to(device).view(-1)
         known[part.row] = part.update.numel()
-    for group in {id(group): group for group in sharding_groups(optimizer, parameters) if group is not None}.values():
+    for group in {id(group): group for group in sharding_groups(holders) if group is not None}.values():
         joined = torch.cat([flat.view(-1), known])
         dist.all_reduce(joined, group=group)
         flat, known = joined[: flat.numel()].view_as(flat), joined[flat.numel() :]
@@ -75,22 +76,24 @@ class PartialUpdate:
 
 
 @torch.no_grad()
-def partial_updates(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[PartialUpdate]:
+def partial_updates(holders: Sequence[Any], parameters: Sequence[nn.Parameter]) -> Iterator[PartialUpdate]:
     """The next update of whatever this rank's optimizers hold of the parameters; nothing of what was never stepped.
 
+    Args:
+        holders: of each parameter, from :func:`find_holders`.
+
     Raises:
-        AttachError: as :func:`find_holders` and :func:`update_rule`.
+        AttachError: as :func:`update_rule`.
     """
-    for row, (parameter, holder) in enumerate(zip(parameters, find_holders(optimizer, parameters), strict=True)):
+    for row, (parameter, holder) in enumerate(zip(parameters, holders, strict=True)):
         rule, piece = update_rule(holder), _piece(holder, parameter)
         if piece is not None:
             update = rule(piece, getattr(holder, "optimizer", holder))
             yield PartialUpdate(row, piece.span, piece.master.view(-1), update.view(-1))
 
 
-def sharding_groups(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[dist.ProcessGroup | None]:
-    """The ranks that hold slices of each parameter's moments; None where this rank has them whole."""
-    holders = find_holders(optimizer, parameters)
+def sharding_groups(holders: Sequence[Any]) -> list[dist.ProcessGroup | None]:
+    """The ranks that hold slices of the moments that each holder keeps; None where this rank has them whole."""
     groups = [holder.data_parallel_group if isinstance(holder, DistributedOptimizer) else None for holder in holders]
     return [group if group is not None and group.size() > 1 else None for group in groups]
 

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,15 +73,12 @@ class Push:
 
     def shifts(self, layer: int, h_SH: Tensor) -> Tensor:
         """delta_j h of every step of hold-back's line search but 0, [J, S, E]: a beta_j would have been rounded, too."""
-        steps = BETAS[1:]
+        steps_J11 = torch.tensor(BETAS[1:], dtype=torch.float32).view(-1, 1, 1).to(h_SH.device, non_blocking=True)
         if not self._rounds:
-            scale_J11 = torch.tensor(steps, dtype=torch.float32).view(-1, 1, 1).to(h_SH.device, non_blocking=True)
-            return scale_J11 * shift_logits(h_SH, self.w_LEH[layer])
+            return steps_J11 * shift_logits(h_SH, self.w_LEH[layer])
         if layer not in self._candidates:
-            gate_EH, dtype = self.gates[layer], self.arrived[layer].dtype
-            how: dict[str, Any] = {"seed": self.seed, "layer": self.layers[layer]}
-            merged = [merge_gate(gate_EH, beta * self.w_LEH[layer], dtype, **how) for beta in steps]
-            self._candidates[layer] = torch.stack(merged)
+            w_JEH, how = steps_J11 * self.w_LEH[layer], {"seed": self.seed, "layer": self.layers[layer]}
+            self._candidates[layer] = merge_gate(self.gates[layer], w_JEH, self.arrived[layer].dtype, **how)
         delta_JEH = self._candidates[layer].float() - self.gates[layer].float()
         return shift_logits(h_SH, delta_JEH.flatten(0, 1)).unflatten(1, delta_JEH.shape[:2]).movedim(1, 0)
 

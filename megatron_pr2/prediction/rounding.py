@@ -21,6 +21,7 @@ def merge_gate(gate_EH: Tensor, w_EH: Tensor, dtype: torch.dtype | None = None, 
     """W + W_p, added in fp32 and cast once; where W_p is 0 the result is W, bit by bit.
 
     Args:
+        w_EH: or several of them, [J, E, H], which are rounded by the same random numbers.
         dtype: of the result; None is the gate's.
         seed, layer: of the random numbers; the layer's number in the whole model.
     """

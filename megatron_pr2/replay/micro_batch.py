@@ -173,6 +173,7 @@ class BoundMicroBatch:
         missing: rows [M] without a route, for which the current router chooses, or None.
         own: compact ids [T, K], or [M, K] of the missing rows, that the router of each local layer chose itself; while recording,
             and between a forward and its recomputation.
+        real_T1: which rows hold a token, on the device, once they were asked for.
         has_backward: whether its chunk runs it with gradients.
         tokens_per_sample: of the PackedSeqParams that the chunk runs it with, or None.
     """
@@ -183,5 +184,6 @@ class BoundMicroBatch:
     routes_TLK: Tensor | None = None
     missing: Tensor | None = None
     own: dict[int, Tensor] = field(default_factory=dict)
+    real_T1: Tensor | None = None
     has_backward: bool = False
     tokens_per_sample: int | None = None

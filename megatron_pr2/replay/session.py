@@ -91,7 +91,9 @@ class _SiteControl:
         if self._session.mode == "replay":
             return None
         bound, _ = self._session.cursors.current(self._site)
-        real_T1 = torch.from_numpy(bound.local.sequence.reshape(-1, 1) >= 0).to(map_TE.device, non_blocking=True)
+        if (real_T1 := bound.real_T1) is None:  # the same for every layer
+            real_T1 = torch.from_numpy(bound.local.sequence.reshape(-1, 1) >= 0).to(map_TE.device, non_blocking=True)
+            bound.real_T1 = real_T1
         if self._samples > 1:
             real_T1 = _transposed(real_T1, self._samples)
         return map_TE & real_T1
@@ -299,7 +301,7 @@ class ReplaySession:
             site.router.set_control(None)
         for bound in self._bound.values():
             # A trainer may keep the session; the routes belong to the rollout batch.
-            bound.slice = bound.routes_TLK = None
+            bound.slice = bound.routes_TLK = bound.real_T1 = None
             if self.mode != "record":
                 bound.own.clear()
 
