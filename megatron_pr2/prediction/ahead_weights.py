@@ -65,7 +65,7 @@ def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -
     holders = find_holders(optimizer, parameters)
     values = [torch.zeros(p.numel(), dtype=p.dtype, device=p.device) for p in parameters]
     # Elements made on any rank: an incomplete parameter, which was never stepped, stays as it is.
-    made = torch.zeros(len(parameters), dtype=torch.float64)
+    made = torch.zeros(len(parameters), dtype=torch.int64)
     for part in partial_updates(holders, parameters):
         if not part.weight.is_floating_point() or part.weight.element_size() < 4:
             raise AttachError(
@@ -81,9 +81,9 @@ def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -
             # Bytes that are zero on every other rank: exact in any dtype, also in those that a backend cannot sum.
             dist.all_reduce(value.view(torch.uint8), group=group)
     for group in {id(group): group for group in groups if group is not None}.values():
-        counts = made.to(values[0].device, torch.float32)
+        counts = made.to(values[0].device, copy=True)
         dist.all_reduce(counts, group=group)
-        made = torch.where(torch.tensor([each is group for each in groups]), counts.cpu().double(), made)
+        made = torch.where(torch.tensor([each is group for each in groups]), counts.cpu(), made)
     return [
         value.view_as(parameter) if count == parameter.numel() else parameter.detach().clone()
         for parameter, value, count in zip(parameters, values, made.tolist(), strict=True)
