@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import ClassVar
@@ -33,11 +33,20 @@ _POLL_S = 0.25
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port on an address of this machine that was free a moment ago; OSError if it is none of this machine's."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port(address: str = "127.0.0.1") -> Iterator[int]:
+    """A free TCP port that nobody else is given until the block ends, so that a server may take minutes until it listens.
+
+    SO_REUSEADDR, which servers set as well, lets a server listen on a port that is bound here; the kernel gives a bound port
+    to no outgoing connection and to nobody who asks for a free one.
+
+    Raises:
+        OSError: the address is none of this machine's.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind((address, 0))
+        yield int(reservation.getsockname()[1])
 
 
 def base_url(address: str, port: int) -> str:

@@ -6,6 +6,7 @@ safetensors only. Settings under which routes would be wrong are refused before 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
+from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, reserved_port
 from megatron_pr2.rollout.sglang.config import SGLangConfig, is_loopback, server_environment
 from megatron_pr2.rollout.sglang.http import ask_health
 from megatron_pr2.rollout.sglang.python import check_module, find_python
@@ -80,22 +81,22 @@ class SGLangServer(ChildProcess):
         self.stop()
         assert self.config.model_path is not None
         check_weight_files(self.config.model_path)
-        bind = self.config.bind
-        try:
-            port = free_port(bind)
-        except OSError as error:
-            raise ConfigError(f"sglang.bind={bind!r} is no address of this machine: {error.strerror or error}") from error
-        check_module(find_python(self.config.python), "sglang", "`make sglang` makes an environment that has it")
-        self.url = base_url(bind, port)
-        began = time.monotonic()
-        try:
-            self.spawn(self.command(port), self._environment())
-            limit_s = self.config.start_timeout_s
-            late = f"SGLang server was not healthy {limit_s:g} s after its start; look at its log or raise start_timeout_s"
-            self.await_ready(lambda: not ask_health(self.url, 5.0)[1], began + limit_s, lambda: late)
-        except BaseException:
-            self.stop()
-            raise
+        bind, limit_s = self.config.bind, self.config.start_timeout_s
+        late = f"SGLang server was not healthy {limit_s:g} s after its start; look at its log or raise start_timeout_s"
+        with contextlib.ExitStack() as until_healthy:
+            try:
+                port = until_healthy.enter_context(reserved_port(bind))
+            except OSError as error:
+                raise ConfigError(f"sglang.bind={bind!r} is no address of this machine: {error.strerror or error}") from error
+            check_module(find_python(self.config.python), "sglang", "`make sglang` makes an environment that has it")
+            self.url = base_url(bind, port)
+            began = time.monotonic()
+            try:
+                self.spawn(self.command(port), self._environment())
+                self.await_ready(lambda: not ask_health(self.url, 5.0)[1], began + limit_s, lambda: late)
+            except BaseException:
+                self.stop()
+                raise
         logger.info("SGLang server ready at %s after %.1f s, log in %s", self.url, time.monotonic() - began, self.log_path)
 
     def _environment(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import httpx
 
 from megatron_pr2.errors import ConfigError, RolloutError
-from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, free_port
+from megatron_pr2.rollout.sglang.child_process import ChildProcess, base_url, reserved_port
 from megatron_pr2.rollout.sglang.config import is_loopback
 from megatron_pr2.rollout.sglang.gateway.launch import API_KEY_VARIABLE
 from megatron_pr2.rollout.sglang.python import check_module, find_python, package_environment
@@ -121,15 +121,15 @@ class SGLangRouter(ChildProcess):
             return
         self.stop()
         began = time.monotonic()
-        port = free_port()
-        self.url = base_url(self._address, port)
-        command = [self._python, "-m", LAUNCHER, json.dumps(self.settings(port, free_port()))]
-        try:
-            self.spawn(command, _environment(self._api_key))
-            self._wait_for(set(self.worker_urls), began + self._start_timeout_s)
-        except BaseException:
-            self.stop()
-            raise
+        with reserved_port(self._address) as port, reserved_port() as metrics_port:
+            self.url = base_url(self._address, port)
+            command = [self._python, "-m", LAUNCHER, json.dumps(self.settings(port, metrics_port))]
+            try:
+                self.spawn(command, _environment(self._api_key))
+                self._wait_for(set(self.worker_urls), began + self._start_timeout_s)
+            except BaseException:
+                self.stop()
+                raise
         logger.info(
             "SGLang router ready at %s after %.1f s, %d servers behind it, log in %s",
             self.url, time.monotonic() - began, len(self.worker_urls), self.log_path,
