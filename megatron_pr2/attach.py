@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -33,13 +33,13 @@ from torch import Tensor
 from megatron_pr2.checkpoint import checkpoint
 from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.parts import Parts
-from megatron_pr2.errors import AttachError
+from megatron_pr2.errors import AttachError, ConfigError
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.gates import gates_in_place
 from megatron_pr2.prediction.pushes import Version
 from megatron_pr2.replay.intake import take_in
 from megatron_pr2.replay.micro_batch import MicroBatch
-from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
+from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport, check_push
 from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.replay.sites import give_back
 from megatron_pr2.routes.table import RouteTable
@@ -61,15 +61,15 @@ class PR2(Parts):
                 it themselves (`ReplaySequence.versions`); None: the last push.
 
         Raises:
-            RouteError: a table is absent or does not fit the model, more tokens lack a route than `max_missing_share` allows, or
-                the ranks of a replica were told of different sequences.
+            RouteError: a value has a wrong type, a table is absent or does not fit the model, more tokens lack a route than
+                `max_missing_share` allows, or the ranks of a replica were told of different sequences. Nothing has changed then.
         """
         self._passes.require_closed("begin_rollout")
-        self._mini_steps.end_open("begin_rollout")
         batch = take_in(
-            sequences, self.config, self.model_config, len(self.moe_layers), self.replica,
+            sequences, version, self.config, self.model_config, len(self.moe_layers), self.replica,
             is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
         )  # fmt: skip
+        self._mini_steps.end_open("begin_rollout")
         self.tokens = batch.tokens
         self.sequences = tuple(replace(sequence, routes=None, token_ids=None, versions=None) for sequence in batch.sequences)
         self.progress.begin(batch.tokens)
@@ -103,10 +103,10 @@ class PR2(Parts):
                 layer, in a sequence or on the whole (`min_agreement`).
         """
         self._passes.require_closed("old_logprobs")
+        micro_batches = self._passes.agreed(micro_batches)
         self._mini_steps.end_open("old_logprobs")
         mode = {"live": "live", "actor": "record", "engine": "replay"}[self.config.routes]
         predict = self.measurement.predict if mode == "record" and self.predictor is not None else None
-        micro_batches = self._passes.agreed(micro_batches)
         tokens = self.progress.score(micro_batches)
         with (
             self.measurement.log_prob_pass(micro_batches),
@@ -134,8 +134,8 @@ class PR2(Parts):
             ReplayError: mini_step < 1, a token is given twice or has no recorded route, or a micro-batch was not run exactly once.
         """
         self._passes.require_closed("actor_update")
-        mini_step = self._mini_steps.open(mini_step)
         micro_batches = self._passes.agreed(micro_batches)
+        mini_step = self._mini_steps.open(mini_step)
         tokens = self.progress.train(micro_batches)
         with (
             self.measurement.training_pass(micro_batches, learning=self.config.learns and mini_step >= 2),
@@ -183,8 +183,9 @@ class PR2(Parts):
             AttachError: another predictor, or the optimizer is not known or cannot be read.
         """
         self._passes.require_closed("look_ahead")
+        micro_batches = self._passes.agreed(micro_batches)
         self._mini_steps.end_open("look_ahead")
-        self._predict_ahead(self._passes.agreed(micro_batches), forward)
+        self._predict_ahead(micro_batches, forward)
 
     def metrics(self) -> dict[str, float]:
         """The last step in a few numbers for any logger, `pr2/lift` and others (drift.metrics.scalars); not collective."""
@@ -250,7 +251,11 @@ class PR2(Parts):
         Raises:
             AttachError: W_p is not finite; a gate comes in another dtype than the router's; after the last weight, if not every MoE
                 layer's gate came by (another naming would lose the prediction silently).
+            ConfigError: an argument has a wrong type.
         """
+        check_push("engine_weights", version, horizon, gate_dtype)
+        if isinstance(weights, Mapping):
+            raise ConfigError(f"engine_weights: weights is a {type(weights).__name__}; pass pairs of name and tensor, its items()")
         self._mini_steps.end_open("engine_weights")
         self.measurement.pushed(version)
         if self.predictor is None:
@@ -263,6 +268,7 @@ class PR2(Parts):
 
         A push like `engine_weights`; without a version it is the last one where nothing has changed since.
         """
+        check_push("merged_gates", version, horizon)
         self._mini_steps.end_open("merged_gates")
         self.measurement.pushed(version)
         if self.predictor is None:
@@ -321,9 +327,12 @@ def attach(
         AttachError: no MoE layers, a custom or sinkhorn router, another replay, or attached already; an optimizer that does not
             train the gates, for a predictor.
     """
-    chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
+    several = isinstance(model_chunks, Iterable) and not isinstance(model_chunks, torch.nn.Module)
+    chunks = list(model_chunks) if several else [model_chunks]
     if not chunks:
         raise AttachError("attach() got no model chunk")
+    if wrong := [type(chunk).__name__ for chunk in chunks if not isinstance(chunk, torch.nn.Module)]:
+        raise AttachError(f"attach() got a {wrong[0]} as a model chunk; pass the model, or the list of its virtual pipeline chunks")
     if not isinstance(config, PR2Config):
         raise AttachError(f"attach() got {config!r} as its config; pass PR2Config.preset('pr2'), or another preset")
     return PR2(chunks, config, optimizer)

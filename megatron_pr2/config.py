@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +216,19 @@ def _check_type(name: str, value: Any, kind: type) -> None:
     if not right:
         shown = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"pr2.{name}={shown!r}: expected {expected}")
+
+
+def check_horizon(horizon: Any, where: str) -> None:
+    """Refuses what is no number of updates.
+
+    Raises:
+        ConfigError: it is not None, and no finite number of at least 0.
+    """
+    if horizon is None or (isinstance(horizon, Real) and not isinstance(horizon, bool) and 0.0 <= float(horizon) < math.inf):
+        return
+    raise ConfigError(
+        f"{where}: horizon={horizon!r}; expected updates until it is trained on, a finite number of at least 0; None is the average"
+    )
 
 
 def setting_texts(kind: type) -> dict[str, str]:

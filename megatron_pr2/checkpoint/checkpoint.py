@@ -32,6 +32,7 @@ from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
 from megatron_pr2.checkpoint.rollout import load_rollout, sharded_rollout
 from megatron_pr2.errors import CheckpointError
+from megatron_pr2.routes.ids import integers
 
 __all__ = ["load", "load_rollout", "load_sharded_state_dict", "save", "sharded_state_dict"]
 
@@ -51,7 +52,7 @@ def save(pr2: Contents, directory: str | Path, *, rollout: bool = False) -> None
         CheckpointError: on every rank, if any rank could not write.
     """
     _require_process_group()
-    directory = Path(directory)
+    directory = files.together(lambda: Path(directory))
     files.together(lambda: _check_predictor(pr2, "it is not saved"))
     files.together(lambda: directory.mkdir(parents=True, exist_ok=True) if dist.get_rank() == 0 else None)
     files.write(sharded_state_dict(pr2, rollout=rollout), directory)
@@ -71,10 +72,12 @@ def load(pr2: Contents, directory: str | Path, *, sequences: Sequence[int] | Non
         CheckpointError: on every rank, if any rank cannot read it, it is of a model of another size, or has not these sequences.
     """
     _require_process_group()
-    loaded = files.read(sharded_state_dict(pr2, load_from=directory), Path(directory))
+    directory = files.together(lambda: Path(directory))
+    wanted = files.together(lambda: None if sequences is None else integers(list(sequences), "sequences").tolist())
+    loaded = files.read(sharded_state_dict(pr2, load_from=directory), directory)
     files.together(lambda: load_sharded_state_dict(pr2, loaded))
-    if sequences is not None:
-        load_rollout(pr2, directory, sequences)
+    if wanted is not None:
+        load_rollout(pr2, directory, wanted)
 
 
 def sharded_state_dict(pr2: Contents, *, rollout: bool = False, load_from: str | Path | None = None) -> dict[str, Any]:

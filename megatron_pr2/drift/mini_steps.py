@@ -32,9 +32,9 @@ class MiniSteps:
             ReplayError: it is no integer of at least 1.
             AttachError: the predictor needs the optimizer, which is not known.
         """
-        if mini_step is None or mini_step != self._progress.mini_step:
-            self.end_open("actor_update")
         number = self._progress.number(mini_step)
+        if number != self._progress.mini_step:
+            self.end_open("actor_update")
         self._horizon.open()
         return number
 

@@ -13,7 +13,7 @@ import torch
 from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.measurement import Measurement
 from megatron_pr2.drift.mini_steps import MiniSteps
-from megatron_pr2.errors import AttachError
+from megatron_pr2.errors import AttachError, ReplayError
 from megatron_pr2.parallel.groups import check_groups, communication_device, everyone, token_group
 from megatron_pr2.parallel.replica import find_replica
 from megatron_pr2.parallel.tokens import TokenIndex
@@ -123,6 +123,8 @@ class Parts:
         """See PR2.look_ahead."""
         if self._look is None or not isinstance(self.predictor, LookaheadPredictor):
             raise AttachError(f"look_ahead: predictor={self.config.predictor!r} is not made by a look-ahead; use 'lookahead'")
+        if not callable(forward):
+            raise ReplayError(f"look_ahead: forward is a {type(forward).__name__}; pass a function that runs the micro-batches")
         bears = np.append(sampled_tokens(self.sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
         rows = {}
         for micro_batch in micro_batches:

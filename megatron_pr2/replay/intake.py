@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from megatron_pr2.parallel.consensus import attempt, digest
 from megatron_pr2.parallel.groups import communication_device, gathered, summed
 from megatron_pr2.parallel.replica import RankGroup, Replica
 from megatron_pr2.parallel.tokens import TokenIndex
-from megatron_pr2.replay.sequences import ReplaySequence, check_sequences, checked_table, listed, sampled_tokens
+from megatron_pr2.replay.sequences import ReplaySequence, check_push, check_sequences, checked_table, listed, sampled_tokens
 from megatron_pr2.routes.repeats import longest_repeat, most_repeats
 from megatron_pr2.routes.table import RouteTable
 
@@ -51,6 +52,7 @@ class Intake:
 
 def take_in(
     sequences: Iterable[ReplaySequence],
+    version: Any,
     config: PR2Config,
     model: TransformerConfig,
     num_layers: int,
@@ -63,6 +65,7 @@ def take_in(
     """Checks a rollout batch; collective over the replica and over `token_group`.
 
     Args:
+        version: of the weights that sequences were rolled out with that do not say so themselves.
         num_layers: MoE layers of the whole model.
         is_owner: whether this rank must have been given the tables.
         device: where the token group communicates.
@@ -73,6 +76,7 @@ def take_in(
     from_engine = config.routes == "engine"
 
     def checked() -> tuple[list[ReplaySequence], dict[int, RouteTable]]:
+        check_push("begin_rollout", version)
         found = listed(sequences)
         check_sequences(found)
         shape = num_layers, model.moe_router_topk, model.num_moe_experts

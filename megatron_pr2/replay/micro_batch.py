@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_pr2.errors import ReplayError
+from megatron_pr2.errors import ReplayError, RouteError
 from megatron_pr2.parallel import grid
 from megatron_pr2.parallel.grid import TokenGrid
+from megatron_pr2.routes.ids import on_host
 from megatron_pr2.routes.scatter import RouteSlice
 
 
@@ -28,6 +29,14 @@ class MicroBatch:
 
     key: Hashable
     grid: TokenGrid
+
+    def __post_init__(self) -> None:
+        try:
+            hash(self.key)
+        except TypeError as error:
+            raise ReplayError(f"MicroBatch: key={self.key!r}; expected a number, a string or a tuple of them") from error
+        if not isinstance(self.grid, TokenGrid):
+            raise ReplayError(f"MicroBatch: grid is a {type(self.grid).__name__}; use MicroBatch.padded or MicroBatch.packed")
 
     @cached_property
     def _identity(self) -> tuple[bytes, Hashable]:
@@ -53,7 +62,8 @@ class MicroBatch:
             ConfigError: a sequence is longer than `padded_length`.
         """
         ids, lengths = _described(ids, lengths)
-        return cls(tuple(ids) if key is None else key, grid.padded(ids, lengths, int(padded_length)))
+        (columns,) = _plain([padded_length], "padded_length")
+        return cls(tuple(ids) if key is None else key, grid.padded(ids, lengths, columns))
 
     @classmethod
     def packed(
@@ -71,7 +81,7 @@ class MicroBatch:
             ConfigError: a sequence is longer than its padded length.
         """
         ids, lengths = _described(ids, lengths)
-        slots = None if padded_lengths is None else _plain(padded_lengths, "padded_lengths")
+        slots = None if padded_lengths is None else _described(ids, padded_lengths)[1]
         return cls(tuple(ids) if key is None else key, grid.packed(ids, lengths, slots))
 
     @classmethod
@@ -87,7 +97,10 @@ class MicroBatch:
             ReplayError: another shape or other entries. Masks of pairs of tokens, [B, 1, S, S], are another thing.
         """
         ids = _plain(ids, "ids")
-        array = mask.detach().cpu().numpy() if hasattr(mask, "detach") else np.asarray(mask)
+        try:
+            array = on_host(mask, "mask")
+        except RouteError as error:
+            raise ReplayError(f"MicroBatch.from_attention_mask: {error}") from error
         if array.ndim != 2 or len(array) != len(ids) or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
             raise ReplayError(
                 f"MicroBatch.from_attention_mask: {array.dtype}{list(array.shape)} for {len(ids)} ids; expected [ids, columns] of "
@@ -110,16 +123,17 @@ class MicroBatch:
         Raises:
             ReplayError: another format than thd, fewer sequences than ids, or lengths that do not fit.
         """
-        if getattr(params, "qkv_format", "thd") != "thd" or params.cu_seqlens_q is None:
+        layout, given = getattr(params, "qkv_format", "thd"), getattr(params, "cu_seqlens_q", None)
+        if layout != "thd" or given is None:
             raise ReplayError(
-                f"MicroBatch.from_packed_seq_params: qkv_format={getattr(params, 'qkv_format', None)!r}, cu_seqlens_q="
-                f"{params.cu_seqlens_q!r}; expected thd. For other batches: MicroBatch.padded or from_attention_mask"
+                f"MicroBatch.from_packed_seq_params: qkv_format={layout!r}, cu_seqlens_q={given!r}; expected thd. For other "
+                "batches MicroBatch.padded or from_attention_mask"
             )
-        ids, ends = _plain(ids, "ids"), _plain(params.cu_seqlens_q, "cu_seqlens_q")
+        ids, ends = _plain(ids, "ids"), _plain(given, "cu_seqlens_q")
         padded_ends = getattr(params, "cu_seqlens_q_padded", None)
         slots = np.diff(ends if padded_ends is None else _plain(padded_ends, "cu_seqlens_q_padded")).tolist()
         real = np.diff(ends).tolist()[: len(ids)] if lengths is None else _plain(lengths, "lengths")
-        if not len(ids) == len(real) <= len(slots) or any(n > slot for n, slot in zip(real, slots, strict=False)):
+        if not len(ids) == len(real) <= len(slots) or any(not 0 <= n <= slot for n, slot in zip(real, slots, strict=False)):
             raise ReplayError(
                 f"MicroBatch.from_packed_seq_params: {len(ids)} ids of {real} tokens, in places of {slots}; expected as many "
                 "lengths as ids, each within its place"
@@ -149,8 +163,9 @@ def _plain(numbers: Iterable[int], name: str) -> list[int]:
     """Trainers have lists, arrays and tensors; a micro-batch is the same whichever says it."""
     try:
         # One copy of a tensor on a device, not one per number.
-        return [operator.index(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
-    except TypeError as error:
+        plain = [operator.index(number) for number in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
+        return np.array(plain, dtype=np.int64).tolist()
+    except (TypeError, OverflowError) as error:
         what = "the ids that its sequences have in begin_rollout()" if name == "ids" else "tokens of each sequence"
         raise ReplayError(f"MicroBatch: {name}={numbers!r}; expected integers, {what}") from error
 

@@ -6,14 +6,14 @@ collectives then, and the reason would wait behind them unseen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.parallel.consensus import digest, largest
+from megatron_pr2.parallel.consensus import attempt, digest, largest
 from megatron_pr2.parallel.groups import gathered
 from megatron_pr2.parallel.replica import RankGroup
 from megatron_pr2.replay.micro_batch import MicroBatch, listed
@@ -22,20 +22,25 @@ from megatron_pr2.replay.sites import RouterSite
 from megatron_pr2.replay.token_check import TokenCheck
 
 
-def agree_on_pass(ranks: RankGroup, micro_batches: Sequence[MicroBatch]) -> None:
+def agree_on_pass(ranks: RankGroup, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
     """Refuses a pass that the ranks of a replica cut differently: their transfers would not fit together, or wait for ever.
 
     Raises:
         ReplayError: on every rank of the replica.
     """
     if ranks.handle is None:
-        return
-    mine = digest(*(micro_batch.grid.fingerprint for micro_batch in micro_batches))
-    if len(set(gathered(mine, ranks.handle))) > 1:
+        return listed(micro_batches)
+    described, failure = attempt(lambda: listed(micro_batches))
+    mine = digest(*(micro_batch.grid.fingerprint for micro_batch in described or ()))
+    failures, marks = zip(*gathered((failure, mine), ranks.handle), strict=True)
+    if failure := next((each for each in (failure, *failures) if each is not None), None):
+        raise ReplayError(failure)
+    if len(set(marks)) > 1:
         raise ReplayError(
             "the ranks of a replica (tensor x context x pipeline parallel) describe different micro-batches for one pass; each "
             "passes the same whole micro-batches in the same order"
         )
+    return described or []
 
 
 def agree_on_outcome(
@@ -102,9 +107,7 @@ class Passes:
 
     def agreed(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches of a pass, the same on all ranks of the replica."""
-        micro_batches = listed(micro_batches)
-        agree_on_pass(self._ranks, micro_batches)
-        return micro_batches
+        return agree_on_pass(self._ranks, micro_batches)
 
     @contextmanager
     def run(

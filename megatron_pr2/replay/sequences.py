@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_pr2.errors import RouteError
+from megatron_pr2.config import check_horizon
+from megatron_pr2.errors import ConfigError, RouteError
 from megatron_pr2.parallel.tokens import TokenIndex, sample_positions, thinned_positions
-from megatron_pr2.routes.ids import integers
+from megatron_pr2.routes.ids import integers, on_host
 from megatron_pr2.routes.table import RouteTable
 
 # A push by the version of its weights, None for the last one, and the horizon that it was predicted for, None for the average.
@@ -78,7 +80,7 @@ class ReplaySequence:
         Raises:
             RouteError: they are no integers, or the prompt is empty.
         """
-        prompt, response = (integers(_or_none(ids), f"sequence {id}: token ids") for ids in (prompt_ids, response_ids))
+        prompt, response = (integers(ids, f"sequence {id}: token ids") for ids in (prompt_ids, response_ids))
         if prompt.ndim != 1 or response.ndim != 1:
             raise RouteError(f"sequence {id}: token ids of {list(prompt.shape)} and {list(response.shape)}; expected one axis each")
         if not len(prompt):
@@ -90,11 +92,6 @@ class ReplaySequence:
     def versions_or(self, default: int | str | None) -> set[Any]:
         """Versions of the weights that sampled it; the default where it does not say."""
         return {default} if self.versions is None else set(np.asarray(self.versions).tolist()) - {-1}
-
-
-def _or_none(ids: Any) -> Any:
-    """Of an empty list numpy makes floats."""
-    return ids if len(ids) else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,10 @@ class RolloutReport:
 
 
 def listed(sequences: Iterable[ReplaySequence]) -> list[ReplaySequence]:
-    """The sequences of a rollout batch, which are walked more than once, with plain integers; generators are welcome.
+    """The sequences of a rollout batch, which are walked more than once, with plain integers and arrays; generators are welcome.
 
     Raises:
-        RouteError: something else, or numbers that are none.
+        RouteError: something else, or values of a wrong type.
     """
     what = "begin_rollout() takes all ReplaySequences of the rollout batch, as a list"
     if isinstance(sequences, ReplaySequence | str | bytes | Mapping) or not isinstance(sequences, Iterable):
@@ -125,8 +122,18 @@ def listed(sequences: Iterable[ReplaySequence]) -> list[ReplaySequence]:
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, ReplaySequence):
             raise RouteError(f"{what}; number {number} is a {type(sequence).__name__}")
-        sid, length, start, stop = (_integer(sequence, name) for name in ("id", "length", "loss_start", "loss_stop"))
-        out.append(replace(sequence, id=sid, length=length, loss_start=start, loss_stop=stop))
+        plain: dict[str, Any] = {name: _integer(sequence, name) for name in ("id", "length", "loss_start", "loss_stop")}
+        where = f"sequence {plain['id']}"
+        if sequence.mini_step is not None:
+            plain["mini_step"] = _integer(sequence, "mini_step")
+        if sequence.token_ids is not None:
+            plain["token_ids"] = on_host(sequence.token_ids, f"{where}: token_ids")
+        if sequence.versions is not None:
+            plain["versions"] = _versions(sequence.versions, f"{where}: versions")
+        check_horizon(sequence.horizon, where)
+        if not isinstance(sequence.older, bool | np.bool_):
+            raise RouteError(f"{where}: older={sequence.older!r}; expected True or False")
+        out.append(replace(sequence, **plain))
     return out
 
 
@@ -137,9 +144,31 @@ def _integer(sequence: ReplaySequence, name: str) -> int:
             return operator.index(value)  # integers of numpy and torch, too
     except TypeError:
         pass
-    raise RouteError(
-        f"a sequence has {name}={value!r}; expected an integer" + (" that MicroBatch names it by" if name == "id" else "")
-    )
+    if name == "id":
+        raise RouteError(f"a sequence has id={value!r}; expected an integer that MicroBatch names it by")
+    raise RouteError(f"sequence {sequence.id}: {name}={value!r}; expected an integer")
+
+
+def _versions(versions: Any, where: str) -> npt.NDArray[Any]:
+    """Weight versions as an array; of integers among strings numpy would make strings, which name no push."""
+    try:
+        strings = all(isinstance(version, str) for version in versions)
+    except TypeError:
+        strings = False
+    return on_host(versions, where) if strings else integers(versions, where)
+
+
+def check_push(where: str, version: Any, horizon: Any = None, gate_dtype: Any = None) -> None:
+    """Refuses what no push can be made of, or found by.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if version is not None and (isinstance(version, bool) or not isinstance(version, Integral | str)):
+        raise ConfigError(f"{where}: version={version!r}; expected an integer or a string, the same for a push and its rollouts")
+    check_horizon(horizon, where)
+    if gate_dtype is not None and not (isinstance(gate_dtype, torch.dtype) and gate_dtype.is_floating_point):
+        raise ConfigError(f"{where}: gate_dtype={gate_dtype!r}; expected torch.float32 or another floating-point dtype of torch")
 
 
 def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
@@ -155,8 +184,10 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
                 f"sequence {sequence.id}: routes is a {type(sequence.routes).__name__}; make a table of it: "
                 "RouteTable.from_engine(rows, num_tokens=..., ...) from what the engine returned"
             )
-        if sequence.id in seen or sequence.id < 0:
-            raise RouteError(f"sequence id {sequence.id} is negative or given twice; ids must be unique within a rollout batch")
+        if sequence.id in seen or not 0 <= sequence.id < 1 << 63:
+            raise RouteError(
+                f"sequence id {sequence.id} is negative, has more than 63 bits or is given twice; ids must be unique within a batch"
+            )
         seen.add(sequence.id)
         if not 0 <= sequence.loss_start <= sequence.loss_stop <= sequence.length:
             raise RouteError(
@@ -178,8 +209,7 @@ def check_sequences(sequences: Sequence[ReplaySequence]) -> None:
 
 def _mask(sequence: ReplaySequence) -> npt.NDArray[np.bool_]:
     """The loss mask as booleans; trainers have lists, arrays and tensors of 0 and 1 as well, which would index otherwise."""
-    mask: Any = sequence.loss_mask
-    mask = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    mask = on_host(sequence.loss_mask, f"sequence {sequence.id}: loss_mask")
     if mask.shape != (sequence.loss_stop - sequence.loss_start,):
         raise RouteError(
             f"sequence {sequence.id}: loss_mask has shape {list(mask.shape)}, expected one entry for each of the "
@@ -270,6 +300,7 @@ def horizons(
     for sequence in sequences:
         out[tokens.span(sequence.id)] = size((sequence.mini_step or 1) - 1) / size(average)
     return out
+
 
 def versions_of(
     sequences: Sequence[ReplaySequence], tokens: TokenIndex, default: int | str | None

@@ -269,6 +269,8 @@ class ReplaySession:
         columns = [site.column for site in self._sites]
         for bound, ids_TLK in self.recorded():
             rows, sequence, position = bound.local.real()
+            if unknown := set(sequence.tolist()) - set(lengths):
+                raise ReplayError(f"recorded_tables: no length of the sequences {sorted(unknown)}, which were recorded")
             ids_RLK = ids_TLK.cpu().numpy()[rows]
             file_rows(
                 tables, ids_RLK, sequence, position,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_pr2.errors import ConfigError
+from megatron_pr2.config import check_horizon
+from megatron_pr2.errors import ConfigError, RouteError
+from megatron_pr2.routes.ids import integers
 from megatron_pr2.routes.table import RouteTable
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
@@ -61,6 +64,7 @@ class RolloutRequest:
     """One response to sample.
 
     Attributes:
+        prompt_ids: a tuple; lists, arrays and tensors of integers become one.
         seed: the random numbers of this response depend on this alone (where the engine can), so that a rerun samples the same.
         key: names the response over several calls: what an early stop leaves unfinished is continued by the next request of
             the same key. Empty: never continued.
@@ -70,7 +74,8 @@ class RolloutRequest:
         environment: replies whenever the policy samples a stop token; None for a single turn.
 
     Raises:
-        ConfigError: no prompt; a response to nothing has no first log-prob, and engines differ in what they do with it.
+        ConfigError: a value of a wrong type; or no prompt: a response to nothing has no first log-prob, and engines differ in what
+            they do with it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -81,6 +86,19 @@ class RolloutRequest:
     environment: Environment | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        try:
+            ids = integers(self.prompt_ids, "prompt_ids")
+        except RouteError as error:
+            raise ConfigError(f"RolloutRequest: {error}") from error
+        if ids.ndim != 1:
+            raise ConfigError(f"RolloutRequest: prompt_ids has the shape {list(ids.shape)}; expected one axis")
+        object.__setattr__(self, "prompt_ids", tuple(ids.tolist()))
+        for name, kind in (("seed", Integral), ("group", Integral), ("key", str)):
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ConfigError(f"RolloutRequest: {name}={value!r}; expected {'a string' if kind is str else 'an integer'}")
+        check_horizon(self.horizon, "RolloutRequest")
+        if self.environment is not None and not callable(getattr(self.environment, "reply", None)):
+            raise ConfigError(f"RolloutRequest: environment={self.environment!r} has no method reply()")
         if not self.prompt_ids:
             raise ConfigError("RolloutRequest: prompt_ids is empty; expected one token or more. Did the tokenizer encode it?")
 

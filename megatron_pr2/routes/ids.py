@@ -13,18 +13,29 @@ import numpy.typing as npt
 from megatron_pr2.errors import RouteError
 
 
+def on_host(values: Any, where: str) -> npt.NDArray[Any]:
+    """Values as an array on the host, whatever a trainer has them in.
+
+    Raises:
+        RouteError: they are ragged.
+    """
+    if hasattr(values, "detach"):  # a tensor of any device
+        values = values.detach().cpu().numpy() if not values.is_floating_point() else values.detach().cpu().float().numpy()
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise RouteError(f"{where}: expected values of one shape: {error}") from error
+
+
 def integers(ids: Any, where: str) -> npt.NDArray[np.integer]:
     """Ids as an array on the host, whatever a trainer has them in.
 
     Raises:
         RouteError: they are no integers, or ragged.
     """
-    if hasattr(ids, "detach"):  # a tensor of any device
-        ids = ids.detach().cpu().numpy() if not ids.is_floating_point() else ids.detach().cpu().float().numpy()
-    try:
-        array = np.asarray(ids)
-    except ValueError as error:
-        raise RouteError(f"{where}: expected integers of one shape: {error}") from error
+    if isinstance(ids, list | tuple) and not ids:
+        return np.zeros(0, dtype=np.int64)  # numpy makes floats of it
+    array = on_host(ids, where)
     if array.dtype.kind not in "iu":
         what = f"{array.dtype}{list(array.shape)}" if array.ndim else type(ids).__name__
         raise RouteError(f"{where}: got {what}; expected integers: an array, a tensor or (nested) lists")

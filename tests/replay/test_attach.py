@@ -301,7 +301,7 @@ def test_a_missing_table_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id": 0}, "sequence id 0 is negative or given twice"),
+        ({"id": 0}, "sequence id 0 is negative, has more than 63 bits or is given twice"),
         ({"id": -1}, "sequence id -1 is negative"),
         ({"loss_stop": 61}, r"sequence 1: loss-bearing positions \[2, 61\) are outside its 60 tokens"),
         ({"loss_start": 59, "loss_stop": 58}, r"\[59, 58\) are outside"),

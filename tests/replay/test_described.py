@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_pr2.attach import MicroBatch, ReplaySequence, RouteTable, attach
-from megatron_pr2.errors import ReplayError, RouteError
+from megatron_pr2.errors import AttachError, ConfigError, ReplayError, RouteError
 from tests.helpers import toy
 from tests.helpers.ids import random_ids
 
@@ -68,13 +69,72 @@ def test_what_is_no_list_of_sequences_is_refused(wrong: Any, message: str) -> No
         ({"routes": random_ids(60, 2, 2, 8)}, "sequence 1: routes is a ndarray; make a table of it: RouteTable.from_engine"),
         ({"routes": torch.zeros(60, 2, 2)}, "sequence 1: routes is a Tensor"),
         ({"routes": random_ids(60, 2, 2, 8).tolist()}, "sequence 1: routes is a list"),
+        ({"id": 1 << 64}, "sequence id 18446744073709551616 is negative, has more than 63 bits"),
+        ({"mini_step": "2"}, "sequence 1: mini_step='2'; expected an integer"),
+        ({"mini_step": 1.5}, "sequence 1: mini_step=1.5; expected an integer"),
+        ({"horizon": "1"}, "sequence 1: horizon='1'; expected updates"),
+        ({"horizon": [0.5]}, r"sequence 1: horizon=\[0.5\]; expected updates"),
+        ({"horizon": -0.5}, "sequence 1: horizon=-0.5; expected updates"),
+        ({"horizon": math.nan}, "sequence 1: horizon=nan; expected updates"),
+        ({"versions": [1, "a"] * 28 + [1]}, "sequence 1: versions: got <U"),
+        ({"versions": [None] * 57}, r"sequence 1: versions: got object\[57\]; expected integers"),
+        ({"versions": np.full(57, 1.5)}, r"sequence 1: versions: got float64\[57\]; expected integers"),
+        ({"versions": 3}, r"sequence 1: versions has shape \[\], expected one entry for each of the 57"),
+        ({"versions": {"a": 1}}, r"sequence 1: versions has shape \[\]"),
+        ({"versions": [[1], [1, 2]]}, "sequence 1: versions: expected values of one shape"),
+        ({"token_ids": [[1], [1, 2]]}, "sequence 1: token_ids: expected values of one shape"),
+        ({"token_ids": "x" * 60}, r"sequence 1: token_ids are <U60 \[\], expected 60 integers"),
+        ({"loss_mask": [[1], [1, 0]]}, "sequence 1: loss_mask: expected values of one shape"),
+        ({"older": "no"}, "sequence 1: older='no'; expected True or False"),
+        ({"older": np.array([True, False])}, "sequence 1: older=array"),
     ],
 )
 def test_wrong_types_in_a_sequence_are_refused(changes: dict[str, Any], message: str) -> None:
+    """Before anything has changed: the batch before is whole, and its open mini-step is not ended."""
     first, second = good()
-    for preset in ("r3", "grpo"):
+    wrong = [first, ReplaySequence(**{**vars(second), **changes})]
+    for preset in ("pr2", "r2", "grpo"):
+        pr2 = begin(good()[:1] if preset == "pr2" else good(), preset)
+        pr2.progress.open, before = True, pr2.sequences
         with pytest.raises(RouteError, match=message):
-            begin([first, ReplaySequence(**{**vars(second), **changes})], preset)
+            pr2.begin_rollout(wrong)
+        assert pr2.sequences is before
+        assert pr2.progress.open
+
+
+@pytest.mark.parametrize("version", [1.0, True, [1], {}, np.zeros(2), torch.tensor(1)], ids=repr)
+def test_what_names_no_push_is_refused(version: Any) -> None:
+    """A version that cannot be hashed, or is equal to no other, would be found out after the batch was taken up, or never."""
+    pr2 = begin(good(), "pr2")
+    before, weights = pr2.sequences, [("lm_head.weight", torch.zeros(1))]
+    with pytest.raises(RouteError, match=r"begin_rollout: version=.*; expected an integer or a string"):
+        pr2.begin_rollout(good(), version=version)
+    assert pr2.sequences is before
+    for call in (lambda: pr2.engine_weights(weights, version=version), lambda: pr2.merged_gates(version)):
+        with pytest.raises(ConfigError, match=r"version=.*; expected an integer or a string"):
+            call()
+    assert pr2.measurement.pushes.kept.versions == []
+    with pr2.merged_gates(np.int64(7)):
+        pr2.begin_rollout(good(), version=7)
+    assert pr2.measurement.pushes.kept.versions == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"horizon": "2"}, "horizon='2'; expected updates"),
+        ({"horizon": -1}, "horizon=-1; expected updates"),
+        ({"gate_dtype": "float32"}, "gate_dtype='float32'; expected torch.float32"),
+        ({"gate_dtype": torch.int8}, "gate_dtype=torch.int8; expected"),
+        ({"weights": {"lm_head.weight": torch.zeros(1)}}, "weights is a dict; pass pairs of name and tensor, its items"),
+    ],
+)
+def test_a_push_of_something_else_is_refused(arguments: dict[str, Any], message: str) -> None:
+    for preset in ("pr2", "r3"):
+        pr2 = begin(good(), preset)
+        with pytest.raises(ConfigError, match=f"engine_weights: {message}"):
+            pr2.engine_weights(**{"weights": [], **arguments})
+        assert not pr2.measurement.pushes.kept.versions
 
 
 def test_integers_of_other_libraries_are_integers() -> None:
@@ -107,8 +167,11 @@ def test_a_sequence_of_a_prompt_and_a_response(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "response", "message"),
-    [([], [1], "the prompt is empty"), ("12", [1], "got str"), ([1.5], [1], "got float64"), ([[1]], [1], r"of \[1, 1\] and \[1\]")],
-)
+    [
+        ([], [1], "the prompt is empty"), ("12", [1], "got str"), (5, [1], r"of \[\] and \[1\]"), (None, [1], "got NoneType"),
+        ([1.5], [1], "got float64"), ([[1]], [1], r"of \[1, 1\] and \[1\]"),
+    ],
+)  # fmt: skip
 def test_a_sequence_of_something_else_is_refused(prompt: Any, response: Any, message: str) -> None:
     with pytest.raises(RouteError, match=f"sequence 4: .*{message}"):
         ReplaySequence.of(prompt, response, id=4)
@@ -117,7 +180,7 @@ def test_a_sequence_of_something_else_is_refused(prompt: Any, response: Any, mes
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ids", [["0", "1"], "01", [0.0, 1.0], 3, [None, 1]], ids=repr)
+@pytest.mark.parametrize("ids", [["0", "1"], "01", [0.0, 1.0], 3, [None, 1], [0, 1 << 64]], ids=repr)
 def test_ids_that_are_no_integers_are_refused(ids: Any) -> None:
     for describe in (
         lambda: MicroBatch.padded(ids, [40, 60], 60),
@@ -130,7 +193,11 @@ def test_ids_that_are_no_integers_are_refused(ids: Any) -> None:
 
 @pytest.mark.parametrize("lengths", [[40], [40, -1], [40, 60, 3]])
 def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
-    for describe in (lambda: MicroBatch.padded([0, 1], lengths, 60), lambda: MicroBatch.packed([0, 1], lengths)):
+    for describe in (
+        lambda: MicroBatch.padded([0, 1], lengths, 60),
+        lambda: MicroBatch.packed([0, 1], lengths),
+        lambda: MicroBatch.packed([0, 1], [1, 1], lengths),
+    ):
         with pytest.raises(ReplayError, match=r"MicroBatch: 2 ids, lengths=.*expected one length of at least 0"):
             describe()
 
@@ -220,6 +287,48 @@ def test_a_left_padded_batch_replays_each_tokens_route() -> None:
 def test_another_mask_is_refused(mask: np.ndarray) -> None:
     with pytest.raises(ReplayError, match=r"MicroBatch.from_attention_mask: .* for 2 ids; expected \[ids, columns\] of 0 and 1"):
         MicroBatch.from_attention_mask([0, 1], mask)
+
+
+@pytest.mark.parametrize(
+    ("describe", "message"),
+    [
+        (lambda: MicroBatch.padded([0, 1], [4, 6], "6"), r"padded_length=\['6'\]; expected integers"),
+        (lambda: MicroBatch.padded([0, 1], [4, 6], 6.5), r"padded_length=\[6.5\]; expected integers"),
+        (lambda: MicroBatch.packed([0, 1], [4, 6], key=[0, 1]), r"key=\[0, 1\]; expected a number, a string or a tuple"),
+        (lambda: MicroBatch("a", [[0, 1]]), "grid is a list; use MicroBatch.padded or MicroBatch.packed"),  # type: ignore[arg-type]
+        (lambda: MicroBatch.from_attention_mask([0, 1], [[1, 1], [1]]), "mask: expected values of one shape"),
+        (lambda: MicroBatch.from_packed_seq_params([4], None), "cu_seqlens_q=None; expected thd"),
+        (lambda: MicroBatch.from_packed_seq_params([4, 2], params([0, 5, 3], [0, 5, 8])), r"of \[5, -2\] tokens"),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_of_something_else_is_refused(describe: Any, message: str) -> None:
+    with pytest.raises(ReplayError, match=message):
+        describe()
+
+
+def test_attach_and_the_calls_of_a_handle_take_what_they_say() -> None:
+    for chunks in (None, 3, [toy.ToyChunk(toy.toy_config()), None]):
+        with pytest.raises(AttachError, match=r"attach\(\) got a (NoneType|int) as a model chunk; pass the model"):
+            attach(chunks, toy.preset("r3"))  # type: ignore[arg-type]
+    pr2 = attach(toy.ToyChunk(toy.toy_config()), toy.preset("pr2", predictor="lookahead"), None)
+    with pytest.raises(ReplayError, match="look_ahead: forward is a NoneType; pass a function"):
+        pr2.look_ahead([], None)  # type: ignore[arg-type]
+
+
+def test_a_pass_of_something_else_ends_no_mini_step() -> None:
+    """The mini-step before it is still open, for step()."""
+    pr2 = begin(good())
+    pr2.progress.mini_step, pr2.progress.open = 1, True
+    message = "a pass got a int among its micro-batches"
+    with pytest.raises(ReplayError, match=message), pr2.old_logprobs([3]):  # type: ignore[list-item]
+        pass
+    with pytest.raises(ReplayError, match=message), pr2.actor_update([3]):  # type: ignore[list-item]
+        pass
+    with pytest.raises(ReplayError, match=message):
+        pr2.look_ahead([3], lambda session: None)  # type: ignore[list-item]
+    with pytest.raises(ReplayError, match="mini_step='2'"), pr2.actor_update([], "2"):
+        pass
+    assert pr2.progress.open
 
 
 def params(ends: list[int], padded: list[int] | None = None, **more: Any) -> PackedSeqParams:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.calculator import Calculator
@@ -49,6 +52,24 @@ def test_the_trainers_prompts() -> None:
 def test_requests_of_any_pipeline() -> None:
     with pytest.raises(ConfigError, match="prompt_ids is empty"):
         RolloutRequest((), 0)
+    for kind in (list, np.array, torch.tensor):
+        assert RolloutRequest(kind([3, 4]), 0).prompt_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_ids": "ab"}, {"prompt_ids": (1.5,)}, {"prompt_ids": None}, {"prompt_ids": [[3]]}, {"seed": "0"}, {"seed": 0.5},
+        {"key": 3}, {"group": "a"}, {"group": True}, {"horizon": "1"}, {"horizon": -1.0}, {"horizon": math.inf},
+        {"environment": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_requests_of_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
+    """Where they are made, and not in the middle of a rollout."""
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"RolloutRequest: {name}"):
+        RolloutRequest(**{"prompt_ids": (3,), "seed": 0, **wrong})
 
 
 @pytest.mark.parametrize("ids", [(), (3,)])
