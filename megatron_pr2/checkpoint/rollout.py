@@ -73,7 +73,7 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     replicas = mpu.get_data_parallel_group() if mpu.model_parallel_is_initialized() else None
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
-    mine = [push.name for push in pr2.measurement.pushes.in_use]
+    mine = [push.name for push in pr2.measurement.pushes.in_use] if pr2.sequences else []
     everyone = [mine] if replicas is None else gathered(mine, replicas)
     known = list(dict.fromkeys(version for versions in everyone for version in versions))
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:
@@ -177,9 +177,8 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
 
 
 def _put_bias(state: dict[str, Any], pr2: Contents) -> None:
-    if not pr2.sequences or not _first_of_stage():
-        return
-    if mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0:
+    # All data-parallel ranks have the same one, also those without sequences.
+    if not _first_of_stage() or (mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0):
         return
     if (biases_LE := pr2.features.expert_bias_LE) is not None:
         for site in pr2.sites:

@@ -258,6 +258,8 @@ def test_sequences_that_are_not_there_are_named(model: Path, straight: Straight,
     directory, _ = straight("tp2")
     for raised, _ in pool(2).run(jobs.load_job, model, CASES["ep2"], directory, sequences=[4, 99]):
         assert f"{directory}: its rollout batch has the sequences [2, 4, 5, 7, 11, 19, 23, 30], not [99]" in raised
+    for raised, _ in pool(2).run(jobs.load_job, model, CASES["ep2"], tmp_path / "nowhere", sequences=["4"]):
+        assert "rank 0: sequences: got <U1[1]; expected integers" in raised  # before anything is read
     assert pool(2).run(jobs.save_job, model, CASES["ep2"], tmp_path / "no" / "rollout") == ["", ""]
     for raised, _ in pool(2).run(jobs.load_job, model, CASES["ep2"], tmp_path / "no" / "rollout", sequences=[4]):
         assert f"{tmp_path}/no/rollout holds no rollout batch" in raised

@@ -404,8 +404,6 @@ def test_all_ranks_end_what_was_left_open_and_the_first_says_so() -> None:
     assert torch.equal(one, other)
 
 
-
-
 def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
     """(last mini-step, as it is after the next one, sequences never trained on, whether what was scored is the same)"""
     host.init()
@@ -429,3 +427,38 @@ def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
 def test_an_order_in_the_middle_of_a_batch_is_taken_up_again(tmp_path: Path) -> None:
     for found in pool(2).run(resumed_job, tmp_path / "pr2"):
         assert found == (1, 2, 2.0, [True, True])
+
+
+def resumed_without_sequences_job(directory: Path) -> tuple[bool, bool, list[float]]:
+    """Rank 0 has no sequence of the batch; (pass's bias is there, what was pushed is there, delivered) when resumed."""
+    host.init()
+    data = DATA if dist.get_rank() else []
+
+    def begun() -> tuple[PR2, toy.ToyChunk]:
+        config = toy.toy_config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+        chunk = toy.ToyChunk(config)
+        settings = {"sample_fraction": 1.0, "max_missing_share": 1.0}
+        return attach(chunk, toy.preset("pr2", **settings), torch.optim.SGD(chunk.parameters(), lr=0.01)), chunk
+
+    pr2, chunk = begun()
+    assert pr2.predictor is not None
+    pr2.predictor.weight_LEH.fill_(0.01)
+    list(pr2.engine_weights(((f"model.layers.{n}.mlp.gate.weight", r.weight) for n, r in enumerate(toy.routers(chunk))), version=3))
+    sequences = toy.sequences(LENGTHS, toy.random_tables(LENGTHS, chunk.config)) if data else []
+    pr2.begin_rollout(sequences, version=3)
+    toy.old_logprobs(pr2, chunk, data)
+    biases_LE = torch.stack([router.expert_bias for router in toy.routers(chunk)])
+    pr2.predictor.weight_LEH.fill_(0.02)  # of the next push
+    pr2.save(directory, rollout=True)
+    resumed, chunk = begun()
+    for router in toy.routers(chunk):
+        router.expert_bias += 0.5  # it moved with the updates
+    resumed.load(directory, sequences=[sequence.id for sequence in sequences])
+    found = resumed.features.expert_bias_LE
+    (push,) = resumed.measurement.pushes.in_use
+    return found is not None and torch.equal(found, biases_LE), bool((push.w_LEH == 0.01).all()), push.delivered
+
+
+def test_what_a_batch_is_judged_by_is_kept_where_the_first_rank_has_no_sequence(tmp_path: Path) -> None:
+    for found in pool(2).run(resumed_without_sequences_job, tmp_path / "pr2"):
+        assert found == (True, True, [pytest.approx(1.0)] * 2)

@@ -177,6 +177,8 @@ def refusal_job(kind: str) -> str:
     micro_batches = [toy.MicroBatch(0, padded([0, 5] if kind == "unknown" else [0], [8, 8] if kind == "unknown" else [8], 8))]
     if kind == "micro-batches" and rank == 1:
         micro_batches = [toy.MicroBatch(0, padded([1], [12], 12))]
+    if kind == "no micro-batch" and rank == 1:
+        micro_batches = ["micro-batch"]  # type: ignore[list-item]
     try:
         with pr2.old_logprobs(micro_batches):
             raise KeyError
@@ -194,6 +196,7 @@ def refusal_job(kind: str) -> str:
         ("object", "sequence 1: routes is a bytes; make a table of it"),
         ("length", "sequence 1: loss-bearing positions [2, 11) are outside its -12 tokens"),
         ("micro-batches", "describe different micro-batches for one pass"),
+        ("no micro-batch", "a pass got a str among its micro-batches"),
         ("unknown", "sequence 5 has no routes"),
         ("tables", "ran"),
         ("fine", "ran"),
