@@ -22,6 +22,7 @@ from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
 from megatron_pr2.drift.pushed import Pushed, RowsOfPush, predicted
+from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import IntArray
 from megatron_pr2.parallel.groups import everyone, whole_model
 from megatron_pr2.parallel.replica import Replica
@@ -84,11 +85,10 @@ class Measurement:
         """Args: `device` is the routers'; `moe_layers` are those of the whole model."""
         self._config, self._sites, self._predictor = config, list(sites), predictor
         self._tp_cp, self._token_group, self._device = replica.tp_cp, token_group, device
-        self._experts = model_config.num_moe_experts
         self._score_function = model_config.moe_router_score_function
-        kept_on = device if config.feature_device == "device" else torch.device("cpu")
         self.features = FeatureStore(
-            len(sites), self._experts, model_config.hidden_size if config.keeps_inputs else 0, device=kept_on, h_dtype=H_DTYPE,
+            len(sites), model_config.num_moe_experts, model_config.hidden_size if config.keeps_inputs else 0,
+            device=device if config.feature_device == "device" else torch.device("cpu"), h_dtype=H_DTYPE,
             p_dtype=torch.float64 if model_config.moe_router_dtype == "fp64" else torch.float32,
         )  # fmt: skip
         # The pipeline stage with most layers decides what there is room for, so that all of them keep the same tokens.
@@ -108,10 +108,8 @@ class Measurement:
         if predictor is not None and config.hold_back:
             how = {"decay": config.hold_back_decay, "confidence": config.hold_back_confidence}
             self.hold_back = HoldBack(len(sites), **how, device=device)
-        self.sample_fraction: float | None = None
         self.pushes = Pushed(config, self._sites, predictor, self.hold_back)
         self.learning = False
-        self.features_absent = 0
         self._located: dict[Hashable, SampledRows] = {}
         self._row_horizons: dict[Hashable, Tensor] = {}
         self._forget()
@@ -121,7 +119,7 @@ class Measurement:
         self._tokens, self._located, self._row_horizons = TokenIndex({}), {}, {}
         self.held_out = np.zeros(0, dtype=bool)
         self._horizon: npt.NDArray[np.float32] | None = None
-        self.sample_fraction = None
+        self.sample_fraction: float | None = None
         self.pushes.forget()
         # A mini-step that was never ended by step() belongs to the last batch.
         self.discard()
@@ -169,6 +167,8 @@ class Measurement:
 
     def predict(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor:
         """The logits [T, E] that routes are recorded by: p + beta W_p h, each token's for as many updates as it is away."""
+        if not self.pushes.in_use:
+            raise ReplayError("old_logprobs() before begin_rollout(): there is no rollout batch to predict the routes of")
         shift_TE = shift_logits(h_TH, self.pushes.in_use[0].delta(site.local))
         if self._row_horizons:
             shift_TE = shift_TE * self._row_horizons[bound.micro_batch.key]
@@ -177,7 +177,7 @@ class Measurement:
     @contextmanager
     def log_prob_pass(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Makes room for the features of the sampled tokens that this rank is going to compute, and keeps them unless it fails."""
-        rows = self._rows(micro_batches)
+        rows = self.rows(micro_batches)
         if self._config.drift:
             self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
             biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
@@ -211,7 +211,7 @@ class Measurement:
         self.learning = learning
         brought = False
         try:
-            rows = self._rows(micro_batches)
+            rows = self.rows(micro_batches)
             if self._config.drift:
                 brought = self.plan.bring([micro_batch.grid for micro_batch in micro_batches])
                 self.features_absent += sum(map(self.plan.absent, rows))
@@ -326,7 +326,7 @@ class Measurement:
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, columns)
 
-    def _rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
+    def rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
         """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
         return [self._tokens.of_grid(self._tp_cp.rows(micro_batch.grid)) for micro_batch in micro_batches]
 

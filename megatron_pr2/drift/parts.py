@@ -126,10 +126,10 @@ class Parts:
         if not callable(forward):
             raise ReplayError(f"look_ahead: forward is a {type(forward).__name__}; pass a function that runs the micro-batches")
         bears = np.append(sampled_tokens(self.sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
-        rows = {}
-        for micro_batch in micro_batches:
-            tokens_T = self.tokens.of_grid(self.replica.tp_cp.rows(micro_batch.grid))
-            rows[micro_batch.key] = torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
+        rows = {
+            micro_batch.key: torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
+            for micro_batch, tokens_T in zip(micro_batches, self.measurement.rows(micro_batches), strict=True)
+        }
 
         def run(observer: Observer) -> None:
             with torch.no_grad(), self._passes.run("look-ahead", micro_batches, self._mode, observer) as session:

@@ -84,32 +84,13 @@ def _distinct_lanes(words_N: npt.NDArray[np.unsignedinteger], bits: int, lanes: 
 
 
 def replayable(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
-    """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids."""
+    """Which rows a router can take as they are, [T]: every id in [0, E) and, in every layer, K different ids.
+
+    With K > 1 a layer that the engine did not fill is a row of duplicates. With K = 1 zero may be a real choice: such layers show
+    over a whole rollout batch only (replay.intake).
+    """
     valid: npt.NDArray[np.bool_] = np.asarray(((experts_TLK >= 0) & (experts_TLK < num_experts)).all(axis=(1, 2)))
     tokens, layers, topk = experts_TLK.shape
     if topk > 1:
         valid &= all_distinct(experts_TLK.reshape(-1, topk)).reshape(tokens, layers).all(axis=1)
-    return valid
-
-
-def row_validity(experts_TLK: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.bool_]:
-    """Which rows of an engine's ids are routes that it took: those that can be replayed, in layers that it filled.
-
-    With K > 1 an all-zero layer is a row of duplicates. With K = 1 zero may be a real choice; a layer that sends *every* token
-    of at least 32 to expert 0 while another layer does not is taken for a layer that the engine did not fill. Rows that cannot
-    be replayed anyway (the last token's, an engine's gaps) do not count as tokens here.
-
-    Args:
-        experts_TLK: [T, L, K] integer ids, any signed or unsigned dtype.
-        num_experts: E.
-
-    Returns:
-        [T] bool.
-    """
-    _, layers, topk = experts_TLK.shape
-    valid = replayable(experts_TLK, num_experts)
-    if topk == 1 and num_experts > 1 and layers > 1 and np.count_nonzero(valid) >= 32:
-        zero_layers = (experts_TLK[valid] == 0).all(axis=(0, 2))
-        if zero_layers.any() and not zero_layers.all():
-            return np.zeros_like(valid)
     return valid

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_pr2.errors import RouteError
-from megatron_pr2.routes.ids import expert_dtype, integers, replayable, row_validity
+from megatron_pr2.routes.ids import expert_dtype, integers, replayable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -142,7 +142,7 @@ class RouteTable:
         ids_TLK = integers(ids_TLK, "routes")
         if ids_TLK.ndim != 3:
             raise RouteError(f"routes: got {ids_TLK.dtype}{list(ids_TLK.shape)}; expected integers [tokens, moe_layers, topk]")
-        valid = row_validity(ids_TLK, num_experts)
+        valid = replayable(ids_TLK, num_experts)
         experts = np.zeros(ids_TLK.shape, dtype=expert_dtype(num_experts))
         experts[valid] = ids_TLK[valid]
         return cls.checked(experts, valid, num_experts)

@@ -229,14 +229,26 @@ def test_a_row_that_is_repeated_over_other_tokens_is_warned_of(caplog: pytest.Lo
     assert "the routes of 1 sequences repeat one row over different tokens: 66 rows in sequence 3" in caplog.text
 
 
-def test_a_layer_of_zeros_is_judged_over_the_batch() -> None:
-    """Top-1, ten rows per sequence: too few for a verdict on one table."""
+@pytest.mark.parametrize(
+    ("lengths", "zeros", "refused"),
+    [
+        ([11] * 8, [1], True),  # too few in one table
+        ([81], [1], True),
+        ([11] * 3, [1], False),  # 30 rows are no verdict
+        ([11] * 8, [0, 1], False),  # in all layers alike: it is the model
+    ],
+)
+def test_a_layer_of_zeros_is_judged_over_the_batch(lengths: list[int], zeros: list[int], refused: bool) -> None:
+    """With top-1 zero may be a real choice; the last row of a table has no route."""
     top1 = toy.toy_config(moe_router_topk=1, moe_router_pre_softmax=True)
-    lengths = dict.fromkeys(range(8), 11)
-    tables = toy.random_tables(lengths, top1)
+    by_id = dict(enumerate(lengths))
+    tables = toy.random_tables(by_id, top1)
     pr2 = attach(toy.ToyChunk(top1), PR2Config.preset("r3"))
-    pr2.begin_rollout(toy.sequences(lengths, tables))
+    pr2.begin_rollout(toy.sequences(by_id, tables))
     for table in tables.values():
-        table.experts[:, 1] = 0
+        table.experts[:, zeros] = 0
+    if not refused:
+        pr2.begin_rollout(toy.sequences(by_id, tables))
+        return
     with pytest.raises(RouteError, match=r"MoE layers \[1\] .* all 80 tokens of the batch to expert 0"):
-        pr2.begin_rollout(toy.sequences(lengths, tables))
+        pr2.begin_rollout(toy.sequences(by_id, tables))

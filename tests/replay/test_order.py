@@ -284,6 +284,13 @@ def test_what_the_actor_did_not_record_is_refused(scored: int) -> None:
     loop.update()
 
 
+def test_routes_are_not_predicted_without_a_rollout_batch() -> None:
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, toy.preset("pr2", routes="actor"))
+    with pytest.raises(ReplayError, match=r"old_logprobs\(\) before begin_rollout\(\)"):
+        toy.old_logprobs(pr2, chunk, DATA)
+
+
 @pytest.mark.parametrize("scored", [0, 1, 2])
 @pytest.mark.parametrize(
     ("preset", "settings", "wants"),

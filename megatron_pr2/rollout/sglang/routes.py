@@ -103,11 +103,7 @@ def decode_table(encoded: Any, *, num_tokens: int, shape: ModelShape, where: str
             raise RouteError(f"{where}: routed_experts is not valid base64: padding in the middle")
         ids = np.frombuffer(raw, dtype="<i4").reshape(last - first, shape.num_hidden_layers, shape.topk)
         _take(ids[:, layers] if len(layers) != shape.num_hidden_layers else ids, table, first, last)
-    if shape.topk > 1:
-        return table
-    # The rule for top-1 needs all rows at once; -1 stands for a row without a route.
-    ids_TLK = np.where(table.valid[:, None, None], table.experts.astype(np.int64), -1)
-    return RouteTable.from_ids(ids_TLK, shape.num_experts)
+    return table
 
 
 def decode_ids(encoded: Any, num_layers: int, topk: int, where: str) -> npt.NDArray[np.int32]:
