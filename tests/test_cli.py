@@ -226,7 +226,9 @@ def test_the_sample_fraction_follows_from_the_budget() -> None:
     assert found["sample_fraction"] == pytest.approx(0.037, abs=0.001)
     assert last_line(*arguments, "--sample-fraction", "0.03")["sample_fraction"] == 0.03
     # Without router inputs nine times as many tokens fit.
-    assert last_line(*arguments, "--predictor", "none")["sample_fraction"] == 0.125
+    code, output = invoke(*arguments, "--predictor", "none")
+    assert json.loads(output.splitlines()[-1])["sample_fraction"] == 0.125
+    assert "features of 0.125 of the response tokens; predictor none" in " ".join(output.split())
 
 
 def test_plans_that_are_refused() -> None:

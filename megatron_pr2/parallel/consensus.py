@@ -42,6 +42,14 @@ def failures_of_all(known: Mapping[int, str]) -> dict[int, str]:
     return {rank: "; ".join(each.values()) for rank, each in enumerate(told) if each}
 
 
+def raise_together(failure: PR2Error | None) -> None:
+    """Raises on every rank the failure of the first rank that has one, of its class; collective over all ranks."""
+    told = gathered(None if failure is None else (type(failure), str(failure)), dist.group.WORLD)
+    if (first := next((each for each in told if each is not None), None)) is not None:
+        kind, message = first
+        raise kind(message)
+
+
 def digest(*parts: bytes) -> bytes:
     """16 bytes that stand for what ranks compare: gathering objects pads every rank's to the longest."""
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()

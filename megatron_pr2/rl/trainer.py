@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_pr2.errors import RolloutError
-from megatron_pr2.parallel.consensus import failures_of_all
+from megatron_pr2.errors import PR2Error, RolloutError
+from megatron_pr2.parallel.consensus import raise_together
 from megatron_pr2.replay.logprob_gap import BOUNDS, OLDER_BOUNDS, judge
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.report.display import LiveDisplay
@@ -165,10 +165,10 @@ class Trainer:
         for sums, (warn, most) in zip(gaps, (now, OLDER_BOUNDS), strict=True):
             if given != 0 and (found := judge(sums, (warn, most) if given is None else (min(warn, given), given))):
                 if found.refuse:
-                    failure = f"{found.text}. rollout.max_logprob_gap sets another bound; 0 disables the check"
+                    failure = RolloutError(f"{found.text}. rollout.max_logprob_gap sets another bound; 0 disables the check")
                 elif dist.get_rank() == 0:
                     logger.warning("step %d: %s", self._step, found.text)
-        _raise_together(failure)
+        raise_together(failure)
         return gap_summary(gaps)
 
     def _push(self) -> None:
@@ -205,10 +205,10 @@ class Trainer:
         report, failure = None, None
         try:
             report = handshake(self._engine, self._reference, probe, dtype, layers)
-        except RolloutError as error:
+        except PR2Error as error:
             # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-            failure = str(error)
-        _raise_together(failure)
+            failure = error
+        raise_together(failure)
         assert report is not None
         self._record["handshake"] = asdict(report)
 
@@ -281,9 +281,3 @@ class Trainer:
         yield
         seconds = self._record["seconds"]
         seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
-
-
-def _raise_together(failure: str | None) -> None:
-    """Raises on every rank what any of them refuses; collective."""
-    if failures := failures_of_all({} if failure is None else {dist.get_rank(): failure}):
-        raise RolloutError(failures[min(failures)])

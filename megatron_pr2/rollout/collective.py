@@ -1,7 +1,7 @@
 """CollectiveEngine: an engine that lives on rank 0, seen by every trainer rank as one of its own.
 
 Rank 0 talks to the engine; the others take part in the collectives that weights need and receive their share of the responses.
-A failure on rank 0 is raised on every rank, so that no rank waits for a collective that never comes.
+A failure on any rank is raised on every rank, so that no rank waits for a collective that never comes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_pr2.errors import EnvironmentFailed, PR2Error, RolloutError
+from megatron_pr2.errors import AttachError, ConfigError, EnvironmentFailed, PR2Error, RolloutError
+from megatron_pr2.parallel.consensus import described
 from megatron_pr2.parallel.groups import gathered
 from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, RolloutStats, SamplingParams
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# What another engine or another attempt would not fix; any other failure is a RolloutError, after which callers try again.
+_LASTING = (AttachError, ConfigError, EnvironmentFailed)
 
 
 class PushEngine(Protocol):
@@ -84,14 +88,7 @@ class CollectiveEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank walks the weights (exporting them is collective); rank 0 sends them."""
         _, failure = _walked(weights, lambda part: self._engine.update_weights(part, version) if self._engine is not None else None)
-
-        def outcome(_: RolloutEngine) -> None:
-            if failure is not None:
-                raise failure
-
-        self._on_rank_0(outcome)
-        if failure is not None:  # of this rank alone
-            raise failure
+        self._agree(failure)
 
     def update_owned_weights(self, owned: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Every rank sends the engine's servers the weights that it owns; together they are what update_weights() would get.
@@ -101,20 +98,22 @@ class CollectiveEngine:
 
         Raises:
             RolloutError: on every rank, whichever failed; the engine refuses to sample until a push succeeds.
+            AttachError, ConfigError: the same, where another attempt would not help.
         """
         if not self.takes_owned_weights:
             raise RolloutError(f"the {self.name} engine takes the whole model from one rank: call update_weights()")
         targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version))
         try:
             sent, failure = _walked(owned, lambda part: self._push_part(part, targets))
-            self._agree_on_push(failure, sent or 0)
+            if not self._agree(failure, sent or 0):
+                raise RolloutError("weight update: no tensors were given")
             self._on_rank_0(lambda engine: cast(PushEngine, engine).finish_push(version))
         except BaseException:
             if self._engine is not None:
                 try:
                     cast(PushEngine, self._engine).abandon_push()
                 except Exception as error:  # the failure that led here is the one to raise
-                    logger.warning("a weight update could not be closed: %s", _describe(error))
+                    logger.warning("a weight update could not be closed: %s", described(error))
             raise
 
     def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
@@ -130,17 +129,18 @@ class CollectiveEngine:
         self._sender.retarget(targets)
         return self._sender.push(weights)
 
-    def _agree_on_push(self, failure: Exception | None, sent: int) -> None:
-        """Raises on every rank the failures of all ranks, or that nobody had anything to send."""
-        everyone = gathered((None if failure is None else _describe(failure), sent), self._group)
+    def _agree(self, failure: Exception | None, sent: int = 0) -> int:
+        """What all ranks have sent; raises on every rank the failures of all."""
+        everyone = gathered((None if failure is None else _told(failure), sent), self._group)
         failures: dict[str, list[str]] = {}
-        for rank, (message, _) in enumerate(everyone):
-            if message is not None:
-                failures.setdefault(message, []).append(str(rank))
+        kinds = []
+        for rank, (told, _) in enumerate(everyone):
+            if told is not None:
+                kinds.append(told[0])
+                failures.setdefault(told[1], []).append(str(rank))
         if failures:
-            raise RolloutError("; ".join(f"rank {', '.join(ranks)}: {message}" for message, ranks in failures.items()))
-        if not any(count for _, count in everyone):
-            raise RolloutError("weight update: no tensors were given")
+            raise kinds[0]("; ".join(f"rank {', '.join(ranks)}: {message}" for message, ranks in failures.items()))
+        return sum(count for _, count in everyone)
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, *, return_routes: bool, enough: int | None = None
@@ -178,13 +178,12 @@ class CollectiveEngine:
             try:
                 outcome = [(None, action(self._engine))]
             except Exception as error:
-                # A failing environment cannot be fixed by another engine: callers must not retry it.
-                outcome = [((isinstance(error, EnvironmentFailed), _describe(error)), None)]
+                outcome = [(_told(error), None)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         failure, result = outcome[0]
         if failure is not None:
-            environment, message = failure
-            raise EnvironmentFailed(message) if environment else RolloutError(message)
+            kind, message = failure
+            raise kind(message)
         return result
 
 
@@ -207,5 +206,6 @@ def _walked(
     return sent, failure
 
 
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, PR2Error) else f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> tuple[type[PR2Error], str]:
+    """A failure as all ranks raise it."""
+    return next((kind for kind in _LASTING if isinstance(error, kind)), RolloutError), described(error)

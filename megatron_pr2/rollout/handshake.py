@@ -74,6 +74,7 @@ def handshake(
     if len(probe_ids) < 2:
         raise ConfigError(f"handshake: the probe has {len(probe_ids)} tokens; expected two or more. Did the tokenizer encode it?")
     (want,) = actor.score(probe_ids)
+    probes = engine.score(probe_ids)  # before anything that one rank may refuse alone: it is collective
     topk, experts = want.routes.topk, want.routes.num_experts
     needed = enough_rows(least_share(dtype, topk, experts), topk, experts)
     if int(want.routes.valid.sum()) < needed:
@@ -81,7 +82,7 @@ def handshake(
             f"handshake: the probe has {len(probe_ids)} tokens, too few to tell one layer's routes from unrelated ones (top-{topk} "
             f"of {experts} experts in {dtype} needs {needed + 1}); give {PROBE_TOKENS}, e.g. probe_of(token_ids)"
         )
-    reports = [compare(probe, want, dtype, layers) for probe in engine.score(probe_ids)]
+    reports = [compare(probe, want, dtype, layers) for probe in probes]
     if not reports:
         raise RolloutError(f"handshake: no server behind {engine.name} answered the probe")
     return min(reports, key=lambda report: (report.route_agreement, -report.logprob_mean))

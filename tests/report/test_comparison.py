@@ -416,3 +416,12 @@ def test_csv_holds_the_numbers_of_the_page(comparison: Comparison, tmp_path: Pat
     assert (row["common_seeds"], row["verdict"]) == (3, BETTER)
     assert summary.loc[(4, "r3", "reward_final")][["common_seeds", "difference", "verdict"]].isna().all()
     assert (4, "grpo", "agreement") not in summary.index
+
+
+def test_methods_without_a_common_seed_have_0_of_them(tmp_path: Path) -> None:
+    """An empty cell would be that of the baseline."""
+    comparison = Comparison([make(tmp_path / "r3", "r3", seed=0), make(tmp_path / "pr2", "pr2", seed=7)])
+    comparison.write_summary(tmp_path / "summary.csv")
+    summary = pd.read_csv(tmp_path / "summary.csv").set_index(["method", "measure"])
+    assert summary.loc[("pr2", "reward_final"), "common_seeds"] == 0
+    assert math.isnan(summary.loc[("r3", "reward_final"), "common_seeds"])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as hf_logging
 
 from megatron_pr2.rl.tiny import (
     EOS_ID,
@@ -30,6 +31,18 @@ SMALL = TinyModelConfig(
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", SMALL, seed=3)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_afterwards_as_they_were(shown, tmp_path):
+    before = hf_logging.is_progress_bar_enabled()
+    switch = {True: hf_logging.enable_progress_bar, False: hf_logging.disable_progress_bar}
+    try:
+        switch[shown]()
+        make_tiny_checkpoint(tmp_path / "tiny", SMALL, seed=3)
+        assert hf_logging.is_progress_bar_enabled() == shown
+    finally:
+        switch[before]()
 
 
 def test_the_directory_holds_one_tensor_per_expert_in_fp32(directory):

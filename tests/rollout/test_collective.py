@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_pr2.errors import RolloutError
+from megatron_pr2.errors import AttachError, ConfigError, EnvironmentFailed, PR2Error, RolloutError, RouteError
 from megatron_pr2.rollout.base import Probe, RolloutBatch, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.routes.table import RouteTable
@@ -142,8 +142,8 @@ def test_every_rank_gets_its_share_and_all_of_the_rest() -> None:
     assert [result["closed"] for result in results] == [2, 0]
 
 
-def failing_job(method: str, error: Exception | None) -> tuple[str, list[str], bool]:
-    """(what this rank raised, the weights that it walked, whether the engine still works afterwards)"""
+def failing_job(method: str, error: Exception | None) -> tuple[str, str, list[str], bool]:
+    """(what this rank raised, its message, the weights that it walked, whether the engine still works afterwards)"""
     own = ScriptedEngine(method, error)
     engine = collective(own)
     walked: list[str] = []
@@ -153,17 +153,18 @@ def failing_job(method: str, error: Exception | None) -> tuple[str, list[str], b
         "restart": engine.restart,
         "update_weights": lambda: engine.update_weights(exported(walked), 0),
         "export": lambda: engine.update_weights(exported(walked, fails=True), 0),
+        "export of one rank": lambda: engine.update_weights(exported(walked, fails=dist.get_rank() == 1), 0),
         "generate": lambda: engine.generate(requests, SAMPLING, return_routes=False),
         "share": lambda: engine.generate(requests, SAMPLING, return_routes=False),
         "score": lambda: engine.score([1, 2]),
     }
     try:
         calls[method]()
-        raised = ""
-    except RolloutError as failure:
-        raised = str(failure)
+        raised = message = ""
+    except PR2Error as failure:
+        raised, message = type(failure).__name__, str(failure)
     own.fails = ""
-    return raised, walked, len(engine.generate(requests[:4], SAMPLING, return_routes=False).responses) == 2
+    return raised, message, walked, len(engine.generate(requests[:4], SAMPLING, return_routes=False).responses) == 2
 
 
 OUT_OF_ORDER = "ValueError: out of order"
@@ -172,19 +173,27 @@ OUT_OF_ORDER = "ValueError: out of order"
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        *((method, None, OUT_OF_ORDER) for method in ("start", "restart", "update_weights", "generate", "score")),
+        *((method, None, OUT_OF_ORDER) for method in ("start", "restart", "generate", "score")),
+        ("update_weights", None, f"rank 0: {OUT_OF_ORDER}"),
         ("generate", RolloutError("the server is down"), "the server is down"),
+        ("generate", RouteError("no routes"), "no routes"),
+        # Another engine would not help: these are not tried again.
+        ("generate", ConfigError("the probe is short"), "the probe is short"),
+        ("generate", EnvironmentFailed("the tool"), "the tool"),
+        ("update_weights", AttachError("other gates"), "rank 0: other gates"),
         # engine_weights() raises after the last weight, on all ranks alike.
-        ("export", None, "KeyError: 'the gates did not come by'"),
+        ("export", None, "rank 0, 1: KeyError: 'the gates did not come by'"),
+        ("export of one rank", None, "rank 1: KeyError: 'the gates did not come by'"),
         ("share", None, "5 requests cannot be shared equally by 2 data-parallel ranks"),
     ],
 )
 def test_a_failure_is_raised_on_every_rank(method: str, error: Exception | None, message: str) -> None:
     """And leaves all of them in step: the next call works."""
-    for raised, walked, works in pool(2).run(failing_job, method, error, timeout=60):
-        assert raised == message
+    kind = type(error) if isinstance(error, AttachError | ConfigError | EnvironmentFailed) else RolloutError
+    for raised, said, walked, works in pool(2).run(failing_job, method, error, timeout=60):
+        assert (raised, said) == (kind.__name__, message)
         assert works
-        assert walked == (["w0", "w1", "w2", "w3"] if method in ("update_weights", "export") else [])
+        assert walked == (["w0", "w1", "w2", "w3"] if method.startswith(("update_weights", "export")) else [])
 
 
 def test_shares_are_contiguous() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_pr2.errors import RolloutError
+from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.rollout.collective import CollectiveEngine
 from megatron_pr2.rollout.sglang.push.session import PushTarget
 from tests.helpers.distributed import pool
@@ -78,6 +78,8 @@ def owned(walked: list[str], yielding: tuple[int, ...], fails_on: int | None = N
             yield f"w{i}", total
     if dist.get_rank() == fails_on:
         raise KeyError("a gate did not come by")
+    if fails_on == -1:
+        raise ConfigError("the experts' shards cannot be joined")
 
 
 def push_job(fails: str, yielding: tuple[int, ...], fails_on: int | None) -> dict[str, Any]:
@@ -90,6 +92,8 @@ def push_job(fails: str, yielding: tuple[int, ...], fails_on: int | None) -> dic
         engine.update_owned_weights(owned(walked, yielding, fails_on), 1)
     except RolloutError as error:
         raised = str(error)
+    except ConfigError as error:
+        raised = f"ConfigError: {error}"
     first, own.calls, own.received, own.fails = (own.calls, own.received), [], [], ""
     engine.update_owned_weights(owned([], (0,)), 2)  # all ranks are in step
     engine.close()
@@ -114,6 +118,7 @@ def test_every_rank_walks_its_part_and_rank_0_controls() -> None:
         ("finish_push", (0,), None, "finish_push failed", ["begin_push", "finish_push", "abandon_push"]),
         ("", (0,), 1, "rank 1: KeyError: 'a gate did not come by'", ["begin_push", "abandon_push"]),
         ("", (0,), 0, "rank 0: KeyError: 'a gate did not come by'", ["begin_push", "abandon_push"]),
+        ("", (0,), -1, "ConfigError: rank 0, 1: the experts' shards cannot be joined", ["begin_push", "abandon_push"]),
         ("", (), None, "no tensors were given", ["begin_push", "abandon_push"]),
         ("abandon_push", (0,), 1, "rank 1: KeyError: 'a gate did not come by'", ["begin_push", "abandon_push"]),
     ],
