@@ -21,6 +21,7 @@ from megatron_pr2.rl.config import TrainConfig, load_config
 # lets the actor record the routes, each sequence's predicted for its own mini-step, which an engine with one gate cannot.
 METHODS: dict[str, tuple[str, ...]] = {
     "grpo": ("preset=grpo",),
+    "gspo": ("preset=grpo", "algorithm.loss=gspo"),
     "r2": ("preset=r2",),
     "r3": ("preset=r3",),
     "pr2-post": ("preset=pr2", "pr2.predictor=learned", "pr2.target=post", "pr2.hold_back=false"),

@@ -27,7 +27,7 @@ FILE_NAME = "metrics.jsonl"
 # Names as flat() gives them, and the TensorBoard tag under which they are mirrored.
 TAGS = (
     (r"reward|reward_std|response_length|truncated|tokens_per_second", r"\g<0>"),
-    (r"clip_fraction|grad_norm|lr", r"policy/\g<0>"),
+    (r"clip_fraction|masked_fraction|router_shift_weight|grad_norm|lr", r"policy/\g<0>"),
     (r"policy_(loss)", r"policy/\1"),
     (r"agreement|frozen_agreement|lift|lift_all", r"routes/\g<0>"),
     (r"rollout\.(turns)", r"\1"),

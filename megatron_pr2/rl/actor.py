@@ -1,4 +1,4 @@
-"""Actor: the policy on Megatron-Core with its optimizer; log-prob pass, GRPO mini-steps, export.
+"""Actor: the policy on Megatron-Core with its optimizer; log-prob pass, mini-steps, export.
 
 `_forward_step` is an ordinary Megatron forward step; PR2 wraps it and is told which micro-batch is which, nothing more.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.checkpoint import checkpoint as pr2_checkpoint
+from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
 from megatron_pr2.hf.model_types import keeps_gates_in_fp32
 from megatron_pr2.hf.owned_export import owned_engine_weights
@@ -33,8 +33,8 @@ from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import load_optimizer, model_shards, optimizer_shards, optimizer_template, read
-from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
-from megatron_pr2.rl.losses import LOSS_COLUMNS, decoupled_loss, diagnose
+from megatron_pr2.rl.config import TrainConfig
+from megatron_pr2.rl.mini_batch_loss import MiniBatchLoss
 from megatron_pr2.rl.proximal import ProximalPolicy
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,10 @@ class Actor:
         if algorithm.old_logprobs == "ewma":
             where = torch.device("cpu") if algorithm.proximal_device == "cpu" else None
             self.proximal = ProximalPolicy(self.chunks, algorithm.proximal_decay, device=where)
+        scores = self.model.config.moe_router_score_function
+        if algorithm.loss == "rspo" and scores != "softmax":
+            raise ConfigError(f"algorithm.loss=rspo is defined for softmax routers; this model's router scores are {scores}")
+        self._loss = MiniBatchLoss(algorithm, next(self.model.parameters()).device, mpu.get_data_parallel_group())
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -126,7 +130,7 @@ class Actor:
         """A forward of all responses under the weights that the model has now; fills `sample.old_logprobs`."""
         items = micro_batches(samples, self._config.algorithm.micro_batch_size, self._pad_id)
         self.model.eval()
-        with replay([item["micro_batch"] for item in items]) as session:
+        with replay([item["micro_batch"] for item in items]) as session, self._loss.log_prob_pass(session):
             results = self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
         self.model.train()
         for item, result in zip(items, results, strict=True):
@@ -138,51 +142,30 @@ class Actor:
         """One mini-step: policy update on replayed routes, then the predictor's (from mini-step 2 on).
 
         Returns:
-            mini_step, loss, clip_fraction, grad_norm, ratio_mean, ratio_std, ratio_min, ratio_max, approx_kl and PR2's report;
-            with a correction also "importance" (losses.diagnose).
+            mini_step, grad_norm, what MiniBatchLoss.metrics has, and PR2's report.
         """
         algorithm = self._config.algorithm
         if self.proximal is not None:
             # The same routes again, but no features: those are of the weights that the routes were predicted from.
             with self.proximal.swapped_in():
                 self._take_logprobs(samples, self.pr2.replay)
-        corrected = algorithm.importance != "none"
-        items = micro_batches(samples, algorithm.micro_batch_size, self._pad_id, rollout_logprobs=corrected)
+        items = micro_batches(
+            samples, algorithm.micro_batch_size, self._pad_id, rollout_logprobs=algorithm.needs_rollout_logprobs
+        )
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = partial(_policy_loss, algorithm)
-        with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step) as session:
-            results = self._run(session.forward_step(partial(self._forward_step, loss)), items, forward_only=False)
+        self._loss.begin(items)
+        replayed = [item["micro_batch"] for item in items]
+        with self.pr2.actor_update(replayed, mini_step) as session, self._loss.training_pass(session):
+            results = self._run(session.forward_step(partial(self._forward_step, self._loss)), items, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         if self.proximal is not None:
             self.proximal.update()
         report = self.pr2.step()
-        group = mpu.get_data_parallel_group()
-        sums = torch.stack([r["sums"] for r in results]).sum(0).double()
-        lows, highs = torch.stack([r["extremes"] for r in results]).double().unbind(1)
-        extremes = torch.stack([-lows.min(), highs.max()])
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        tokens, *rest = sums.tolist()
-        mean = {name: value / max(tokens, 1.0) for name, value in zip(LOSS_COLUMNS[1:], rest, strict=True)}
-        if corrected:
-            diagnostics = torch.stack([r["diagnostics"] for r in results]).sum(0)
-            dist.all_reduce(diagnostics, group=group)
-            report = {"importance": diagnose(diagnostics), **report}
-            if not tokens:
-                logger.warning(
-                    "mini-step %d: importance=mis dropped every token, so nothing was learned; widen its bounds", mini_step
-                )
         return {
             "mini_step": mini_step,
-            "loss": mean["loss"],
-            "clip_fraction": mean["clipped"],
             "grad_norm": float(grad_norm) if grad_norm is not None else 0.0,
-            "ratio_mean": mean["ratio"],
-            "ratio_std": math.sqrt(max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2)),
-            "ratio_min": -extremes[0].item(),
-            "ratio_max": extremes[1].item(),
-            "approx_kl": mean["approx_kl"],
+            **self._loss.metrics(results, mini_step),
             **report,
         }
 
@@ -268,17 +251,3 @@ class Actor:
 def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     tokens = item["mask"].sum().to(torch.int)
     return logprobs_BS.sum(), tokens, {"logprobs": logprobs_BS.detach()}
-
-
-def _policy_loss(algorithm: AlgorithmConfig, item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    loss, sums, extremes, diagnostics = decoupled_loss(
-        logprobs_BS,
-        *(item[name] for name in ("old_logprobs", "rollout_logprobs", "advantages", "mask")),
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        kind=algorithm.importance,
-        cap=algorithm.importance_cap,
-        floor=algorithm.importance_floor,
-        level=algorithm.importance_level,
-    )
-    return loss, sums[0].to(torch.int), {"sums": sums, "extremes": extremes, "diagnostics": diagnostics}

@@ -61,14 +61,14 @@ class Sample:
         if logprobs.shape != (tokens,):
             raise RolloutError(
                 f"sample {self.id}: {logprobs.shape} log-probs for {tokens} response tokens; expected one each. "
-                "Ask the engine for them, or set old_logprobs=recompute and importance=none"
+                "Ask the engine for them, or set old_logprobs=recompute, importance=none and loss=grpo"
             )
         bad = ~np.isfinite(logprobs) & self.response.loss_mask
         if bad.any():
             raise RolloutError(
                 f"sample {self.id}: the engine's log-prob of response token {int(bad.argmax())} is {logprobs[bad.argmax()]}, and "
-                f"{int(bad.sum())} of {bad.size} are not finite; a sampled token has a finite one. Set old_logprobs=recompute and "
-                "importance=none to do without them"
+                f"{int(bad.sum())} of {bad.size} are not finite; a sampled token has a finite one. Set old_logprobs=recompute, "
+                "importance=none and loss=grpo to do without them"
             )
         return logprobs
 

@@ -5,9 +5,9 @@ A YAML file names what differs from the defaults; `key=value` on the command lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PR2Config, read_yaml
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.hf.model_types import BRIDGES
-from megatron_pr2.rl.task import LESSONS
-
-SOURCES = ("recompute", "rollout", "ewma")
-KINDS = ("none", "tis", "mis")
-LEVELS = ("token", "sequence")
+from megatron_pr2.rl.rules import CLIP, validate
 
 
 @dataclass
@@ -134,14 +129,18 @@ class OptimizerConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO.
+    """GRPO, and other losses on its advantages.
 
     Attributes:
+        loss: `grpo`, `gspo`, `cispo`, `gmpo`, `icepop`, `kpop`, `opsm` or `rspo` (docs/losses.md).
         mini_steps: kappa of off-kappa: updates per rollout batch, each on its own share of the samples. With 1 the routes are never
             stale and the predictor never learns.
         micro_batch_size: sequences in one forward pass of one process. Lower it when memory runs out.
-        clip_low: the importance ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
-        clip_high: see `algorithm.clip_low`.
+        clip_low: the importance ratio is clipped to `[1 - clip_low, 1 + clip_high]`. `null`: as published for the loss, 0.2 for
+            `grpo`.
+        clip_high: see `algorithm.clip_low`; 0.28 for `grpo`. `cispo` needs it.
+        mask_threshold: above it, in nats, `kpop` masks a token and `opsm` a response. Both need it.
+        router_shift_floor: smallest weight that `rspo` multiplies to a token's ratio, from 0 to 1.
         old_logprobs: policy whose log-probs the ratio is taken to: `recompute` the weights at the start of the rollout batch,
             `rollout` the engine's own, kept with every token, `ewma` a moving average of the policy (docs/off_policy.md).
         importance: correction for what the engine sampled from instead: `tis` weights every token by old over sampled probability,
@@ -149,17 +148,20 @@ class AlgorithmConfig:
             needs one; with `rollout` there is nothing to correct.
         importance_level: `token`, or `sequence`: all tokens of a response take the geometric mean of their ratios, and `mis` drops
             whole responses. Its bounds lie much closer to 1.
-        importance_cap: largest weight; 1 or more.
-        importance_floor: smallest weight that `mis` keeps, from 0 to 1; `tis` has none.
+        importance_cap: largest weight; 1 or more. Of `loss=icepop` too.
+        importance_floor: smallest weight that `mis` keeps, from 0 to 1; `tis` has none. Of `loss=icepop` too.
         proximal_decay: of the moving average, per update: its mean age is `decay / (1 - decay)` updates. Unused without `ewma`.
         proximal_device: where the moving average is kept, 4 bytes per parameter of a process: `device`, or `cpu` at the price of
             copies in every mini-step.
     """
 
+    loss: str = "grpo"
     mini_steps: int = 4
     micro_batch_size: int = 32
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float | None = None
+    clip_high: float | None = None
+    mask_threshold: float | None = None
+    router_shift_floor: float = 0.8
     old_logprobs: str = "recompute"
     importance: str = "none"
     importance_level: str = "token"
@@ -167,6 +169,22 @@ class AlgorithmConfig:
     importance_floor: float = 0.5
     proximal_decay: float = 0.9
     proximal_device: str = "device"
+
+    @property
+    def clip(self) -> tuple[float, float | None]:
+        """(clip_low, clip_high), the loss's own where they are not set; (nan, nan) for an unknown loss."""
+        low, high = CLIP.get(self.loss, (math.nan, math.nan))
+        return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
+
+    @property
+    def corrects(self) -> bool:
+        """Whether old log-probs are corrected for the engine's."""
+        return self.importance != "none" or self.loss == "icepop"
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        """Whether the loss is computed from the engine's log-probs besides the old ones."""
+        return self.corrects or self.loss in ("kpop", "opsm")
 
 
 @dataclass
@@ -241,85 +259,3 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     assert isinstance(config, TrainConfig)
     validate(config)
     return config
-
-
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _at_least(least: int) -> Rule:
-    return lambda value: value >= least, f"at least {least}"  # NaN is not
-
-
-def _one_of(*allowed: str) -> Rule:
-    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
-
-
-_UP_TO_ONE: Rule = (lambda value: 0.0 <= value < 1.0, "a number in [0, 1)")
-# What a setting has to be, and how that is told.
-_RULES: dict[str, Rule] = {
-    **{name: _at_least(1) for name in ("steps", "checkpoint_every", "parallel.processes", "parallel.expert")},
-    **{
-        f"rollout.{name}": _at_least(1)
-        for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines", "oversample")
-    },
-    **{f"algorithm.{name}": _at_least(1) for name in ("mini_steps", "micro_batch_size", "importance_cap")},
-    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "rollout.groups", "algorithm.clip_high", "optimizer.lr")},
-    "algorithm.clip_low": _UP_TO_ONE,
-    "algorithm.proximal_decay": _UP_TO_ONE,
-    "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
-    "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
-    "rollout.max_logprob_gap": (lambda value: value is None or value >= 0, "a number >= 0, or null"),
-    "model.warm_start": _one_of(*LESSONS),
-    "model.bridge": _one_of(*BRIDGES),
-    "model.dtype": _one_of("float32", "bfloat16"),
-    "rollout.engine": _one_of("megatron", "sglang"),
-    "algorithm.old_logprobs": _one_of(*SOURCES),
-    "algorithm.importance": _one_of(*KINDS),
-    "algorithm.importance_level": _one_of(*LEVELS),
-    "algorithm.proximal_device": _one_of("device", "cpu"),
-}
-
-
-def validate(config: TrainConfig) -> None:
-    """Raises ConfigError for settings that are out of range or contradict each other."""
-    replay = config.replay()
-    parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
-    for name, (right, expected) in _RULES.items():
-        if not right(value := attrgetter(name)(config)):
-            raise ConfigError(f"{name}={value!r}: expected {expected}")
-    source, importance = algorithm.old_logprobs, algorithm.importance
-    if source == "rollout" and replay.routes == "actor":
-        raise ConfigError(
-            "algorithm.old_logprobs=rollout contradicts pr2.routes=actor (preset=r2): the engine's log-probs belong to other "
-            "routes than those that the actor records and replays; set old_logprobs=recompute, or pr2.routes=engine (preset=r3)"
-        )
-    if source == "rollout" and importance != "none":
-        raise ConfigError(
-            f"algorithm.importance={importance} corrects old log-probs for the engine's, and with algorithm.old_logprobs=rollout "
-            "they are the same; set importance=none, or old_logprobs=recompute"
-        )
-    if source == "ewma" and importance == "none":
-        raise ConfigError(
-            "algorithm.old_logprobs=ewma needs algorithm.importance=tis or mis: nothing was sampled from the moving average, and a "
-            "ratio to it alone is off-policy without a correction"
-        )
-    if rollout.groups > algorithm.mini_steps:
-        raise ConfigError(f"rollout.groups={rollout.groups}: expected at most algorithm.mini_steps={algorithm.mini_steps}")
-    if rollout.groups != 1 and (rollout.engine != "megatron" or replay.routes != "engine" or not replay.predicts):
-        raise ConfigError(
-            f"rollout.groups={rollout.groups} needs rollout.engine=megatron, pr2.routes=engine and a pr2.predictor; not "
-            f"{rollout.engine}, {replay.routes} and {replay.predictor}"
-        )
-    for name in ("urls", "sglang"):
-        if getattr(rollout, name) and rollout.engine != "sglang":
-            raise ConfigError(f"rollout.{name}={getattr(rollout, name)!r} needs rollout.engine=sglang, not {rollout.engine!r}")
-    for name, divisor in (("parallel.processes", "parallel.expert"), ("rollout.prompts", "parallel.processes")):
-        value, by = attrgetter(name, divisor)(config)
-        if value % by:
-            raise ConfigError(f"{name}={value} is not a multiple of {divisor}={by}")
-    samples = rollout.prompts // parallel.processes * rollout.responses
-    if samples % algorithm.mini_steps:
-        raise ConfigError(
-            f"rollout.prompts * rollout.responses / parallel.processes = {samples} samples a rank is not a multiple of "
-            f"algorithm.mini_steps={algorithm.mini_steps}"
-        )

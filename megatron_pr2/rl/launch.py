@@ -21,6 +21,7 @@ from megatron_pr2.errors import ConfigError, PR2Error
 from megatron_pr2.report.metrics_log import FILE_NAME, read_records
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.preflight import check, examples_model
+from megatron_pr2.rl.rules import CLIP
 from megatron_pr2.rl.task import training_problems, write_problems
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
@@ -175,6 +176,11 @@ def _claim(directory: Path, config: TrainConfig) -> None:
     if file.exists() and (directory / FILE_NAME).exists():
         # A setting that a later release brought stands at its default, which leaves everything as it was.
         old, now = _flat(OmegaConf.structured(TrainConfig)) | _flat(read_yaml(file)), _flat(settings)
+        # Earlier releases wrote GRPO's bounds out, which are null's now.
+        for each in (old, now):
+            low, high = CLIP.get(each["algorithm.loss"], (None, None))
+            for name, default in (("algorithm.clip_low", low), ("algorithm.clip_high", high)):
+                each[name] = default if each[name] is None else each[name]
         if changed := sorted(key for key in {*old, *now} - {*_MAY_CHANGE} if old.get(key, ...) != now.get(key, ...)):
             raise ConfigError(
                 f"{directory} holds a run with other settings ({', '.join(changed)}); choose another run=DIRECTORY, "

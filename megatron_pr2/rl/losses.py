@@ -1,4 +1,4 @@
-"""GRPO: group-normalised advantages, the clipped token-level loss, and corrections for what another policy sampled.
+"""Group-normalised advantages, the policy's loss (`rl.objectives` has its kinds), and corrections for what another policy sampled.
 
 Three policies take part, per sampled token a:
     mu        the behaviour policy: what the engine sampled from; log mu(a) came with the rollout
@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
-from megatron_pr2.rl.config import KINDS, LEVELS
+from megatron_pr2.rl.objectives import OBJECTIVES, OVER_RESPONSES, Tokens, kpop_mask, opsm_mask
+from megatron_pr2.rl.rules import KINDS, LEVELS
 
-# What policy_loss sums over the loss-bearing tokens of a micro-batch, in this order.
-LOSS_COLUMNS = ("tokens", "loss", "clipped", "ratio", "ratio_squared", "approx_kl")
+# What policy_loss sums over the loss-bearing tokens of a micro-batch, in this order; "divisor" is what the loss is divided by.
+LOSS_COLUMNS = ("tokens", "divisor", "loss", "clipped", "masked", "ratio", "ratio_squared", "approx_kl", "ratio_weight")
+# Beyond e^40 a ratio's square leaves fp32, and a clipped loss has the gradient 0 * inf.
+LOG_RATIO_LIMIT = 40.0
 # What diagnostic_sums adds up over the tokens of a micro-batch that would bear loss without a correction, in this order.
 DIAGNOSTIC_COLUMNS = ("tokens", "weight", "weight_squared", "outside", "kl")
 
@@ -53,35 +56,45 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     weights: Tensor | None = None,
+    loss: str = "grpo",
+    ratio_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clipped surrogate with an asymmetric range ("clip-higher", DAPO, arXiv 2503.14476, Eq. 10), summed over tokens.
+    """The loss of a micro-batch, summed over its tokens, or over its responses of each one's mean over tokens.
 
     Args:
-        logprobs, old_logprobs: [B, S], natural logs under theta and prox.
+        logprobs, old_logprobs: [B, S], natural logs under theta and prox; rows are whole responses.
         mask: [B, S] float, 1 where a token bears loss.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         weights: [B, S] without gradient, multiplied to every token's loss outside of the clipping.
+        loss: a key of OBJECTIVES.
+        ratio_weights: [B, S] without gradient, multiplied to the ratio before it is clipped.
 
     Returns:
-        loss: scalar sum, to be divided by the mini-batch's token count over all ranks (token-level loss, same equation).
-        sums: [len(LOSS_COLUMNS)] detached.
+        loss: scalar sum, to be divided by the mini-batch's "divisor" over all ranks: tokens, or responses that bear loss.
+        sums: [len(LOSS_COLUMNS)] detached; "ratio" is theta / prox per token, whatever the loss clips.
         extremes: [2] detached, (min, max) of the ratio over the tokens that bear loss; (inf, -inf) if there is none.
     """
     mask = mask.float()
-    log_ratio = (logprobs - old_logprobs) * mask
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
-    per_token = torch.maximum(unclipped, clipped) * mask
+    bears = mask > 0
+    log_ratio = torch.where(bears, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    factor = torch.ones_like(mask) if ratio_weights is None else ratio_weights.detach()
+    weighted = log_ratio if ratio_weights is None else log_ratio + torch.where(bears, factor, 1.0).log()
+    tokens = Tokens(weighted, torch.where(bears, logprobs, 0.0), advantages, mask)
+    per_token, clipped = OBJECTIVES[loss](tokens, clip_low, clip_high)
+    per_token = per_token * mask
     if weights is not None:
         per_token = per_token * weights.detach()
+    tokens_B1 = mask.sum(1, keepdim=True)
+    if loss in OVER_RESPONSES:
+        per_token = per_token / tokens_B1.clamp(min=1.0)
     with torch.no_grad():
+        ratio = log_ratio.exp()
         # k3 estimate of KL(theta_old || theta), never negative: http://joschu.net/blog/kl-approx.html
         kl = ratio - 1.0 - log_ratio
-        clipping = (clipped > unclipped).float()
-        columns = [mask, per_token, clipping * mask, ratio * mask, ratio.square() * mask, kl * mask]
-        sums = torch.stack([c.sum() for c in columns])
-        bears = mask > 0
+        masked = torch.zeros_like(mask) if weights is None else (weights == 0).float()
+        divisor = tokens_B1 > 0 if loss in OVER_RESPONSES else mask
+        of_tokens = [c * mask for c in (clipped.float(), masked, ratio, ratio.square(), kl, factor)]
+        sums = torch.stack([c.sum().float() for c in (mask, divisor, per_token, *of_tokens)])
         low = torch.where(bears, ratio, torch.inf).min()
         high = torch.where(bears, ratio, -torch.inf).max()
     return per_token.sum(), sums, torch.stack([low, high])
@@ -150,24 +163,38 @@ def decoupled_loss(
     cap: float = 2.0,
     floor: float = 0.5,
     level: str = "token",
+    loss: str = "grpo",
+    threshold: float = 0.0,
+    ratio_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The module's equation, summed over tokens; policy_loss to the last bit where mu = prox, and with kind="none".
+    """The module's equation with any loss in place of its min; policy_loss to the last bit where mu = prox, and with kind="none".
 
     Args:
         logprobs, prox_logprobs, rollout_logprobs: [B, S], natural logs under theta, prox and mu.
-        advantages, mask, clip_low, clip_high: as of :func:`policy_loss`.
-        kind, cap, floor, level: as of :func:`behaviour_weights`.
+        advantages, mask, clip_low, clip_high, loss, ratio_weights: as of :func:`policy_loss`.
+        kind, cap, floor, level: as of :func:`behaviour_weights`. IcePop's range is [floor, cap] as well: its weights are those of
+            "mis", but what lies outside stays in the divisor (https://arxiv.org/abs/2510.18855).
+        threshold: of :func:`kpop_mask` or :func:`opsm_mask`, for these losses.
 
     Returns:
         loss, sums, extremes: as of policy_loss, over the tokens that still bear loss; sums[0] is how many these are.
         diagnostics: [len(DIAGNOSTIC_COLUMNS)] sums for :func:`diagnose`.
     """
     log_ratio = behaviour_log_ratio(prox_logprobs, rollout_logprobs, mask)
-    weighted = behaviour_weights(log_ratio, mask, kind=kind, cap=cap, floor=floor, level=level)
-    loss, sums, extremes = policy_loss(
-        logprobs, prox_logprobs, advantages, weighted.mask, clip_low=clip_low, clip_high=clip_high, weights=weighted.weights
-    )
-    return loss, sums, extremes, diagnostic_sums(log_ratio, weighted, mask)
+    if loss == "icepop":
+        weighted = behaviour_weights(log_ratio, mask, kind="mis", cap=cap, floor=floor)._replace(mask=(mask > 0).float())
+    else:
+        weighted = behaviour_weights(log_ratio, mask, kind=kind, cap=cap, floor=floor, level=level)
+    weights = weighted.weights
+    if loss == "kpop":
+        weights = weights * kpop_mask(prox_logprobs, rollout_logprobs, mask, threshold)
+    elif loss == "opsm":
+        weights = weights * opsm_mask(logprobs, rollout_logprobs, advantages, weighted.mask, threshold)
+    total, sums, extremes = policy_loss(
+        logprobs, prox_logprobs, advantages, weighted.mask,
+        clip_low=clip_low, clip_high=clip_high, weights=weights, loss=loss, ratio_weights=ratio_weights,
+    )  # fmt: skip
+    return total, sums, extremes, diagnostic_sums(log_ratio, weighted, mask)
 
 
 @torch.no_grad()

@@ -81,6 +81,9 @@ def update_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the mini-steps of what the actor reported."""
     names = {"policy_loss": "loss", "clip_fraction": "clip_fraction", "grad_norm": "grad_norm"}
     out: dict[str, Any] = {ours: float(np.mean([step[name] for step in mini_steps])) for ours, name in names.items()}
+    for name in ("masked_fraction", "router_shift_weight"):
+        if name in mini_steps[0]:
+            out[name] = float(np.mean([step[name] for step in mini_steps]))
     corrections = [step["importance"] for step in mini_steps if "importance" in step]
     if corrections:
         out["importance"] = {name: float(np.mean([each[name] for each in corrections])) for name in corrections[0]}

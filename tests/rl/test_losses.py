@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import losses
-from megatron_pr2.rl.config import KINDS, LEVELS
 from megatron_pr2.rl.losses import DIAGNOSTIC_COLUMNS, LOSS_COLUMNS, group_advantages, policy_loss
+from megatron_pr2.rl.rules import KINDS, LEVELS
 from tests.helpers.rounding import assert_near, rounding
 
 LOW, HIGH = 0.2, 0.28
@@ -60,7 +60,7 @@ def loop(data: dict[str, Tensor], kind: str, level: str) -> dict[str, Any]:
                 continue
             advantage, r = x["advantages"][b, t], math.exp(x["logprobs"][b, t] - x["prox_logprobs"][b, t])
             clipped = min(max(r, 1 - LOW), 1 + HIGH) * advantage
-            values = (1, -weight * min(r * advantage, clipped), clipped < r * advantage, r, r**2, r - 1 - math.log(r))
+            values = (1, 1, -weight * min(r * advantage, clipped), clipped < r * advantage, 0, r, r**2, r - 1 - math.log(r), 1)
             for name, value in zip(LOSS_COLUMNS, values, strict=True):
                 sums[name] += value
             gradient[b, t] = -weight * advantage * r if r * advantage <= clipped else 0.0

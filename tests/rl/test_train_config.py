@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,20 @@ def test_presets() -> None:
         (["algorithm.clip_high=-0.1"], "algorithm.clip_high=-0.1"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan"),
+        (["algorithm.loss=ppo"], "algorithm.loss='ppo': expected one of grpo, gspo, cispo, gmpo, icepop, kpop, opsm, rspo"),
+        (["algorithm.mask_threshold=-1"], "algorithm.mask_threshold=-1.0: expected at least 0, or null"),
+        (["algorithm.router_shift_floor=0"], "algorithm.router_shift_floor=0.0: expected a number in"),
+        (["algorithm.loss=cispo"], "algorithm.loss=cispo needs algorithm.clip_high, which has no default"),
+        (["algorithm.loss=kpop"], "algorithm.loss=kpop needs algorithm.mask_threshold, which has no default"),
+        (["algorithm.loss=opsm"], "algorithm.loss=opsm needs algorithm.mask_threshold, which has no default"),
+        (["preset=r3", "algorithm.loss=icepop", "algorithm.old_logprobs=rollout"], "loss=icepop compares .* they are the same"),
+        (
+            ["preset=r3", "algorithm.loss=kpop", "algorithm.mask_threshold=1", "algorithm.old_logprobs=rollout"],
+            "loss=kpop compares .* set old_logprobs=recompute, or loss=grpo",
+        ),
+        (["algorithm.loss=icepop", "algorithm.importance=mis"], "algorithm.importance=mis another one; set importance=none"),
+        (["preset=r3", "algorithm.loss=rspo", "algorithm.old_logprobs=rollout"], "rspo needs algorithm.old_logprobs=recompute"),
+        (["parallel.context=2"], "parallel.context"),
         (["algorithm.importance=vtrace"], "algorithm.importance='vtrace': expected one of none, tis, mis"),
         (["algorithm.importance_level=turn"], "algorithm.importance_level='turn': expected one of token, sequence"),
         (["algorithm.importance_cap=0.5"], "algorithm.importance_cap=0.5: expected at least 1"),
@@ -185,6 +200,40 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
     changed = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, clip_high=0.9))
     with pytest.raises(ConfigError, match=r"other settings \(algorithm\.clip_high\)"):
         _claim(unfinished(tmp_path / "changed", settings), changed)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_bounds_that_an_earlier_release_wrote_out_are_grpos_own(tmp_path: Path, loss: str) -> None:
+    config = load_config(None, [f"algorithm.loss={loss}"])
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    settings["algorithm"] |= {"clip_low": 0.2, "clip_high": 0.28}
+    directory = unfinished(tmp_path / "run", settings)
+    if loss == "grpo":
+        _claim(directory, config)
+    else:
+        with pytest.raises(ConfigError, match=r"other settings \(algorithm\.clip_high, algorithm\.clip_low\)"):
+            _claim(directory, config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bounds"),
+    [
+        ([], (0.2, 0.28)),
+        (["algorithm.loss=gspo"], (3e-4, 4e-4)),
+        (["algorithm.loss=gspo", "algorithm.clip_high=1e-3"], (3e-4, 1e-3)),
+        (["algorithm.loss=cispo", "algorithm.clip_high=0.5"], (1.0, 0.5)),
+        (["algorithm.loss=rspo"], (pytest.approx(1 - math.exp(-0.4)), pytest.approx(math.exp(0.4) - 1))),
+        (["algorithm.loss=kpop", "algorithm.mask_threshold=1"], (0.2, 0.28)),
+    ],
+)
+def test_bounds_are_the_losss_own_unless_they_are_set(overrides: list[str], bounds: tuple[float, float]) -> None:
+    assert load_config(None, overrides).algorithm.clip == bounds
+
+
+def test_icepop_corrects_for_a_moving_average() -> None:
+    algorithm = load_config(None, ["algorithm.loss=icepop", "algorithm.old_logprobs=ewma"]).algorithm
+    assert algorithm.corrects
+    assert algorithm.needs_rollout_logprobs
 
 
 def test_a_finished_run_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

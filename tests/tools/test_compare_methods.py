@@ -73,13 +73,15 @@ def test_the_example_is_valid(grid: ModuleType, section: str, tmp_path: Path) ->
 
 def test_every_method_is_what_its_name_says(grid: ModuleType, tmp_path: Path) -> None:
     file = write_grid(tmp_path, f"    - {{methods: [{', '.join(grid.METHODS)}], mini_steps: [4], lr: [1.0e-4]}}\n")
-    cells = {cell.method: cell.config.replay() for cell in grid.expand(grid.read_grid(file, "full"), tmp_path)}
-    assert list(cells) == list(grid.METHODS)
-    assert [(cells[name].routes, cells[name].predictor) for name in ("grpo", "r2", "r3")] == [
-        ("live", "none"), ("actor", "none"), ("engine", "none"),
+    configs = {cell.method: cell.config for cell in grid.expand(grid.read_grid(file, "full"), tmp_path)}
+    assert list(configs) == list(grid.METHODS)
+    cells = {name: config.replay() for name, config in configs.items()}
+    assert [(cells[name].routes, cells[name].predictor) for name in ("grpo", "gspo", "r2", "r3")] == [
+        ("live", "none"), ("live", "none"), ("actor", "none"), ("engine", "none"),
     ]  # fmt: skip
+    assert {name: config.algorithm.loss for name, config in configs.items()} == dict.fromkeys(configs, "grpo") | {"gspo": "gspo"}
     for name, pr2 in cells.items():
-        if name not in ("grpo", "r2", "r3"):
+        if name not in ("grpo", "gspo", "r2", "r3"):
             base, _, at = name.removesuffix("+hold").partition("@")
             assert pr2.routes == (at if at == "actor" else "engine")
             assert pr2.hold_back == name.endswith("+hold")
@@ -119,7 +121,7 @@ def test_a_group_with_overrides_needs_a_name_where_cells_would_collide(grid: Mod
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ("    - {methods: [r4], mini_steps: [4], lr: [1.0e-4]}\n", "method 'r4' is unknown; expected some of grpo, r2"),
+        ("    - {methods: [r4], mini_steps: [4], lr: [1.0e-4]}\n", "method 'r4' is unknown; expected some of grpo, gspo, r2"),
         ("    - {methods: [r3], mini_steps: [3], lr: [1.0e-4]}\n", "cell r3_off3_lr1e-4_seed3: .*not a multiple"),
         ("    - {methods: [r3], mini_steps: 4, lr: [1.0e-4]}\n", r"groups\[0\].mini_steps=4: expected a list of integers"),
         ("    - {methods: [r3], mini_steps: [4]}\n", r"groups\[0\]: lr missing"),
