@@ -98,12 +98,10 @@ def _also(session: ReplaySession, observer: Observer) -> Iterator[None]:
 
 def _activated(session: ReplaySession, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> Tensor:
     """Expert ids [T, K] that the pass uses: replayed ones, else those chosen by prediction, else the router's own."""
-    replayed_TK = None if bound.routes_TLK is None else bound.routes_TLK[:, site.local].long()
-    if replayed_TK is not None and bound.missing is None:
-        return replayed_TK
-    own_TK = session.predict(site, bound, h_TH, p_TE)
-    if own_TK is None:
-        own_TK = select_experts(site.router, p_TE)
-    if replayed_TK is None:
-        return own_TK
-    return replayed_TK.index_copy(0, bound.missing, own_TK.index_select(0, bound.missing))
+    if bound.routes_TLK is None:
+        predicted_TK = session.predict(site, bound, h_TH, p_TE)
+        return select_experts(site.router, p_TE) if predicted_TK is None else predicted_TK
+    ids_TK = bound.routes_TLK[:, site.local].long()
+    if bound.missing is not None:
+        ids_TK.index_copy_(0, bound.missing, select_experts(site.router, p_TE.index_select(0, bound.missing)))
+    return ids_TK
