@@ -154,8 +154,9 @@ class PR2(Parts):
             lr: the policy's current learning rate; None: the gates' in the optimizer, as it was when the mini-step began.
 
         Returns:
-            "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS and lift); "predictor": tokens, grad_norm,
-            weight_norm over all layers; "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
+            "drift": means per MoE layer of the whole model (drift.metrics.COLUMNS, lift and, where router inputs are kept,
+            drift.moments.MOMENTS and what they explain); "predictor": tokens, grad_norm, weight_norm over all layers;
+            "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
             "unjudged": those whose weights' version is not known; "delivered", with a prediction: per MoE layer of the whole model
             the share of beta W_p that arrived in the gates as pushed;
             "hold_back", where a prediction can be held back: per MoE layer of the whole model `beta`, which this batch was rolled

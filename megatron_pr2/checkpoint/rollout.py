@@ -14,6 +14,7 @@ formed in the old order.
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
     pr2.rollout.layers.<layer>.p_old       [S, E] fp32 (fp64 for routers in fp64)
     pr2.rollout.layers.<layer>.expert_bias [E] fp32, if the routers have one: that of the log-prob pass
+    pr2.rollout.layers.<layer>.gate        [E, H], if a predictor needs h_old: W of the log-prob pass; gate_bias [E] if there is one
     pr2.rollout.layers.<layer>.push<n>.*   what tokens were rolled out with (checkpoint.pushes)
 
 Shape suffixes: T tokens of the rollout batch, S sampled tokens, L MoE layers of the whole model, K top-k, E experts, H hidden.
@@ -93,7 +94,7 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
         numbers = {version: number for number, version in enumerate(known) if version not in earlier}
         for layer, name, part in push_parts(pr2, numbers):
             _put(state, _key(layer, name), part, (0,), tuple(part.shape))
-    _put_bias(state, pr2)
+    _put_routers(state, pr2)
     return state
 
 
@@ -123,7 +124,7 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
     pr2.measurement.held_out = found.held_out
     segment = pr2.feature_plan.restore(found.sampled, held, members)
     files.together(lambda: _read_features(pr2, reader, segment))
-    files.together(lambda: _read_bias(pr2, reader))
+    files.together(lambda: _read_routers(pr2, reader))
 
     def part(layer: int, name: str) -> Tensor | None:
         key = _key(layer, name)
@@ -176,20 +177,22 @@ def _put_features(state: dict[str, Any], pr2: Contents) -> None:
         start += len(segment.tokens)
 
 
-def _put_bias(state: dict[str, Any], pr2: Contents) -> None:
-    # All data-parallel ranks have the same one, also those without sequences.
+def _put_routers(state: dict[str, Any], pr2: Contents) -> None:
+    # All data-parallel ranks have the same ones, also those without sequences.
     if not _first_of_stage() or (mpu.model_parallel_is_initialized() and mpu.get_data_parallel_rank() > 0):
         return
-    if (biases_LE := pr2.features.expert_bias_LE) is not None:
+    for name, values in pr2.features.routers.items():
         for site in pr2.sites:
-            _put(state, _key(site.hidden_layer, "expert_bias"), biases_LE[site.local], (0,), tuple(biases_LE.shape[1:]))
+            value = values[site.local]
+            _put(state, _key(site.hidden_layer, name), value, (0,) * value.dim(), tuple(value.shape))
 
 
-def _read_bias(pr2: Contents, reader: files.RowReader) -> None:
+def _read_routers(pr2: Contents, reader: files.RowReader) -> None:
     """What the checkpoint has not stays as begin_rollout() left it."""
-    keys = [_key(site.hidden_layer, "expert_bias") for site in pr2.sites]
-    if keys and all(reader.shape(key) is not None for key in keys):
-        pr2.features.expert_bias_LE = torch.stack([reader.read(key) for key in keys]).to(pr2.sites[0].router.weight.device)
+    for name in ("expert_bias", "gate", "gate_bias"):
+        keys = [_key(site.hidden_layer, name) for site in pr2.sites]
+        if keys and all(reader.shape(key) is not None for key in keys):
+            pr2.features.routers[name] = torch.stack([reader.read(key) for key in keys]).to(pr2.sites[0].router.weight.device)
 
 
 def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wanted: Sequence[int]) -> _Rollout:

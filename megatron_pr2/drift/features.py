@@ -9,13 +9,19 @@ columns, and rounding them to bf16 alone moves 0.4 % of the top-k slots, as much
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_pr2.parallel.grid import IntArray
+
+if TYPE_CHECKING:  # a plan, which is made without Megatron, asks for the sizes
+    from megatron.core.transformer.moe.router import TopKRouter
 
 # Copies to host memory that may be under way beside the features themselves; then write() waits for the device, once for all.
 STAGING_BYTES = 256 << 20
@@ -66,7 +72,8 @@ class FeatureStore:
         hidden: columns of h_old.
         device: where features are kept.
         peak_bytes: most bytes held at once since begin().
-        expert_bias_LE: the routers' under theta_old, fp32, or None: it may move while the rollout batch is trained on.
+        routers: what the routers were under theta_old, by name, [L, ...]: "expert_bias" (fp32) where they have one, and where
+            router inputs are kept "gate" [L, E, H] and, where there is one, "gate_bias".
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class FeatureStore:
         self._slot_of = np.zeros(num_tokens, dtype=np.int64)
         self._staged = 0
         self.peak_bytes = 0
-        self.expert_bias_LE: Tensor | None = None
+        self.routers: dict[str, Tensor] = {}
 
     def add(self, tokens: IntArray) -> Segment:
         """Makes room for tokens; they can be located from now on.
@@ -151,6 +158,24 @@ class FeatureStore:
         ordered = np.concatenate(order) if order else np.zeros(0, dtype=np.int64)
         rows_S = torch.from_numpy(ordered).to(device, non_blocking=True)
         return Located(rows_S, tokens_T[ordered], tuple(parts), len(ordered))
+
+    def keep_routers(self, routers: Sequence[TopKRouter]) -> None:
+        """Copies of what moves while the rollout batch is trained on."""
+        names = {"expert_bias": "expert_bias", **({"gate": "weight", "gate_bias": "bias"} if self.hidden else {})}
+        for name, attribute in names.items():
+            values = [value.detach() for router in routers if (value := getattr(router, attribute)) is not None]
+            if values:
+                self.routers[name] = torch.stack(values)
+        if "expert_bias" in self.routers:
+            self.routers["expert_bias"] = self.routers["expert_bias"].float()
+
+    def gate_drift(self, layer: int, router: TopKRouter, h_SH: Tensor) -> Tensor:
+        """(W - W_old) h, [S, E] fp32: what the gate's own change since theta_old does to the logits; NaN if W_old is not known."""
+        if "gate" not in self.routers:
+            return h_SH.new_full((len(h_SH), self._experts), torch.nan)
+        bias = self.routers.get("gate_bias")
+        moved_E = None if bias is None else router.bias.detach().float() - bias[layer].float()
+        return F.linear(h_SH, router.weight.detach().float() - self.routers["gate"][layer].float(), moved_E)
 
     def write(self, layer: int, where: Located, h_SH: Tensor, p_SE: Tensor) -> None:
         """Keeps the features of one layer of one micro-batch; h_SH is [S, hidden]."""

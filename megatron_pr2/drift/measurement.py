@@ -21,7 +21,7 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
-from megatron_pr2.drift.pushed import Pushed, RowsOfPush, predicted
+from megatron_pr2.drift.pushed import Pushed, RowsOfPush, moments, predicted, rows_of
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import IntArray
 from megatron_pr2.parallel.groups import everyone, whole_model
@@ -103,7 +103,7 @@ class Measurement:
         )  # fmt: skip
         self.engine_agreement: Agreement | None = None
         self._updates, self._updates_at_push = 0, dict[Version | None, int]()  # by version; None is the last push
-        self.drift = DriftMetrics(len(sites), device)
+        self.drift = DriftMetrics(len(sites), device, moments=config.keeps_inputs)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
             how = {"decay": config.hold_back_decay, "confidence": config.hold_back_confidence}
@@ -180,8 +180,7 @@ class Measurement:
         rows = self.rows(micro_batches)
         if self._config.drift:
             self.plan.make_room([micro_batch.grid for micro_batch in micro_batches])
-            biases = [site.router.expert_bias for site in self._sites if site.router.expert_bias is not None]
-            self.features.expert_bias_LE = torch.stack(biases).float() if biases else None
+            self.features.keep_routers([site.router for site in self._sites])
             self.sample_fraction = self.plan.share * self._config.sample_fraction
         try:
             if self._horizon is not None:
@@ -298,7 +297,7 @@ class Measurement:
         p_SE = p_TE.index_select(0, where.rows)
         current_SK = select_experts(site.router, p_SE)
         p_SE = p_SE.to(p_old_SE.dtype)
-        biases_LE = self.features.expert_bias_LE
+        biases_LE = self.features.routers.get("expert_bias")
 
         def select_old(logits: Tensor) -> Tensor:
             """As the router did under theta_old: with its expert bias and in its dtype."""
@@ -308,23 +307,25 @@ class Measurement:
         replayed_SK = frozen_SK
         if bound.routes_TLK is not None:
             replayed_SK = bound.routes_TLK[:, site.local].index_select(0, where.rows)
-        q_hat_SE = p_old_SE
+        q_hat_SE, of_prediction = p_old_SE, list[Tensor]()
         if self._predictor is not None and self._config.keeps_inputs:
             h_old_SH = h_old_SH.float()
+            gate_SE = self.features.gate_drift(site.local, site.router, h_old_SH)
             if rows.horizon_S1 is not None:
                 # W_p (s h) = s W_p h: a token that is s times as far away as the average.
                 h_old_SH = h_old_SH * rows.horizon_S1
             q_hat_SE = predicted(site.local, rows.of_pushes, h_old_SH, p_old_SE)
+            of_prediction.append(moments(site.local, rows.of_pushes, h_old_SH, p_SE - p_old_SE, gate_SE))
             if self.learning:
                 shift_SE = shift_logits(h_old_SH, self._predictor.training_weight(site.local))
-                learned_from = (_rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
+                learned_from = (rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
                 self._predictor.accumulate(site.local, *learned_from)
             for part in rows.of_pushes:
                 if self.hold_back is not None and part.held_out is not None:
-                    *judged_on, h_SH = (_rows_of(x, part.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
+                    *judged_on, h_SH = (rows_of(x, part.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
                     self.hold_back.add(site.local, select_old, part.push.shifts(site.local, h_SH), *judged_on)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
-        self.drift.add(site.local, columns)
+        self.drift.add(site.local, torch.cat((columns, *of_prediction)))
 
     def rows(self, micro_batches: Sequence[MicroBatch]) -> list[IntArray]:
         """The flat token index of every row that this rank computes; refuses what cannot be cut before anything is changed."""
@@ -343,8 +344,3 @@ class Measurement:
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
-
-
-def _rows_of(values: Tensor, rows: Tensor | None) -> Tensor:
-    """The chosen rows; None chooses all."""
-    return values if rows is None else values.index_select(0, rows)

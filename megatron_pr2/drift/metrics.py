@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pr2.drift.moments import MOMENTS, explained
 from megatron_pr2.replay.alignment import Agreement
 from megatron_pr2.replay.scores import divergence_terms
 from megatron_pr2.replay.sequences import RolloutReport
@@ -92,13 +93,14 @@ def _constants(topk: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class DriftMetrics:
-    """Per-layer sums of drift columns on the device."""
+    """Per-layer sums of drift columns on the device, with those of drift.moments where they are measured."""
 
-    def __init__(self, num_layers: int, device: torch.device) -> None:
-        self._sums_LC = torch.zeros(num_layers, len(COLUMNS), dtype=torch.float64, device=device)
+    def __init__(self, num_layers: int, device: torch.device, *, moments: bool = False) -> None:
+        self._names = COLUMNS + MOMENTS * moments
+        self._sums_LC = torch.zeros(num_layers, len(self._names), dtype=torch.float64, device=device)
 
     def add(self, layer: int | slice, columns_C: Tensor) -> None:
-        """Adds one micro-batch's sums of one local layer, or of several with a layer axis in front."""
+        """Adds one micro-batch's sums of one local layer, or of several with a layer axis in front: COLUMNS, then any MOMENTS."""
         self._sums_LC[layer] += columns_C
 
     def discard(self) -> None:
@@ -108,7 +110,8 @@ class DriftMetrics:
     def read(self, group: dist.ProcessGroup | None) -> dict[str, list[float]]:
         """Reduces over `group` (every rank of it calls), returns per-layer means and `tokens`, and starts over.
 
-        `lift` is agreement minus frozen agreement: what prediction gained. Layers without a sampled token read NaN.
+        `lift` is agreement minus frozen agreement: what prediction gained. With moments also what they say (`explained`). Layers
+        without a sampled token read NaN.
         """
         if group is not None and dist.get_world_size(group) > 1:
             dist.all_reduce(self._sums_LC, group=group)
@@ -116,9 +119,9 @@ class DriftMetrics:
         self._sums_LC.zero_()
         means = sums[:, 1:] / sums[:, :1]
         out = {"tokens": sums[:, 0].tolist()}
-        out |= {name: means[:, i].tolist() for i, name in enumerate(COLUMNS[1:])}
+        out |= {name: means[:, i].tolist() for i, name in enumerate(self._names[1:])}
         out["lift"] = [a - b for a, b in zip(out["agreement"], out["frozen_agreement"], strict=True)]
-        return out
+        return out | (explained(out) if MOMENTS[0] in out else {})
 
 
 def missing_share(report: RolloutReport) -> dict[str, float]:
@@ -136,6 +139,7 @@ def scalars(
     | `pr2/engine_agreement` | engine's experts that the current router chose as well in the last old-log-prob pass |
     | `pr2/engine_agreement_min` | the same of the layer where it is lowest |
     | `pr2/agreement`, `pr2/frozen_agreement`, `pr2/lift`, ... | COLUMNS and lift, means over sampled tokens |
+    | `pr2/r_squared`, `/correlation`, `/gate_share`, `/hidden_share` | drift.moments.explained: predicted against true drift |
     | `pr2/predictor/tokens`, `/grad_norm`, `/weight_norm` | the predictor's last update |
     | `pr2/hold_back/beta`, `/lift`, `/lift_error` | the share of W_p that is used, and the measured gain that decides it |
     | `pr2/delivered` | share of beta W_p that arrived in the gates as they were pushed |
@@ -154,7 +158,7 @@ def scalars(
         "pr2/engine_agreement_min": None if engine_agreement is None else engine_agreement.least_layer,
         "pr2/features_absent": float(report["features_absent"]),
         "pr2/sample_fraction": sample_fraction,
-        **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name != "tokens"},
+        **{f"pr2/{name}": _mean(values, drift["tokens"]) for name, values in drift.items() if name not in ("tokens", *MOMENTS)},
         **{f"pr2/predictor/{name}": value for name, value in report["predictor"].items()},
         **{f"pr2/hold_back/{name}": _mean(values, [1.0] * len(values)) for name, values in held.items()},
         "pr2/delivered": _mean(delivered, [1.0] * len(delivered)),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_pr2.config import PR2Config
+from megatron_pr2.drift.moments import MOMENTS, drift_moments
 from megatron_pr2.errors import AttachError
 from megatron_pr2.parallel.consensus import attempt
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
@@ -207,6 +208,20 @@ class Pushed:
             horizon=horizon,
             read=read,
         )
+
+
+def rows_of(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The chosen rows; None chooses all."""
+    return values if rows is None else values.index_select(0, rows)
+
+
+def moments(layer: int, parts: Sequence[RowsOfPush], h_old_SH: Tensor, true_SE: Tensor, gate_SE: Tensor) -> Tensor:
+    """Sums of drift.moments.MOMENTS over the tokens whose push is known, each predicted by its own."""
+    total = torch.zeros(len(MOMENTS), dtype=torch.float64, device=h_old_SH.device)
+    for part in parts:
+        h_SH, *drifts = (rows_of(values, part.rows) for values in (h_old_SH, true_SE, gate_SE))
+        total = total + drift_moments(shift_logits(h_SH, part.push.w_LEH[layer]), *drifts)
+    return total
 
 
 def predicted(layer: int, parts: Sequence[RowsOfPush], h_old_SH: Tensor, p_old_SE: Tensor) -> Tensor:

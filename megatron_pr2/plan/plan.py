@@ -32,7 +32,7 @@ MEMORY: dict[str, tuple[str, str]] = {
     "gradient": ("device", "predictor: gradient sums"),
     "adam": ("device", "predictor: Adam's moments"),
     "momentum": ("device", "predictor: W_p from the policy's momentum or a look-ahead"),
-    "pushes": ("device", "predictor: the last pushes, by which batches are judged"),
+    "pushes": ("device", "predictor: last pushes and old gates, to judge batches by"),
     "features": ("features", "features (router inputs and logits under the old policy)"),
     "features_fetched": ("features", "features fetched for one mini-step"),
     "features_under_way": ("host", "features on their way to host memory, at most"),

@@ -180,11 +180,12 @@ def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: s
 
 
 def push_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> int:
-    """Bytes of KEPT pushes of a bf16 policy, and of what one batch is judged on, for so many MoE layers on a rank."""
+    """Bytes of KEPT pushes of a bf16 policy, and of what one batch is judged with, for so many MoE layers on a rank."""
     if predictor == "none":
         return 0
     entries = num_layers * num_experts * hidden
     extrapolated = 4 * ("learned" in predictor and "momentum" in predictor)
     gate = torch.bfloat16.itemsize
-    # Each W_p in fp32, W and what arrived; of one the gates of every beta.
-    return entries * (KEPT * (4 + extrapolated + 2 * gate) + hold_back * (len(BETAS) - 1) * gate)
+    # Each W_p in fp32, W and what arrived; of one the gates of every beta, and W of the old-log-prob pass.
+    judged = hold_back * (len(BETAS) - 1) + (hold_back or "learned" in predictor)
+    return entries * (KEPT * (4 + extrapolated + 2 * gate) + judged * gate)

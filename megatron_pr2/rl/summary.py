@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from megatron_pr2.attach import PR2, RolloutReport
 from megatron_pr2.drift.metrics import COLUMNS
+from megatron_pr2.drift.moments import EXPLAINED, MOMENTS
 from megatron_pr2.replay.logprob_gap import Sums, measured
 from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rollout.base import RolloutStats
 
 PER_LAYER = ("agreement", "frozen_agreement", "lift", "kl_predicted", "kl_frozen", "coverage_gap")
-MEANS = (*PER_LAYER, "outside_mass")
+MEANS = (*PER_LAYER, *EXPLAINED, "outside_mass")
 # What a mini-step's report has beside the drift, and the record of a step in another place.
 ELSEWHERE = ("drift", "predictor", "features_absent", "hold_back", "delivered", "unjudged")
 CHANGED = tuple(name for name in COLUMNS if name.startswith("changed_"))
@@ -125,7 +126,8 @@ def drift_summary(mini_steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 **{k: v for k, v in step.items() if k not in ELSEWHERE},
                 **{name: _mean(drift.get(name, [])) for name in MEANS},
                 "changed": [_mean(drift.get(name, [])) for name in CHANGED],
-                "per_layer": {name: drift.get(name, []) for name in PER_LAYER},
+                "per_layer": {name: drift.get(name, []) for name in PER_LAYER}
+                | {name: drift[name] for name in (*EXPLAINED, *MOMENTS) if name in drift},
             }
         )
     later = [e for e in entries if e["mini_step"] >= 2]

@@ -323,13 +323,13 @@ def test_what_a_rollout_batch_costs() -> None:
         stepped = meter.live
         model.pr2.begin_rollout([])
         gone = meter.live
-    features, indices = sampled * FEATURE, sampled * 8
+    features, indices, gates = sampled * FEATURE, sampled * 8, sum(site.router.weight.nbytes for site in model.pr2.sites)
     assert model.pr2.features.peak_bytes == 0
     # Holder, segment and slot per token, its id, its push and six flags.
     assert begun - empty - pushes == pytest.approx(tokens * 28, rel=0.05)
     # Where a micro-batch's rows and features are (two indices) is known during a pass.
-    assert features <= kept - begun - rows * ROUTE - indices <= features + 2 * indices
-    assert stepped - begun == features + indices + (rows + again) * ROUTE
+    assert features <= kept - begun - gates - rows * ROUTE - indices <= features + 2 * indices
+    assert stepped - begun == features + indices + gates + (rows + again) * ROUTE
     assert gone - empty - pushes < 100  # what was pushed is kept for the next batches
 
 

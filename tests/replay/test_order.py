@@ -461,7 +461,7 @@ def resumed_without_sequences_job(directory: Path) -> tuple[bool, bool, list[flo
     for router in toy.routers(chunk):
         router.expert_bias += 0.5  # it moved with the updates
     resumed.load(directory, sequences=[sequence.id for sequence in sequences])
-    found = resumed.features.expert_bias_LE
+    found = resumed.features.routers["expert_bias"]
     (push,) = resumed.measurement.pushes.in_use
     return found is not None and torch.equal(found, biases_LE), bool((push.w_LEH == 0.01).all()), push.delivered
 
