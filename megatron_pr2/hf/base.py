@@ -7,12 +7,13 @@ The rest of the package knows this interface only. Its back ends are :mod:`megat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
+
+from megatron_pr2.hf.files import TensorIndex
 
 Chunks = list[torch.nn.Module]
 
@@ -44,7 +45,7 @@ class Bridge(Protocol):
             ConfigError: a parameter that the library has no name for.
         """
 
-    def load_weights(self, chunks: Chunks, path: Path) -> None:
+    def load_weights(self, chunks: Chunks, files: TensorIndex) -> None:
         """Fills the chunks from a Hugging Face directory whose names have been checked."""
 
     def export_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:

@@ -74,8 +74,9 @@ def load_model(
         mine = backend.parameter_names(chunks)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    _check_names(backend, mine, path)
-    backend.load_weights(chunks, path)
+    files = TensorIndex(path)
+    _check_names(backend, mine, files)
+    backend.load_weights(chunks, files)
     return backend, chunks
 
 
@@ -162,11 +163,11 @@ def _make_bridge(path: Path, dtype: torch.dtype, extra: dict[str, Any], require_
     return bridge
 
 
-def _check_names(bridge: Bridge, mine: set[str], path: Path) -> None:
+def _check_names(bridge: Bridge, mine: set[str], files: TensorIndex) -> None:
     """Every tensor that the model needs is in the checkpoint, and every tensor of the checkpoint has a place in the model."""
     everyone: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    needed, present = set().union(*everyone), set(TensorIndex(path).names())
+    needed, present = set().union(*everyone), set(files.names())
 
     def is_ignored(name: str) -> bool:
         layer = _LAYER.match(name)
@@ -180,6 +181,6 @@ def _check_names(bridge: Bridge, mine: set[str], path: Path) -> None:
     for kind, names in (("lacks", missing), ("has, unknown to the model,", unused)):
         if names:
             raise ConfigError(
-                f"{path}: the checkpoint {kind} {len(names)} tensors, first {names[:4]}; "
+                f"{files.directory}: the checkpoint {kind} {len(names)} tensors, first {names[:4]}; "
                 f"check that config.json and weights belong together (model_type={bridge.source_config.model_type!r})"
             )

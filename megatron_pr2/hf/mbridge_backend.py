@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.base import Chunks, owns_weights
+from megatron_pr2.hf.files import TensorIndex
 from megatron_pr2.hf.mbridge_models import adapted_bridge_class
 from megatron_pr2.hf.settings import bridge_config, config_overrides
 from megatron_pr2.hf.shape import ModelShape
@@ -77,9 +77,10 @@ class MBridge:
         except NotImplementedError as error:
             raise ConfigError(f"mbridge cannot name a parameter of this model ({error}); check extra_config") from error
 
-    def load_weights(self, chunks: Chunks, path: Path) -> None:
+    def load_weights(self, chunks: Chunks, files: TensorIndex) -> None:
+        self.inner.files = files
         with torch.no_grad():
-            self.inner.load_weights(chunks, str(path))
+            self.inner.load_weights(chunks, str(files.directory))
 
     def export_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad():

@@ -23,8 +23,13 @@ _DENSE_MAPPING = {
 
 
 class _AdaptedBridge:
-    """Mixed in before mbridge's class of a model family; see :func:`adapted_bridge_class`."""
+    """Mixed in before mbridge's class of a model family; see :func:`adapted_bridge_class`.
 
+    Attributes:
+        files: what load_weights() reads, whose headers have been read.
+    """
+
+    files: TensorIndex
     overrides: dict[str, Any]
     hf_config: Any
     config: Any
@@ -50,7 +55,7 @@ class _AdaptedBridge:
             self._DIRECT_MAPPING = {**self._DIRECT_MAPPING, "output_layer.weight": "model.embed_tokens.weight"}
 
     def _get_safetensor_io(self, weights_path: str) -> TensorIndex:
-        return TensorIndex(weights_path)
+        return self.files
 
     def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
         # Some families repeat these names in a mapping of their own, without tied embeddings.

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.base import Chunks, owns_weights
+from megatron_pr2.hf.files import TensorIndex
 from megatron_pr2.hf.settings import bridge_config, check_fields, config_overrides
 from megatron_pr2.hf.shape import ModelShape
 
@@ -79,13 +80,13 @@ class MegatronBridge:
             )
         return {name for task in tasks for name in _hf_names(task.mapping)}
 
-    def load_weights(self, chunks: Chunks, path: Path) -> None:
+    def load_weights(self, chunks: Chunks, files: TensorIndex) -> None:
         """From the directory that this was made of; ConfigError if a tensor has another shape than the model's parameter."""
         try:
             with torch.no_grad(), _quiet():
                 self.inner.load_hf_weights(chunks)
         except ValueError as error:
-            raise ConfigError(f"{path}: Megatron-Bridge cannot load it ({' '.join(str(error).split())})") from error
+            raise ConfigError(f"{files.directory}: Megatron-Bridge cannot load it ({' '.join(str(error).split())})") from error
 
     def export_weights(self, chunks: Chunks) -> Iterator[tuple[str, Tensor]]:
         yield from self._export(chunks, self._tasks(chunks))

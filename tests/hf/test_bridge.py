@@ -8,6 +8,7 @@ import resource
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_pr2 import host
 from megatron_pr2.errors import CheckpointError, ConfigError
+from megatron_pr2.hf import files
 from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
 from megatron_pr2.hf.shape import model_shape
 from tests.helpers.distributed import pool
@@ -159,7 +161,9 @@ def test_rope_theta_of_the_config_counts(tokens: torch.Tensor, tmp_path: Path) -
 
 def _export(path: Path, layout: dict[str, Any], dtype: torch.dtype, wrap_with_ddp: bool) -> Tensors:
     host.init(**layout)
-    bridge, chunks = load_model(path, dtype=dtype, wrap_with_ddp=wrap_with_ddp)
+    with mock.patch.object(files, "tensor_files", wraps=files.tensor_files) as headers:
+        bridge, chunks = load_model(path, dtype=dtype, wrap_with_ddp=wrap_with_ddp)
+    assert headers.call_count == 1, "each rank reads the headers of a checkpoint of hundreds of files"
     names: list[str] = []
     tensors: Tensors = {}
     for name, tensor in export_weights(bridge, chunks):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_pr2.errors import AttachError, ConfigError
+from megatron_pr2.hf.files import TensorIndex
 from megatron_pr2.hf.model_types import choose_bridge
 from megatron_pr2.prediction.gates import GATE_NAME, merge_gates
 from megatron_pr2.replay.router import PredictiveTopKRouter
@@ -107,7 +108,7 @@ def gates_job(checkpoint: Path, bridge: str, expert: int, pipeline: int) -> dict
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.zero_()
-    loaded.load_weights(chunks, checkpoint)
+    loaded.load_weights(chunks, TensorIndex(checkpoint))
     again = plain_export()
     pr2.detach()
     after = plain_export()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_pr2 import host
+from megatron_pr2.hf.files import TensorIndex
 from megatron_pr2.hf.mbridge_backend import MBridge
 from megatron_pr2.hf.shape import model_shape
 from megatron_pr2.parallel.decoder_layers import DecoderLayers, pattern_segments
@@ -117,5 +118,5 @@ def load_hybrid(
     chunks = bridge.build(
         wrap_with_ddp=True, ddp_config={"grad_reduce_in_fp32": True, "use_distributed_optimizer": True, **ddp_config}
     )
-    bridge.load_weights(chunks, path)
+    bridge.load_weights(chunks, TensorIndex(path))
     return bridge, chunks
