@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_pr2.errors import DataError
+from megatron_pr2.routes.files import replacement
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +163,8 @@ def first_and_last_fifth(records: Sequence[Record]) -> dict[str, float]:
 def replace_atomically(path: Path, content: bytes) -> None:
     """Writes `content` next to `path` and moves it there, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacement(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

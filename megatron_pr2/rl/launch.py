@@ -23,6 +23,7 @@ from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.preflight import check, examples_model
 from megatron_pr2.rl.rules import CLIP
 from megatron_pr2.rl.task import training_problems, write_problems
+from megatron_pr2.routes.files import replacement
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -187,9 +188,8 @@ def _claim(directory: Path, config: TrainConfig) -> None:
                 "or remove that one to start over"
             )
     try:
-        temporary = file.with_suffix(".tmp")
-        OmegaConf.save(settings, temporary)
-        temporary.rename(file)
+        with replacement(file) as temporary:
+            OmegaConf.save(settings, temporary)
     except OSError as error:
         raise _unwritable(directory, error) from error
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,22 @@ def save_routes(path: str | os.PathLike[str], tables: Mapping[int, RouteTable], 
         arrays[f"routes.{int(sid)}"] = np.ascontiguousarray(table.experts)
         arrays[f"valid.{int(sid)}"] = np.ascontiguousarray(table.valid)
     metadata = {"format": FORMAT, "version": VERSION, "num_experts": str(first.num_experts), "note": note}
+    try:
+        with replacement(path) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: could not be written ({error}); check that the directory exists and has room") from error
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which is moved there at the end: readers see the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(arrays, temporary, metadata=metadata)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: could not be written ({error}); check that the directory exists and has room") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -108,7 +108,7 @@ def test_truncate_is_atomic(tmp_path, monkeypatch):
         def fail(*_):
             raise OSError("power cut")
 
-        monkeypatch.setattr("megatron_pr2.report.metrics_log.os.replace", fail)
+        monkeypatch.setattr("megatron_pr2.routes.files.os.replace", fail)
         with pytest.raises(OSError, match="power cut"):
             log.truncate(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
