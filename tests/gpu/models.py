@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_pr2 import host
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel.grid import padded
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.routes.table import RouteTable
@@ -127,7 +127,7 @@ def items_of(size: int = 2) -> list[Item]:
             generator = torch.Generator().manual_seed(sequence)
             tokens_BS[row, :length] = torch.randint(0, VOCABULARY, (length,), generator=generator)
             mask_BS[row, : length - 1] = 1.0
-        grid = layout.padded(group, [LENGTHS[s] for s in group], WIDTH)
+        grid = padded(group, [LENGTHS[s] for s in group], WIDTH)
         positions_BS = torch.arange(WIDTH).expand(len(group), -1).contiguous()
         items.append(
             {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_pr2.attach import PR2, ReplaySequence
 from megatron_pr2.config import PR2Config
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel.grid import TokenGrid, moe_layer_indices, padded
 from megatron_pr2.replay.hook import knows_score_function
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.session import ReplaySession
@@ -124,7 +124,7 @@ class ToyChunk(nn.Module):
         """
         super().__init__()
         self.config, self.recompute = config, recompute
-        moe = layout.moe_layer_indices(config.num_layers, config.moe_layer_freq)
+        moe = moe_layer_indices(config.num_layers, config.moe_layer_freq)
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList(
             ToyLayer(config, number, number - 1 in moe, router_class)
@@ -170,7 +170,7 @@ class Batch:
     inputs_SBH: Tensor
 
 
-def token_inputs(grid: layout.TokenGrid, hidden: int = HIDDEN, padding: float = 3.0) -> Tensor:
+def token_inputs(grid: TokenGrid, hidden: int = HIDDEN, padding: float = 3.0) -> Tensor:
     """Inputs [S, B, H] that depend on (sequence, position) alone; padding is filled with a constant that would be noticed."""
     rows = np.full((grid.num_rows, hidden), padding, dtype=np.float32)
     for row, (sequence, position) in enumerate(zip(*grid.rows(), strict=True)):
@@ -186,7 +186,7 @@ def batches(lengths: dict[int, int], size: int, hidden: int = HIDDEN) -> list[Ba
     for start in range(0, len(ids), size):
         chunk = ids[start : start + size]
         counts = [lengths[i] for i in chunk]
-        grid = layout.padded(chunk, counts, max(counts) + 2)
+        grid = padded(chunk, counts, max(counts) + 2)
         out.append(Batch(MicroBatch(("mb", start), grid), token_inputs(grid, hidden)))
     return out
 
@@ -195,7 +195,7 @@ def random_tables(
     lengths: dict[int, int], config: TransformerConfig, missing: Iterable[tuple[int, int]] = ()
 ) -> dict[int, RouteTable]:
     """Random routes per sequence; the last token and the (sequence, position) pairs in `missing` have none."""
-    layers = len(layout.moe_layer_indices(config.num_layers, config.moe_layer_freq))
+    layers = len(moe_layer_indices(config.num_layers, config.moe_layer_freq))
     tables = {}
     for sequence, length in lengths.items():
         ids = random_ids(length, layers, config.moe_router_topk, config.num_moe_experts, seed=sequence)

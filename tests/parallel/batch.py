@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_pr2.attach import ReplaySequence
 from megatron_pr2.host.attention import zigzag_positions
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel import grid
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.routes.table import RouteTable
 from tests.helpers.ids import random_ids
@@ -153,8 +153,8 @@ def micro_batch(key: Any, sequences: Sequence[int], split: Split, place: Place, 
     # The router's rows: positions first, then sequences; sequence parallelism takes a contiguous share of the positions.
     rows_SB2 = torch.stack([item["sequence"], item["position"]], dim=-1).transpose(0, 1)
     item["rows"] = rows_SB2.chunk(place.tp)[place.tp_rank].reshape(-1, 2)
-    grid = layout.packed(sequences, lengths, slots) if packed else layout.padded(sequences, lengths, slots[0])
-    item["micro_batch"] = MicroBatch(key, grid)
+    rows = grid.packed(sequences, lengths, slots) if packed else grid.padded(sequences, lengths, slots[0])
+    item["micro_batch"] = MicroBatch(key, rows)
     return item
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError, ReplayError
-from megatron_pr2.parallel import grid as layout
+from megatron_pr2.parallel.grid import padded
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.router import select_experts
 from megatron_pr2.replay.session import ReplaySession
@@ -326,7 +326,7 @@ def test_an_exception_releases_the_routers_and_is_not_replaced(where: str) -> No
     chunk, pr2, data, tables = prepared(recompute=True)
     micro_batches = [b.micro_batch for b in data]
     if where == "enter":
-        bad = MicroBatch("bad", layout.padded([99], [3], 3))
+        bad = MicroBatch("bad", padded([99], [3], 3))
         with pytest.raises(ReplayError, match="sequence 99 has no routes"), pr2.actor_update([*micro_batches, bad], 1):
             pass
     else:
@@ -445,8 +445,8 @@ def test_tables_that_are_too_short_are_refused() -> None:
     tables = toy.random_tables({0: 4}, toy.toy_config())
     where = toy.TOPK, toy.EXPERTS, torch.device("cpu")
     with pytest.raises(ReplayError, match="position 5 is outside its route table of 4 tokens"):
-        slice_tables(layout.padded([0], [6], 6), tables, [0, 1], *where)
-    ids = slice_tables(layout.padded([0], [4], 6), tables, [1], *where).ids_TLK()
+        slice_tables(padded([0], [6], 6), tables, [0, 1], *where)
+    ids = slice_tables(padded([0], [4], 6), tables, [1], *where).ids_TLK()
     assert ids.shape == (6, 1, toy.TOPK)
     assert ids[:4, 0].tolist() == tables[0].experts[:, 1].tolist()
 
@@ -456,7 +456,7 @@ def test_a_recomputing_backward_after_the_session_is_refused() -> None:
     chunk = toy.ToyChunk(toy.toy_config(), recompute=True)
     chunk.config.recompute_granularity = "full"
     pr2 = attach(chunk, toy.preset("r3"))
-    micro_batch = MicroBatch(0, layout.padded([0], [4], 4))
+    micro_batch = MicroBatch(0, padded([0], [4], 4))
     with pr2.record([micro_batch]) as session:
         session.begin(chunk, micro_batch)
         output = chunk(torch.randn(4, 1, chunk.config.hidden_size, requires_grad=True))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.errors import ReplayError
-from megatron_pr2.parallel import grid as layout
 from megatron_pr2.replay.micro_batch import MicroBatch
 from tests.helpers import toy
 from tests.helpers.rounding import assert_near
@@ -122,6 +121,6 @@ def test_another_shape_than_the_grid_is_refused() -> None:
     batch = MicroBatch.packed([0, 1], [7, 5], [7, 5])
     with pytest.raises(ReplayError, match="the router sees 6 x 2 rows, the micro-batch's grid has 12 x 1"), pr2.record([batch]):
         chunk(torch.zeros(6, 2, toy.HIDDEN))
-    padded = MicroBatch("padded", layout.padded([0, 1], [5, 6], 6))
+    padded = MicroBatch.padded([0, 1], [5, 6], 6)
     with pytest.raises(ReplayError, match="the router sees 12 x 1 rows, the micro-batch's grid has 6 x 2"), pr2.record([padded]):
         chunk(torch.zeros(12, 1, toy.HIDDEN))
