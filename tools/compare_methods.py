@@ -28,6 +28,7 @@ from megatron_pr2.errors import PR2Error
 from megatron_pr2.report import formats
 from megatron_pr2.report.comparison.comparison import Comparison
 from megatron_pr2.report.metrics_log import flat, read_records
+from megatron_pr2.rl.preflight import examples_model
 
 GRID = Path(__file__).resolve().parents[1] / "examples" / "compare.yaml"
 TITLE = "Does prediction help?"
@@ -170,8 +171,8 @@ def _list(cells: Sequence[Cell], slots: int, console: Console) -> None:
         typer.echo(f"{cell.name}: {state}")
     todo = [cell for cell in cells if not cell.finished]
     steps = sum(max(0, cell.config.steps - cell.steps_done) for cell in todo)
-    seeds = {(cell.seed, cell.config.model.cache) for cell in todo if cell.config.model.path is None}
-    seconds = (steps * per_step + len(todo) * SECONDS_PER_CELL + len(seeds) * SECONDS_PER_WARM_START) / slots
+    policies = {examples_model(cell.config) for cell in todo if cell.config.model.path is None}
+    seconds = (steps * per_step + len(todo) * SECONDS_PER_CELL + len(policies) * SECONDS_PER_WARM_START) / slots
     source = "as finished cells took" if times else "a guess"
     console.print(
         f"{len(todo)} cells, {steps} steps left: about {formats.duration(seconds)} with {slots} at a time "

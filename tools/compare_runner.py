@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.report import formats
+from megatron_pr2.rl.preflight import examples_model
 
 POLL_SECONDS = 0.3
 # A cell that is asked to stop writes its report; one that does not within this time is killed, and loses nothing but time.
 PATIENCE_SECONDS = 30.0
 
-# One process per seed and not per cell: cells of a seed start from the same weights, and must not make them at the same time.
+# One process per policy and not per cell: cells of one start from the same weights, and must not make them at the same time.
 _WARM_START = "import sys; from megatron_pr2.rl.config import load_config; from megatron_pr2.rl import launch; "
 _WARM_START += "launch.warm_start(load_config(sys.argv[1], sys.argv[2:]))"
 
@@ -57,15 +58,15 @@ class Outcome:
 
 def jobs_of(cells: Sequence[Cell], config: Path, out: Path) -> list[Job]:
     """A job per cell, and one before them per warm start that they share."""
-    warm_starts: dict[tuple[str, str, int], Job] = {}
+    warm_starts: dict[Path, Job] = {}
     jobs = []
     for cell in cells:
-        model, after = cell.config.model, None
-        if model.path is None:
-            key = (model.cache, model.warm_start, cell.seed)
-            name = f"warm start of seed {cell.seed}" + ("" if model.warm_start == "worked" else f" ({model.warm_start})")
+        after = None
+        if cell.config.model.path is None:
+            policy = examples_model(cell.config)
             command = [sys.executable, "-c", _WARM_START, str(config), *cell.settings]
-            after = warm_starts.setdefault(key, Job(name, command, out / "logs" / f"warm_start_seed{cell.seed}.log")).name
+            job = Job(f"warm start {policy.name}", command, out / "logs" / f"warm_start_{policy.name}.log")
+            after = warm_starts.setdefault(policy, job).name
         command = [sys.executable, "-m", "megatron_pr2.cli", "train", "--config", str(config), *cell.settings]
         jobs.append(Job(cell.name, command, out / "logs" / f"{cell.name}.log", after, cell))
     return [*warm_starts.values(), *jobs]

@@ -28,6 +28,9 @@ class ModelConfig:
         path: directory of a Hugging Face mixture-of-experts checkpoint. `null` makes the examples' tiny Qwen3-MoE.
         warm_start: what that tiny model is shown before RL: `worked` sums (the quickstart), or sums with a `calculator`
             (examples/calculator, needs its `rollout.environment`); unused with `model.path`.
+        sizes: of that tiny model, those that differ from the quickstart's, by Transformers' names, for example
+            `{num_hidden_layers: 6, num_experts: 64, num_experts_per_tok: 8}` (`megatron_pr2.rl.tiny.TinyModelConfig`). Each set of
+            sizes is warm-started and cached for itself.
         cache: where the warm-started policies are kept between runs; unused with `model.path`.
         dtype: `float32` or `bfloat16`, of the actor and of an SGLang server that the run starts. Use `bfloat16` for real models;
             the handshake's thresholds follow it.
@@ -37,6 +40,7 @@ class ModelConfig:
 
     path: str | None = None
     warm_start: str = "worked"
+    sizes: dict[str, Any] = field(default_factory=dict)
     cache: str = "runs/warmstart"
     dtype: str = "float32"
     bridge: str = "auto"

@@ -23,6 +23,7 @@ from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.preflight import check, examples_model
 from megatron_pr2.rl.rules import CLIP
 from megatron_pr2.rl.task import training_problems, write_problems
+from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.routes.files import replacement
 
 if TYPE_CHECKING:  # settings are checked before torch is imported
@@ -220,7 +221,8 @@ def warm_start(config: TrainConfig) -> Path:
     _enable_host()
     from megatron_pr2.rl.warmstart import WarmStartConfig, ensure_warm_start
 
-    return ensure_warm_start(examples_model(config), WarmStartConfig.of(config.model.warm_start, config.seed))
+    model = TinyModelConfig.of(config.model.sizes)
+    return ensure_warm_start(examples_model(config), WarmStartConfig.of(config.model.warm_start, config.seed, model))
 
 
 def _reason(error: ChildFailedError, log: Path) -> str:

@@ -61,7 +61,7 @@ def check(config: TrainConfig) -> None:
         if not examples_model(config).is_dir():  # one that is there is only read
             check_place(Path(config.model.cache), "model.cache")
         choose_bridge("qwen3_moe", config.model.bridge)
-        _check_experts(TinyModelConfig().num_experts, config.parallel.expert)
+        _check_experts(TinyModelConfig.of(config.model.sizes).num_experts, config.parallel.expert)
     else:
         directory = Path(config.model.path)
         model = _check_model(directory, config.parallel.expert, config.model.bridge)
@@ -72,8 +72,9 @@ def check(config: TrainConfig) -> None:
 
 def examples_model(config: TrainConfig) -> Path:
     """Where the policy of the examples is cached, and made if it is not there."""
-    lesson = config.model.warm_start
-    return Path(config.model.cache) / (f"seed_{config.seed}" if lesson == "worked" else f"{lesson}_seed_{config.seed}")
+    lesson = config.model.warm_start.replace("worked", "")
+    parts = [lesson, TinyModelConfig.of(config.model.sizes).name, f"seed_{config.seed}"]
+    return Path(config.model.cache) / "_".join(filter(None, parts))
 
 
 def check_place(directory: Path, setting: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.model_types import BRIDGES
 from megatron_pr2.rl.task import LESSONS
+from megatron_pr2.rl.tiny import TinyModelConfig
 
 if TYPE_CHECKING:
     from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
@@ -77,6 +78,9 @@ def validate(config: TrainConfig) -> None:
     for name, (right, expected) in _RULES.items():
         if not right(value := attrgetter(name)(config)):
             raise ConfigError(f"{name}={value!r}: expected {expected}")
+    TinyModelConfig.of(config.model.sizes)
+    if config.model.sizes and config.model.path is not None:
+        raise ConfigError(f"model.sizes={config.model.sizes} contradicts model.path={config.model.path}, whose sizes are its own")
     source, importance = algorithm.old_logprobs, algorithm.importance
     if source == "rollout" and replay.routes == "actor":
         raise ConfigError(

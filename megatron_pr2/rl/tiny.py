@@ -6,9 +6,13 @@ fp32, with a byte-level tokenizer: one token per UTF-8 byte, token id = byte val
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from megatron_pr2.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
@@ -41,6 +45,42 @@ class TinyModelConfig:
     max_position_embeddings: int = 512
     init_std: float = 0.06
     router_std: float = 0.1
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, Any]) -> TinyModelConfig:
+        """The default sizes but for those given, as `model.sizes` gives them.
+
+        Raises:
+            ConfigError: there is no such size, or no model can be built with it.
+        """
+        defaults = {field.name: field.default for field in fields(cls)}
+        for name, size in sizes.items():
+            if name not in defaults:
+                raise ConfigError(f"model.sizes.{name}: not a size of the tiny model; expected some of {', '.join(defaults)}")
+            whole = isinstance(defaults[name], int)
+            if isinstance(size, bool) or not isinstance(size, int if whole else int | float) or not 0 < size < math.inf:
+                raise ConfigError(f"model.sizes.{name}={size!r}: expected {'an integer' if whole else 'a number'} above 0")
+        model = cls(**sizes)
+        for name, fine, expected in (
+            ("num_experts_per_tok", model.num_experts_per_tok <= model.num_experts, f"at most num_experts={model.num_experts}"),
+            (
+                "num_attention_heads",
+                model.num_attention_heads % model.num_key_value_heads == 0,
+                f"a multiple of num_key_value_heads={model.num_key_value_heads}",
+            ),
+            ("head_dim", model.head_dim % 2 == 0, "an even number"),
+            ("vocab_size", model.vocab_size >= VOCAB_SIZE, f"at least {VOCAB_SIZE}, the tokens of the tokenizer"),
+        ):
+            if not fine:
+                raise ConfigError(f"model.sizes: {name}={getattr(model, name)}; expected {expected}")
+        return model
+
+    @property
+    def name(self) -> str:
+        """What differs from the default sizes, as a part of a file's name; empty for none."""
+        default = TinyModelConfig()
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return "_".join(f"{name}_{size}" for name, size in sizes.items() if size != getattr(default, name))
 
 
 def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3MoeForCausalLM:

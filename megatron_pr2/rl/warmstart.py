@@ -89,9 +89,10 @@ class WarmStartConfig:
     eval_prompts: int = 256
 
     @classmethod
-    def of(cls, lesson: str, seed: int) -> WarmStartConfig:
+    def of(cls, lesson: str, seed: int, model: TinyModelConfig) -> WarmStartConfig:
         """What `model.warm_start` names. Calls of a calculator are learned sooner than sums."""
-        return cls(seed=seed, lesson=lesson, steps=150) if lesson == "calculator" else cls(seed=seed, lesson=lesson)
+        steps = 150 if lesson == "calculator" else cls.steps
+        return cls(seed, model, lesson=lesson, steps=steps)
 
     def digest(self) -> str:
         """Two configurations with the same digest give the same checkpoint."""

@@ -22,7 +22,7 @@ from megatron_pr2.errors import ConfigError, DataError
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.data import load_examples
 from megatron_pr2.rl.launch import _alone, _claim, train
-from megatron_pr2.rl.preflight import check, check_place, check_tokenizer, context_length
+from megatron_pr2.rl.preflight import check, check_place, check_tokenizer, context_length, examples_model
 from megatron_pr2.rollout.sglang.python import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +182,20 @@ def test_a_directory_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pyt
     for setting in (f"run={tmp_path}/run", f"model.cache={tmp_path}/cache"):
         with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written to; choose another directory"):
             check(load_config(None, [setting]))
+
+
+def test_each_set_of_sizes_has_a_policy_of_its_own(tmp_path: Path) -> None:
+    def path(*overrides: str) -> str:
+        return examples_model(load_config(None, [f"model.cache={tmp_path}", *overrides])).name
+
+    big = "model.sizes={num_experts_per_tok: 8, num_experts: 64, hidden_size: 64}"
+    assert path("seed=7") == path("seed=7", "model.sizes.num_experts=16") == "seed_7"
+    assert path("seed=7", big) == "num_experts_64_num_experts_per_tok_8_seed_7"
+    assert path("model.warm_start=calculator", big) == "calculator_num_experts_64_num_experts_per_tok_8_seed_0"
+    processes = [f"run={tmp_path}/run", "parallel.processes=32", "parallel.expert=32"]
+    with pytest.raises(ConfigError, match="the model's 16 experts cannot"):
+        check(load_config(None, processes))
+    check(load_config(None, [*processes, big]))  # 64 experts can
 
 
 def test_a_cached_model_may_lie_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_pr2.errors import CheckpointError
-from megatron_pr2.rl import warmstart
+from megatron_pr2.rl import launch, warmstart
 from megatron_pr2.rl.calculator import Calculator, demonstration
+from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.task import Problem, TaskConfig, make_problems
 from megatron_pr2.rl.tiny import EOS_ID, PAD_ID, TinyModelConfig, build_tiny_model, byte_tokenizer
 from megatron_pr2.rl.warmstart import RECORD, WarmStartConfig, ensure_warm_start, sample_responses, warm_start
@@ -51,6 +52,16 @@ def test_a_complete_one_is_kept_and_another_configuration_replaces_it(made, tmp_
     assert json.loads((path / RECORD).read_text())["digest"] == other.digest()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert not torch.equal(weights(path)["lm_head.weight"], weights(made)["lm_head.weight"])
+
+
+def test_a_run_starts_from_the_sizes_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(warmstart, "ensure_warm_start", lambda path, config: (path, config))
+    path, config = launch.warm_start(load_config(None, [f"model.cache={tmp_path}", "seed=3", "model.sizes={num_experts: 64}"]))
+    assert path == tmp_path / "num_experts_64_seed_3"
+    assert config == WarmStartConfig(3, TinyModelConfig(num_experts=64))
+    usual = launch.warm_start(load_config(None, [f"model.cache={tmp_path}", "seed=3"]))[1]
+    assert usual == WarmStartConfig(3)
+    assert usual.digest() != config.digest()
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
