@@ -40,9 +40,10 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of `megatron-pr2 train` for every cell.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the results; runs/compare, or runs/compare-quick.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the results; runs/compare, or runs/compare-SECTION.")] = None,
     grid: Annotated[Path, typer.Option(help="YAML file of grids.")] = GRID,
-    quick: Annotated[bool, typer.Option("--quick", help="The grid's section `quick` instead of `full`.")] = False,
+    section: Annotated[str, typer.Option(help="Section of the grid's file.")] = "full",
+    quick: Annotated[bool, typer.Option("--quick", help="The same as --section quick.")] = False,
     methods: Annotated[str | None, typer.Option(help=f"Instead of every group's: some of {', '.join(METHODS)}.")] = None,
     mini_steps: Annotated[str | None, typer.Option(help="Instead of every group's, e.g. 2,4,8.")] = None,
     lr: Annotated[str | None, typer.Option(help="Instead of every group's, e.g. 1e-4,1e-3.")] = None,
@@ -61,10 +62,11 @@ def main(
     """
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    out = out or Path("runs") / ("compare-quick" if quick else "compare")
+    section = "quick" if quick else section
+    out = out or Path("runs") / ("compare" if section == "full" else f"compare-{section}")
     slots = jobs or len(os.sched_getaffinity(0))
     try:
-        chosen = read_grid(grid, "quick" if quick else "full")
+        chosen = read_grid(grid, section)
         _replace(chosen, methods, mini_steps, lr, seeds, steps)
         cells = expand(chosen, out, overrides or [])
         todo = [cell for cell in cells if not cell.finished]

@@ -139,7 +139,7 @@ def _shards(pr2: Contents, wanted: Collection[str] | None) -> dict[str, Any]:
     tensors_of = pr2.predictor.state()
     if pr2.measurement.hold_back is not None:
         tensors_of[HOLD_BACK] = pr2.measurement.hold_back.state()
-    replica = _replica_id()
+    replica = replica_id()
     state: dict[str, Any] = {}
     for name, tensors in tensors_of.items():
         for site in pr2.sites:
@@ -151,7 +151,7 @@ def _shards(pr2: Contents, wanted: Collection[str] | None) -> dict[str, Any]:
     return state
 
 
-def _replica_id() -> tuple[int, int, int]:
+def replica_id() -> tuple[int, int, int]:
     """All zeros on the one rank of each pipeline stage that writes."""
     if not mpu.model_parallel_is_initialized():
         return 0, 0, dist.get_rank()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -177,6 +177,9 @@ class Pushes:
     def __init__(self) -> None:
         self._kept: dict[PushName, Push] = {}
         self._warned = False
+
+    def __iter__(self) -> Iterator[Push]:
+        return iter(self._kept.values())
 
     @property
     def newest(self) -> Push | None:

@@ -24,17 +24,20 @@ from torch import Tensor
 
 from megatron_pr2.attach import PR2, attach
 from megatron_pr2.checkpoint import checkpoint as pr2_checkpoint
+from megatron_pr2.checkpoint.kept_pushes import kept_shards, load_kept
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
 from megatron_pr2.hf.model_types import keeps_gates_in_fp32
 from megatron_pr2.hf.owned_export import owned_engine_weights
 from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.sequences import PushName
 from megatron_pr2.replay.session import ReplaySession
 from megatron_pr2.replay.sites import unwrapped
 from megatron_pr2.rl.batch import Sample, micro_batches
 from megatron_pr2.rl.checkpoint import load_optimizer, model_shards, optimizer_shards, optimizer_template, read
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.mini_batch_loss import MiniBatchLoss
+from megatron_pr2.rl.pending import pending_shards, read_pending
 from megatron_pr2.rl.proximal import ProximalPolicy
 
 logger = logging.getLogger(__name__)
@@ -217,6 +220,24 @@ class Actor:
         pr2_checkpoint.load_sharded_state_dict(self.pr2, loaded.get("pr2"))
         if self.proximal is not None:
             self.proximal.load_state_dict(loaded["proximal"])
+
+    def pending_state(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples that the next step trains on, and the pushes that they are judged by, for a checkpoint; collective."""
+        names, pushes = kept_shards(self.pr2)
+        shards = pending_shards(samples, self._config.algorithm.mini_steps, mpu.get_data_parallel_group())
+        return {"pending": {"pushes": names}, "pending_samples": shards, "pending_pushes": pushes}
+
+    def load_pending(self, path: Path, pushes: list[PushName]) -> list[Sample]:
+        """Restores :meth:`pending_state`, after :meth:`load`; collective.
+
+        Args:
+            pushes: their names, as they were saved.
+
+        Raises:
+            CheckpointError: on every rank, if any rank cannot read its part.
+        """
+        load_kept(self.pr2, path, pushes)
+        return read_pending(path, mpu.get_data_parallel_group(), self.pr2.model_config.num_moe_experts)
 
     def _shards(self, model: dict[str, Any], optimizer: dict[str, Any], pr2: dict[str, Any]) -> dict[str, Any]:
         proximal = {} if self.proximal is None else {"proximal": self.proximal.sharded_state_dict(model)}

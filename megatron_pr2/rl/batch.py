@@ -105,15 +105,16 @@ def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[i
     return (drawn + mini_steps * np.arange(len(blocks))[:, None]).T.reshape(-1).tolist()
 
 
-def group_horizons(mini_steps: int, groups: int) -> list[float]:
-    """Updates that each mini-step's responses are predicted for: the mean of its group; 0 for the group of the first one.
+def group_horizons(mini_steps: int, groups: int, behind: int = 0) -> list[float]:
+    """Updates that each mini-step's responses are predicted for: the mean of its group; 0 where the first one has none.
 
     Args:
         groups: sets of routers, each for about equally many mini-steps in a row.
+        behind: updates between the sampling and the first mini-step.
     """
     group_of = [step * groups // mini_steps for step in range(mini_steps)]
     mean = [float(np.mean([step for step in range(mini_steps) if group_of[step] == group])) for group in range(groups)]
-    return [mean[group] if group else 0.0 for group in group_of]
+    return [mean[group] + behind if group or behind else 0.0 for group in group_of]
 
 
 def micro_batches(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class RolloutConfig:
         groups: sets of routers that responses are sampled under, each predicted for its share of the mini-steps, the first one's
             exactly `r3`; at most `algorithm.mini_steps`. 1: one set for all; 0: one for each mini-step. Above 1 needs a prediction
             and `rollout.engine=megatron`, which samples group by group: SGLang servers hold one set.
+        delay: batches that a rollout is old when it is trained on. 0: sampled under the weights that the training begins with; 1:
+            the next batch is sampled before the training on the present one, as in pipelines in which both run side by side.
+            Predictions for an engine reach `algorithm.mini_steps` updates farther then, and drift is still measured since the
+            old-log-prob pass (docs/predictor.md).
         urls: `http://127.0.0.1:PORT` of running SGLang servers, instead of own ones; they are left running.
         router: what stands in front of several servers: `none` (each request goes to the server that knows its prompt, else to the
             least busy one), `own` (SGLang's router is started; needs sglang-router), or the URL of a running router.
@@ -96,6 +100,7 @@ class RolloutConfig:
     engine: str = "megatron"
     engines: int = 1
     groups: int = 1
+    delay: int = 0
     urls: list[str] = field(default_factory=list)
     router: str = "none"
     sglang: dict[str, Any] = field(default_factory=dict)
@@ -237,7 +242,15 @@ class TrainConfig:
 
     def replay(self) -> PR2Config:
         """The settings of predictive routing replay: the preset with its overrides."""
-        return PR2Config.preset(self.preset, **{"seed": self.seed, **self.pr2})
+        config = PR2Config.preset(self.preset, **{"seed": self.seed, **self.pr2})
+        if self.updates_behind and config.routes == "engine" and config.needs_optimizer and not config.horizon:
+            return replace(config, horizon=(self.algorithm.mini_steps - 1) / 2 + self.updates_behind)
+        return config
+
+    @property
+    def updates_behind(self) -> int:
+        """Updates between the sampling of a batch and the first mini-step on it."""
+        return self.rollout.delay * self.algorithm.mini_steps
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

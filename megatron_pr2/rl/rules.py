@@ -59,6 +59,7 @@ _RULES: dict[str, Rule] = {
     "algorithm.proximal_decay": _UP_TO_ONE,
     "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
     "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
+    "rollout.delay": (lambda value: value in (0, 1), "0 or 1"),
     "rollout.max_logprob_gap": _or_null(*_at_least(0)),
     "model.warm_start": _one_of(*LESSONS),
     "model.bridge": _one_of(*BRIDGES),
@@ -104,6 +105,12 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.groups={rollout.groups} needs rollout.engine=megatron, pr2.routes=engine and a pr2.predictor; not "
             f"{rollout.engine}, {replay.routes} and {replay.predictor}"
+        )
+    if rollout.delay and replay.learns and replay.follows:
+        raise ConfigError(
+            f"rollout.delay={rollout.delay} does not go with pr2.predictor={replay.predictor}: what is learned corrects the "
+            "extrapolation by the drift since the old-log-prob pass, and a delayed rollout's began a batch before; use learned, "
+            "momentum or lookahead"
         )
     for name in ("urls", "sglang"):
         if getattr(rollout, name) and rollout.engine != "sglang":

@@ -90,6 +90,8 @@ class Trainer:
         self._prompts = PromptQueue(config, examples, tokenizer)
         self._directory = Path(config.run) / "checkpoints"
         self._step, self._pushed = 0, -1
+        # With rollout.delay: what was sampled under the weights before the last step, for the next one to train on.
+        self._pending: list[Sample] | None = None
         # Of the step at work.
         self._record: dict[str, Any] = {}
 
@@ -101,6 +103,8 @@ class Trainer:
             state = checkpoint.read(path)
             self._prompts.load_state_dict(state["sampler"])
             self._step = int(state["step"])
+            if "pending" in state:
+                self._pending = self._actor.load_pending(path, **state["pending"])
             logger.info("resumed at step %d", self._step)
         return self._step
 
@@ -114,6 +118,8 @@ class Trainer:
             if self._step % self._config.checkpoint_every == 0 or self._step == self._config.steps:
                 with self._timed("checkpoint"):
                     state = {"actor": self._actor.state_dict(), "sampler": self._prompts.state_dict()}
+                    if self._pending is not None:
+                        state |= self._actor.pending_state(self._pending)
                     checkpoint.save(self._directory, self._step, state)
             self.monitor.step(self._record)
         self.monitor.phase("export")
@@ -126,6 +132,10 @@ class Trainer:
         self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
+            if self._config.rollout.delay:
+                if self._pending is None:  # the first step's own batch
+                    self._pending, (samples, stats) = samples, self._rollout()
+                samples, self._pending = self._pending, samples
         kappa = self._config.algorithm.mini_steps
         size = len(samples) // kappa
         with self._timed("old_logprobs"):
@@ -242,7 +252,7 @@ class Trainer:
         if groups == 1:
             return requests
         order = mini_batch_order(slice(0, len(requests)), kappa, [self._config.seed, self._step])
-        horizons = group_horizons(kappa, groups)
+        horizons = group_horizons(kappa, groups, self._config.updates_behind)
         size = len(requests) // kappa
         of_request = {index: horizons[place // size] for place, index in enumerate(order)}
         return [replace(request, horizon=of_request[index]) for index, request in enumerate(requests)]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import launch
+from megatron_pr2.rl.batch import group_horizons
 from megatron_pr2.rl.config import TrainConfig, load_config
 from megatron_pr2.rl.launch import _claim
 
@@ -101,6 +102,8 @@ def test_presets() -> None:
         (["rollout.groups=5"], "rollout.groups=5: expected at most algorithm.mini_steps=4"),
         (["rollout.groups=2", "preset=r3"], "rollout.groups=2 needs .*not megatron, engine and none"),
         (["rollout.groups=0", "rollout.engine=sglang"], "rollout.groups=0 needs rollout.engine=megatron"),
+        (["rollout.delay=2"], "rollout.delay=2: expected 0 or 1"),
+        (["rollout.delay=1", "pr2.predictor=learned+momentum"], r"rollout.delay=1 does not go with .*learned\+momentum"),
         (["rollout.temperature=0"], "rollout.temperature=0"),
         (["rollout.temperature=.nan"], "rollout.temperature=nan"),
         (["model.sizes={experts: 64}"], "model.sizes.experts: not a size of the tiny model; expected some of hidden_size, "),
@@ -130,6 +133,29 @@ def test_presets() -> None:
 def test_what_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize("predictor", ["learned", "momentum", "lookahead"])
+def test_predictions_for_a_delayed_rollout_reach_further(predictor: str) -> None:
+    """n = (i - 1) + D kappa for the i-th of kappa mini-steps: 4 to 7 of 4, and 8 to 15 of 8."""
+
+    def horizon(*overrides: str) -> float:
+        return load_config(None, ["rollout.delay=1", f"pr2.predictor={predictor}", *overrides]).replay().horizon
+
+    extrapolates = predictor != "learned"
+    assert horizon() == (5.5 if extrapolates else 0.0)
+    assert horizon("algorithm.mini_steps=8") == (11.5 if extrapolates else 0.0)
+    assert horizon("algorithm.mini_steps=1") == (1.0 if extrapolates else 0.0)
+    assert horizon("pr2.horizon=3") == 3.0
+    assert horizon("rollout.delay=0") == 0.0
+    assert horizon("pr2.routes=actor") == 0.0, "the actor records routes under the weights that the training begins with"
+
+
+def test_horizons_of_groups() -> None:
+    assert group_horizons(4, 4) == [0.0, 1.0, 2.0, 3.0]
+    assert group_horizons(4, 2) == [0.0, 0.0, 2.5, 2.5]
+    assert group_horizons(4, 4, 4) == [4.0, 5.0, 6.0, 7.0]
+    assert group_horizons(4, 2, 4) == [4.5, 4.5, 6.5, 6.5]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def write_grid(folder: Path, groups: str, steps: int = 2, settings: str = "prese
 # ---- cells ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", ["full", "quick"])
+@pytest.mark.parametrize("section", ["full", "lookahead", "quick"])
 def test_the_example_is_valid(grid: ModuleType, section: str, tmp_path: Path) -> None:
     cells = grid.expand(grid.read_grid(EXAMPLE, section), tmp_path)
     assert len({cell.name for cell in cells}) == len(cells) >= 20
