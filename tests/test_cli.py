@@ -204,12 +204,15 @@ def test_every_option_of_a_plan_counts() -> None:
         ("--model", "mixtral-8x7b"), ("--tp", "4"), ("--pp", "4"), ("--ep", "4"), ("--cp", "2"), ("--dp", "8"), ("--etp", "1"),
         ("--vpp", "2"), ("--first-stage", "20"), ("--last-stage", "20"), ("--pipeline-layout", "Et*20|t*28L"), ("--batch", "128"),
         ("--seq", "4096"), ("--prompt", "512"), ("--mini-steps", "2"), ("--micro-batch", "2"), ("--log-prob-micro-batch", "4"),
-        ("--padded",), ("--predictor", "momentum"), ("--no-hold-back",), ("--sample-fraction", "0.02"),
+        ("--padded",), ("--horizons", "3"), ("--predictor", "momentum"), ("--no-hold-back",), ("--sample-fraction", "0.02"),
         ("--predictor", "none"), ("--predictor", "none", "--no-drift"),
         ("--feature-bytes", "1000000000"), ("--feature-device", "cpu"), ("--route-delivery", "local"),
     )  # fmt: skip
     for change in changes:
         assert last_line("plan", *base, *change) != plain, change
+    of_three = last_line("plan", *base, "--horizons", "3")["total"]["memory"]
+    old_gates = plain["total"]["memory"]["weight"] // 2  # bf16, once for all
+    assert of_three == {**plain["total"]["memory"], "pushes": 3 * (plain["total"]["memory"]["pushes"] - old_gates) + old_gates}
     # 46 layers and two places make 48: the stages differ by what they leave out.
     counted = last_line("plan", "--model", "deepseek-v3", "--pp", "3", "--count-embedding", "--count-loss", "--json")
     assert counted["layout"]["moe_layers_per_stage"] == [17, 21, 20]

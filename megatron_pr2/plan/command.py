@@ -50,6 +50,9 @@ def plan(
         int | None, typer.Option(help="The same in the old-log-prob pass, if it is cut otherwise: routes and features then move.")
     ] = None,
     padded: Annotated[bool, typer.Option("--padded", help="Padded micro-batches instead of packed ones.")] = False,
+    horizons: Annotated[
+        int, typer.Option(help="Pushes of each version, for different mini-steps; rollout.groups=n, above 1, makes n + 1.")
+    ] = 1,
     predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum, learned+momentum or lookahead.")] = "learned",
     hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
     drift: Annotated[bool, typer.Option(help="Drift is measured, from features; not for replay alone.")] = True,
@@ -98,7 +101,7 @@ def plan(
             raise ConfigError("no model; give --model, or --config with actor_rollout_ref.model.path")
         spec = load_spec(values["model"])
         layout = make_layout(spec, **{name: values[option] for option, name in LAYOUT_OPTIONS.items()})
-        sizes = ("batch", "seq", "prompt", "mini_steps", "micro_batch", "log_prob_micro_batch", "padded")
+        sizes = ("batch", "seq", "prompt", "mini_steps", "micro_batch", "log_prob_micro_batch", "padded", "horizons")
         work = Workload(**{name: values[name] for name in sizes})
         made = make_plan(spec, layout, work, _settings(values, given, run))
         found = plan_as_json(made)

@@ -189,10 +189,10 @@ class Plan:
 
         def predictor(strategy: str) -> dict[str, IntArray]:
             rest = model.num_experts, model.hidden, strategy
-            sizes = [
-                {**predictor_bytes(n, *rest), "pushes": push_bytes(n, *rest, hold_back=config.hold_back)}
-                for n in map(int, layers_D1[:, 0])
-            ]
+            sizes = []
+            for n in map(int, layers_D1[:, 0]):
+                pushes = push_bytes(n, *rest, hold_back=config.hold_back, horizons=work.horizons)
+                sizes.append({**predictor_bytes(n, *rest), "pushes": pushes})
             return {name: np.array([[size[name]] for size in sizes]) for name in sizes[0]}
 
         def routes(tokens_P: IntArray) -> IntArray:

@@ -41,6 +41,7 @@ class Workload:
         micro_batch: sequences in one forward pass of a training pass.
         log_prob_micro_batch: the same in the old-log-prob pass; None cuts it as the training passes.
         padded: one column per sequence instead of packed sequences.
+        horizons: pushes of each version, for so many horizons (`engine_weights(horizon=)`).
     """
 
     batch: int = 256
@@ -50,6 +51,7 @@ class Workload:
     micro_batch: int = 1
     log_prob_micro_batch: int | None = None
     padded: bool = False
+    horizons: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):

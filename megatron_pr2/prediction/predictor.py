@@ -179,13 +179,17 @@ def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: s
     }
 
 
-def push_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool) -> int:
-    """Bytes of KEPT pushes of a bf16 policy, and of what one batch is judged with, for so many MoE layers on a rank."""
+def push_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *, hold_back: bool, horizons: int = 1) -> int:
+    """Bytes of the pushes of KEPT versions of a bf16 policy, and of what a batch of one is judged with, for so many MoE layers.
+
+    Args:
+        horizons: pushes of each version, and of a batch.
+    """
     if predictor == "none":
         return 0
     entries = num_layers * num_experts * hidden
     extrapolated = 4 * ("learned" in predictor and "momentum" in predictor)
     gate = torch.bfloat16.itemsize
-    # Each W_p in fp32, W and what arrived; of one the gates of every beta, and W of the old-log-prob pass.
-    judged = hold_back * (len(BETAS) - 1) + (hold_back or "learned" in predictor)
-    return entries * (KEPT * (4 + extrapolated + 2 * gate) + judged * gate)
+    # Each W_p in fp32, W and what arrived; of a batch's the gates of every beta; W of the old-log-prob pass.
+    pushes = horizons * (KEPT * (4 + extrapolated + 2 * gate) + hold_back * (len(BETAS) - 1) * gate)
+    return entries * (pushes + (hold_back or "learned" in predictor) * gate)
