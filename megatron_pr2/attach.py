@@ -158,7 +158,7 @@ class PR2(Parts):
             drift.moments.MOMENTS and what they explain); "predictor": tokens, grad_norm, weight_norm over all layers;
             "features_absent": sampled tokens of this rank that no log-prob pass kept features of;
             "unjudged": those whose weights' version is not known; "delivered", with a prediction: per MoE layer of the whole model
-            the share of beta W_p that arrived in the gates as pushed;
+            the share of beta W_p that arrived in the gates as pushed, NaN where nothing was;
             "hold_back", where a prediction can be held back: per MoE layer of the whole model `beta`, which this batch was rolled
             out with, `lift`, the gain in agreement over all mini-steps that was expected of it, and `lift_error`, its standard
             error.
@@ -267,14 +267,14 @@ class PR2(Parts):
     def merged_gates(self, version: Version | None = None, horizon: float | None = None) -> AbstractContextManager[None]:
         """The model itself with W + beta W_p in its gates, for an embedded rollout; the gates come back bit-identical.
 
-        A push like `engine_weights`; without a version it is the last one where nothing has changed since.
+        A push like `engine_weights`; of the last one, or that of this version, if nothing changed, in the dtype that it went in.
         """
         check_push("merged_gates", version, horizon)
         self._mini_steps.end_open("merged_gates")
         self.measurement.pushed(version)
         if self.predictor is None:
             return nullcontext()
-        return gates_in_place(self.sites, self.measurement.pushes.push(version, horizon=horizon).arrived)
+        return gates_in_place(self.sites, self.measurement.pushes.push(version, horizon=horizon, any_dtype=True).arrived)
 
     def save(self, directory: str | Path, *, rollout: bool = False) -> None:
         """Writes W_p and what goes with it into a directory of its own; any parallel layout loads it. Collective over all ranks.

@@ -338,6 +338,7 @@ SYNCHRONISING = (
     "is_nonzero",
     "repeat_interleave.Tensor",
     "histc",
+    "randint",  # the host's random numbers, which are then copied
 )
 # Methods that read on the host without an operator.
 READING = ("tolist", "item", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__", "__contains__")
@@ -404,6 +405,7 @@ def test_the_counter_counts() -> None:
         lambda: x.to("cpu"),
         lambda: torch.masked_select(x, x > 1),
         lambda: x.index_put_((x > 1,), torch.zeros(())),
+        lambda: torch.randint(0, 2, (3,), generator=torch.Generator()),
     ):
         assert counted(sync), sync
     assert counted(lambda: (x.to("cpu", copy=True)[1:] / 2).tolist()) == Counter(to=1)
@@ -471,10 +473,11 @@ READS = {
 
 def passes(layers: int, micro_batches: int, kind: str, recompute: bool, predictor: str) -> Counter[str]:
     """What the passes of a rollout batch make the host wait for."""
-    config = toy.toy_config(num_layers=layers, **toy.ROUTERS[kind])
-    chunk = toy.ToyChunk(config, recompute=recompute)
-    # A learned predictor alone without hold-back, which does the least; or everything at once.
+    # A learned predictor alone without hold-back, which does the least; or everything at once, pushed in bf16.
     settings = {"predictor": predictor, "hold_back": predictor != "learned"}
+    dtype = torch.bfloat16 if settings["hold_back"] else torch.float32
+    config = toy.toy_config(num_layers=layers, params_dtype=dtype, **toy.ROUTERS[kind])
+    chunk = toy.ToyChunk(config, recompute=recompute)
     pr2 = attach(chunk, toy.preset("pr2", sample_fraction=0.5, max_missing_share=1.0, **settings))
     pr2.optimizer = torch.optim.Adam([site.router.weight for site in pr2.sites])
     lengths = {i: 8 + i for i in range(micro_batches)}
@@ -485,6 +488,7 @@ def passes(layers: int, micro_batches: int, kind: str, recompute: bool, predicto
     toy.drift(chunk)
     with pr2.actor_update([b.micro_batch for b in data], 2) as session:
         found += counted(lambda: toy.run(session, chunk, data))
+    assert not settings["hold_back"] or pr2.measurement.pushes.in_use[0]._candidates
     return found
 
 

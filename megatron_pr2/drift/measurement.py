@@ -154,7 +154,7 @@ class Measurement:
         self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
         compared = compared_rows(tokens, valid, self._config.seed)
         present = {pushed for pushed, updates in self._updates_at_push.items() if updates == self._updates}
-        older = [sequence.older or not (sequence.versions_or(version) or {version}) <= present for sequence in sequences]
+        older = [sequence.older or not set(sequence.versions_or(version) or [version]) <= present for sequence in sequences]
         self.agreement.begin(tokens, compared, older, predicted=self.pushes.predicts)
         self.plan.begin(tokens, sampled)
 

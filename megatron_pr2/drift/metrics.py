@@ -89,7 +89,7 @@ def _constants(topk: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows["coverage_gap"][9], rows["coverage_gap"][7] = 1.0, -1.0
     rows["outside_mass"][:4], rows["outside_mass"][7] = any_change, -1.0
     steps = torch.arange(topk, topk - 4, -1, dtype=torch.float32)
-    return steps.to(device), columns.t().contiguous().to(device)
+    return steps.to(device, non_blocking=True), columns.t().contiguous().to(device, non_blocking=True)
 
 
 class DriftMetrics:

@@ -6,6 +6,7 @@ Shape suffixes: T local tokens, S sampled tokens, E experts, H hidden.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ class Pushed:
 
     Attributes:
         kept: the last ones, by version.
-        in_use, of_token: those of the current batch, the main one last, and which of them by flat token index; -1: not known.
+        in_use, of_token: those of the current batch, oldest first, but the main one last, and which of them by flat token index;
+            -1: not known.
         unjudged: sampled tokens of this rank whose push is not known.
     """
 
@@ -78,18 +80,26 @@ class Pushed:
         self.unjudged = 0
 
     def report(self) -> dict[str, list[float]]:
-        """`delivered` of the batch's main push, per layer; empty where nothing was pushed."""
-        return dict([("delivered", push.delivered) for push in self.in_use[-1:] if push.delivered])
+        """`delivered` of the batch's main push, per layer; NaN where nothing was pushed, or it is not known."""
+        return {"delivered": self.in_use[-1].delivered if self.in_use else [math.nan] * len(self._sites)}
 
     def push(
-        self, version: Version | None = None, gate_dtype: torch.dtype | None = None, horizon: float | None = None
+        self,
+        version: Version | None = None,
+        gate_dtype: torch.dtype | None = None,
+        horizon: float | None = None,
+        *,
+        any_dtype: bool = False,
     ) -> Push:
         """What an engine gets now, kept for the batches that are rolled out with it; the same on all ranks of a stage.
+
+        Args:
+            any_dtype: takes the gates as an engine has them where nothing has changed since, whatever their dtype (Pushes.add).
 
         Raises:
             AttachError: a W_p in use is not finite.
         """
-        return self.kept.add(self._present(version, gate_dtype, horizon=horizon))
+        return self.kept.add(self._present(version, gate_dtype, horizon=horizon), any_dtype=any_dtype)
 
     def engine_weights(
         self,
@@ -125,7 +135,7 @@ class Pushed:
         """
         if self._predictor is None:
             return
-        names, of_token = versions_of(sequences, tokens, version)
+        names, of_token = versions_of(sequences, tokens, version, lambda name: getattr(self.kept.find(*name), "number", 0))
         found = [self.kept.find(*name) for name in names]
         if found == [None] and names[0][0] is None:
             found = [self._present(read=False, horizon=names[0][1])]
@@ -151,13 +161,16 @@ class Pushed:
             of_token: by flat token index, which of the pushes; -1 for none.
         """
         assert self._predictor is not None
-        self.in_use = [push for push in pushes if push is not None]
+        # The last push may be named by its version as well.
+        self.in_use = list(dict.fromkeys(push for push in reversed(pushes) if push is not None))[::-1]
         places = [-1 if push is None else self.in_use.index(push) for push in pushes]
         self.of_token = np.array([*places, -1], dtype=np.int16)[of_token]
         main = self.in_use[-1] if self.in_use else None
         self._predictor.begin(None if main is None else main.momentum_LEH)
         if self._hold_back is not None and main is not None:
             self._hold_back.used = dict(main.held)
+            for place in np.unique(self.of_token[self.of_token >= 0]):
+                self.in_use[place].make_candidates()
 
     def rows(
         self, tokens_S: IntArray, held_out: npt.NDArray[np.bool_], to_device: Callable[[npt.NDArray[Any]], Tensor]

@@ -40,7 +40,8 @@ class Push:
         momentum_LEH: the extrapolation that is a part of w_LEH, where another part is learned.
         seed: of the rounding.
         horizon: updates that it is predicted for; None is the average.
-        delivered: per layer <delta, beta W_p> / <beta W_p, beta W_p>; NaN where nothing is predicted; empty if not known.
+        delivered: per layer <delta, beta W_p> / <beta W_p, beta W_p>; NaN where nothing is predicted or it is not known.
+        number: grows with the pushes; 0 where an engine got none.
     """
 
     version: Version | None
@@ -54,7 +55,9 @@ class Push:
     seed: int
     delivered: list[float] = field(default_factory=list)
     horizon: float | None = None
-    _candidates: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    number: int = 0
+    _steps_J11: Tensor | None = field(default=None, repr=False)
+    _candidates: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> PushName:
@@ -66,25 +69,36 @@ class Push:
         return self.beta[layer] * self.w_LEH[layer]
 
     def delta(self, layer: int) -> Tensor:
-        """What arrived of the prediction for a local layer: merged gate minus W, [E, H] fp32."""
+        """What arrived of the prediction for a local layer: merged gate minus W, [E, H] fp32.
+
+        Computed for each micro-batch: three small kernels of some hundred, where keeping it would cost another W_p per push.
+        """
         if not self.gates:
             return self.prediction(layer)
         return self.arrived[layer].float() - self.gates[layer].float()
 
+    def make_candidates(self) -> None:
+        """Makes what shifts() needs; before the training passes, because rounding draws on the host and copies, and waits."""
+        self._steps_J11 = torch.tensor(BETAS[1:], dtype=torch.float32, device=self.w_LEH.device).view(-1, 1, 1)
+        if not self._candidates and self.dtypes - {torch.float32}:
+            layers = zip(self.gates, self.w_LEH, self.arrived, self.layers, strict=True)
+            self._candidates = [
+                merge_gate(gate_EH, self._steps_J11 * w_EH, arrived_EH.dtype, seed=self.seed, layer=layer)
+                for gate_EH, w_EH, arrived_EH, layer in layers
+            ]
+
     def shifts(self, layer: int, h_SH: Tensor) -> Tensor:
         """delta_j h of every step of hold-back's line search but 0, [J, S, E]: a beta_j would have been rounded, too."""
-        steps_J11 = torch.tensor(BETAS[1:], dtype=torch.float32).view(-1, 1, 1).to(h_SH.device, non_blocking=True)
-        if not self._rounds:
-            return steps_J11 * shift_logits(h_SH, self.w_LEH[layer])
-        if layer not in self._candidates:
-            w_JEH, how = steps_J11 * self.w_LEH[layer], {"seed": self.seed, "layer": self.layers[layer]}
-            self._candidates[layer] = merge_gate(self.gates[layer], w_JEH, self.arrived[layer].dtype, **how)
+        assert self._steps_J11 is not None, "make_candidates() comes first"
+        if not self._candidates:
+            return self._steps_J11 * shift_logits(h_SH, self.w_LEH[layer])
         delta_JEH = self._candidates[layer].float() - self.gates[layer].float()
         return shift_logits(h_SH, delta_JEH.flatten(0, 1)).unflatten(1, delta_JEH.shape[:2]).movedim(1, 0)
 
     @property
-    def _rounds(self) -> bool:
-        return bool(self.arrived) and self.arrived[0].dtype != torch.float32
+    def dtypes(self) -> set[torch.dtype]:
+        """In which the engine got its gates."""
+        return {gate_EH.dtype for gate_EH in self.arrived}
 
     def measure(self) -> None:
         """Computes `delivered`; reads the device once."""
@@ -96,8 +110,8 @@ class Push:
         self.delivered = [arrived / wanted if wanted > 0.0 else math.nan for arrived, wanted in shares]
 
     def forget_candidates(self) -> None:
-        """Frees what shifts() keeps: J [E, H] per layer in the dtype of the push."""
-        self._candidates.clear()
+        """Frees what make_candidates() made: J [E, H] per layer in the dtype of the push."""
+        self._steps_J11, self._candidates = None, []
 
     def same_as(self, other: Push) -> bool:
         """Whether both are of the same gates and the same prediction."""
@@ -107,7 +121,7 @@ class Push:
     @property
     def nbytes(self) -> int:
         """Of everything that it keeps; a layer with beta = 0 has one gate and not two."""
-        parts = {part.data_ptr(): part.nbytes for part in (self.w_LEH, *self.gates, *self.arrived)}
+        parts = {part.data_ptr(): part.nbytes for part in (self.w_LEH, *self.gates, *self.arrived, *self._candidates)}
         return sum(parts.values()) + (self.momentum_LEH.nbytes if self.momentum_LEH is not None else 0)
 
 
@@ -152,6 +166,8 @@ def make_push(
             push.arrived[local] = merge_gate(gate_EH, push.prediction(local), dtype, seed=seed, layer=layers[local])
     if read:
         push.measure()
+    else:
+        push.delivered = [math.nan] * len(push.beta)
     return push
 
 
@@ -176,6 +192,7 @@ class Pushes:
 
     def __init__(self) -> None:
         self._kept: dict[PushName, Push] = {}
+        self._count = 0
         self._warned = False
 
     def __iter__(self) -> Iterator[Push]:
@@ -189,16 +206,30 @@ class Pushes:
     @property
     def versions(self) -> list[Version | None]:
         """What is kept, oldest first."""
-        return list(dict.fromkeys(version for version, _ in self._kept))
+        return list(dict.fromkeys(version for version, _ in reversed(self._kept)))[::-1]
 
-    def add(self, push: Push) -> Push:
-        """Keeps a push and returns it; without a version the newest one where that is of the same gates and prediction."""
-        name = push.name
-        last = self.find(None, push.horizon)
-        if push.version is None and last is not None and push.same_as(last):
-            return last
-        self._kept.pop(name, None)
-        self._kept[name] = push
+    def add(self, push: Push, *, any_dtype: bool = False) -> Push:
+        """Keeps a push and returns it; without a version the newest one where that is the same.
+
+        Args:
+            any_dtype: whether one of the same gates and prediction is the same, in whatever dtype the engine got it.
+        """
+        last = self.find(push.version, push.horizon)
+        if last is not None and push.same_as(last):
+            if any_dtype or push.dtypes == last.dtypes:
+                if push.version is None:
+                    return last
+                last.held, push = push.held, last
+            elif push.version is not None:
+                logger.warning(
+                    "the gates of version %s are pushed in %s, and were pushed in %s before: what was rolled out with either is "
+                    "judged by the last push; give each a version of its own",
+                    push.version, *(", ".join(map(str, each.dtypes)) for each in (push, last)),
+                )  # fmt: skip
+        self._count += 1
+        push.number = self._count
+        self._kept.pop(push.name, None)
+        self._kept[push.name] = push
         for old in self.versions[:-KEPT]:
             self._kept = {name: push for name, push in self._kept.items() if name[0] != old}
         self._warn(push)

@@ -41,8 +41,8 @@ class ReplaySequence:
         horizon: updates that the gates were predicted for which it was sampled with, as `engine_weights(horizon=)` was told;
             None: the average.
         versions: [loss_stop - loss_start] version of the weights that sampled the output of each of these positions, as
-            `engine_weights` was told (RolloutResponse.weight_versions; -1 where nothing was sampled). None: the one that
-            `begin_rollout` was told.
+            `engine_weights` was told, integers or text (RolloutResponse.weight_versions; -1 where nothing was sampled). None: the
+            one that `begin_rollout` was told.
         older: whether some of it was sampled under older weights than those of the last push, so that its routes may agree less.
     """
 
@@ -89,9 +89,15 @@ class ReplaySequence:
         token_ids = np.concatenate([prompt, response])
         return cls(id, length, len(prompt) - 1, length - 1, routes, loss_mask, mini_step, token_ids, versions=versions)
 
-    def versions_or(self, default: int | str | None) -> set[Any]:
+    def versions_or(self, default: int | str | None) -> list[Any]:
         """Versions of the weights that sampled it; the default where it does not say."""
-        return {default} if self.versions is None else set(np.asarray(self.versions).tolist()) - {-1}
+        return [default] if self.versions is None else [version for version in _told(self.versions)[0] if version != -1]
+
+
+def _told(versions: Any) -> tuple[list[Any], npt.NDArray[np.intp]]:
+    """The different versions, and which of them each position has; numpy makes text of the -1 among text."""
+    values, where = np.unique(versions, return_inverse=True)
+    return [-1 if value == "-1" else value for value in values.tolist()], where
 
 
 @dataclass(frozen=True)
@@ -150,12 +156,13 @@ def _integer(sequence: ReplaySequence, name: str) -> int:
 
 
 def _versions(versions: Any, where: str) -> npt.NDArray[Any]:
-    """Weight versions as an array; of integers among strings numpy would make strings, which name no push."""
+    """Weight versions as an array; of integers among strings but -1 numpy would make strings, which name no push."""
     try:
-        strings = all(isinstance(version, str) for version in versions)
+        strings = all(isinstance(version, str) or version == -1 for version in versions)
     except TypeError:
         strings = False
-    return on_host(versions, where) if strings else integers(versions, where)
+    array = on_host(versions, where) if strings else integers(versions, where)
+    return array.astype(str) if array.dtype == object else array
 
 
 def check_push(where: str, version: Any, horizon: Any = None, gate_dtype: Any = None) -> None:
@@ -303,30 +310,25 @@ def horizons(
 
 
 def versions_of(
-    sequences: Sequence[ReplaySequence], tokens: TokenIndex, default: int | str | None
+    sequences: Sequence[ReplaySequence], tokens: TokenIndex, default: int | str | None, order: Callable[[PushName], int]
 ) -> tuple[list[PushName], npt.NDArray[np.int16]]:
-    """What sequences were rolled out with, and which of it each token was, by flat token index.
+    """What sequences were rolled out with, and which of it each token was, by flat token index; the last where none is said.
 
-    Names come in the order in which versions and horizons grow, those of the default version last.
+    Args:
+        order: grows with the pushes; names come in it, those of the default version last.
     """
-    told = {sequence.id: np.asarray(sequence.versions) for sequence in sequences if sequence.versions is not None}
-    used = {(version, sequence.horizon) for sequence in sequences for version in sequence.versions_or(default)}
+    used = {(version, sequence.horizon): None for sequence in sequences for version in sequence.versions_or(default)}
     if default is not None and not any(version == default for version, _ in used):
-        used.add((default, None))
-
-    def order(name: PushName) -> tuple[bool, bool, Any, float]:
-        version, horizon = name
-        return version == default, isinstance(version, str), 0 if version is None else version, horizon or 0.0
-
-    names = sorted(used, key=order) or [(default, None)]
-    places = {name: place for place, name in enumerate(names)}
-    of_token = np.zeros(tokens.total, dtype=np.int16)
+        used[default, None] = None
+    names = sorted(used, key=lambda name: (name[0] == default, order(name))) or [(default, None)]
+    places, last = {name: place for place, name in enumerate(names)}, len(names) - 1
+    of_token = np.full(tokens.total, last, dtype=np.int16)
     for sequence in sequences:
-        if sequence.id in told:
-            start = tokens.span(sequence.id).start
-            values, where = np.unique(told[sequence.id], return_inverse=True)
-            mine = np.array([places.get((version, sequence.horizon), 0) for version in values.tolist()], dtype=np.int16)
-            of_token[start + sequence.loss_start : start + sequence.loss_stop] = mine[where]
-        else:
-            of_token[tokens.span(sequence.id)] = places[default, sequence.horizon]
+        span = tokens.span(sequence.id)
+        if sequence.versions is None:
+            of_token[span] = places[default, sequence.horizon]
+            continue
+        versions, where = _told(sequence.versions)
+        mine = np.array([places.get((version, sequence.horizon), last) for version in versions], dtype=np.int16)
+        of_token[span.start + sequence.loss_start : span.start + sequence.loss_stop] = mine[where]
     return names, of_token

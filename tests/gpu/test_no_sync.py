@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -52,7 +52,8 @@ def prepared(
 ) -> tuple[PR2, Callable[..., None], torch.optim.Optimizer]:
     """A handle, a pass that can be repeated, and the policy's optimizer.
 
-    `one_pass(before, after)` calls them around all of its micro-batches.
+    `one_pass(before, after)` calls them around all of its micro-batches. With `new_batch` it is the first one of a rollout batch,
+    for which nothing is made yet that is made once for a batch; its old-log-prob pass comes before `waits`.
 
     Args:
         size: sequences of a micro-batch, of three.
@@ -65,25 +66,35 @@ def prepared(
     optimizer = torch.optim.Adam(model.parameters())
     pr2.optimizer = optimizer
     tables = None if name == "record" else toy.random_tables(toys.LENGTHS, config, toys.MISSING)
-    pr2.begin_rollout(toy.sequences(toys.LENGTHS, tables))
     data = toys.batches(toys.LENGTHS, size, device, torch.bfloat16)
     micro_batches = [batch.micro_batch for batch in data]
     trains = name not in ("record", "log-probs")
-    if trains:
-        toy.old_logprobs(pr2, model, data)
-        toy.drift(model)
 
-    def one_pass(before: Callable[[], None] = nothing, after: Callable[[], None] = nothing) -> None:
+    def begin() -> None:
+        pr2.begin_rollout(toy.sequences(toys.LENGTHS, tables))
         if trains:
-            context = pr2.actor_update(micro_batches, 1 if name == "replay" else 2)
-        else:
-            pr2.begin_rollout(toy.sequences(toys.LENGTHS, tables))
-            context = pr2.old_logprobs(micro_batches)
-        with context as session:
-            before()
-            toy.run(session, model, data, backward=trains)
-            after()
+            toy.old_logprobs(pr2, model, data)
+            toy.drift(model)
 
+    def one_pass(
+        before: Callable[[], None] = nothing,
+        after: Callable[[], None] = nothing,
+        *,
+        new_batch: bool = False,
+        waits: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        if new_batch and trains:
+            begin()
+        with waits():
+            if not trains:
+                begin()
+            context = pr2.actor_update(micro_batches, 1 if name == "replay" else 2) if trains else pr2.old_logprobs(micro_batches)
+            with context as session:
+                before()
+                toy.run(session, model, data, backward=trains)
+                after()
+
+    begin()
     return pr2, one_pass, optimizer
 
 
@@ -100,8 +111,7 @@ def test_a_pass_never_synchronises(name: str, kind: str, recompute: bool, device
     """Opening and closing it included. (A log-prob pass under replay reads the engine's agreement once, when it closes.)"""
     pr2, one_pass, _ = prepared(name, kind, recompute, device)
     one_pass()  # kernels are compiled and memory is allocated
-    with waiting_is_an_error():
-        one_pass()
+    one_pass(new_batch=True, waits=waiting_is_an_error)
     if name in ("learn", "everything"):
         assert pr2.step(0.1)["predictor"]["grad_norm"] > 0.0
 
@@ -121,7 +131,7 @@ def test_micro_batches_are_issued_while_the_device_is_busy(name: str, device: to
         torch.cuda._sleep(CYCLES)
         done.record()
 
-    one_pass(occupy, lambda: found.append(done.query()))
+    one_pass(occupy, lambda: found.append(done.query()), new_batch=True)
     assert found == [False]
     torch.cuda.synchronize()
     assert done.query()

@@ -100,6 +100,7 @@ def test_without_a_prediction_the_gates_are_the_policys_bit_by_bit() -> None:
 
 def test_candidates_are_what_a_push_of_each_beta_would_be() -> None:
     push, h = pushed(5e-6, beta=0.5), torch.randn(9, HIDDEN)
+    push.make_candidates()
     shift_JSE = push.shifts(0, h)
     for beta, shift_SE in zip(BETAS[1:], shift_JSE, strict=True):
         arrived = pushed(5e-6, beta=beta).arrived[0]
@@ -119,6 +120,7 @@ def test_a_prediction_that_never_arrives_has_no_gain(monkeypatch: pytest.MonkeyP
     pr2.predictor.weight_LEH.normal_(0.0, 1e-7)
     h = torch.randn(5, toy.HIDDEN)
     push = pr2.measurement.pushes.push(1)
+    push.make_candidates()
     assert not push.shifts(0, h).any()
 
 
@@ -135,12 +137,12 @@ def rolled_out(chunk: toy.ToyChunk, pr2: PR2, versions: dict[int, Any] | None = 
     return {**pr2.step(0.0), "counts": counts}
 
 
-def push_of(pr2: PR2, scale: float, version: Any = None, seed: int = 0) -> None:
+def push_of(pr2: PR2, scale: float, version: Any = None, seed: int = 0, **how: Any) -> None:
     """Pushes a random prediction."""
     assert pr2.predictor is not None
     torch.manual_seed(seed)
     pr2.predictor.weight_LEH.normal_(0.0, 1.0).mul_(scale)
-    list(pr2.engine_weights(weights_of(pr2), version=version))
+    list(pr2.engine_weights(weights_of(pr2), version=version, **how))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,6 +202,31 @@ def test_tokens_of_several_versions_are_judged_each_by_theirs() -> None:
         assert counts[f"{name} 1"][:, -1].min() > 0
 
 
+@pytest.mark.parametrize("versions", [("9", "10"), (2, 1), ("b", "a")])
+def test_the_newest_is_what_was_pushed_last_by_any_name(versions: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Of sequences that say their versions themselves; -1 among text, and an array of it, are no version."""
+    _, pr2 = model()
+    older, newer = versions
+    push_of(pr2, 0.3, version=older, seed=1)
+    push_of(pr2, 0.3, version=newer, seed=2)
+    sequences = toy.sequences(LENGTHS, toy.random_tables(LENGTHS, pr2.model_config))
+    spans = [s.loss_stop - s.loss_start for s in sequences]
+    told = [[newer] * (spans[0] - 2) + [older, -1], [older] * (spans[1] - 1) + [-1]]
+    pushes = pr2.measurement.pushes
+    for given in (told, [np.array(each, dtype=object if older == "b" else None) for each in told]):
+        pr2.begin_rollout([replace(s, versions=v) for s, v in zip(sequences, given, strict=True)])
+        assert [push.version for push in pushes.in_use] == [older, newer]
+        of_token = [pushes.of_token[pr2.tokens.span(s.id)][s.loss_start : s.loss_stop] for s in sequences]
+        assert of_token[0][:-1].tolist() == [1] * (spans[0] - 2) + [0]
+        assert of_token[1][:-1].tolist() == [0] * (spans[1] - 1)
+        assert pushes.unjudged == 0
+    assert "none of the last pushes" not in caplog.text
+    if versions[0] == "9":  # text is no number
+        pr2.begin_rollout([replace(sequences[0], versions=[9] * spans[0])])
+        assert not pushes.in_use
+        assert "versions [9], which are none of the last pushes ['9', '10']" in caplog.text
+
+
 def test_an_unknown_version_is_counted_said_and_not_judged(caplog: pytest.LogCaptureFixture) -> None:
     chunk, pr2 = model(hold_back=True)
     push_of(pr2, 0.3, version=1)
@@ -207,6 +234,7 @@ def test_an_unknown_version_is_counted_said_and_not_judged(caplog: pytest.LogCap
     assert report["unjudged"] == pr2.metrics()["pr2/unjudged"] == pr2.feature_plan.sampled_tokens
     assert not report["counts"].any()
     assert report["drift"]["kl_predicted"] == report["drift"]["kl_frozen"]
+    assert all(map(math.isnan, report["delivered"]))
     assert "versions [5], which are none of the last pushes [1]" in caplog.text
 
 
@@ -230,6 +258,12 @@ def test_the_last_pushes_are_kept() -> None:
     again = kept.add(pushed(2e-6, version=3))
     assert kept.newest is again is kept.find(3)
     assert len(kept.versions) == KEPT
+    kept.add(pushed(1e-6, version=2))
+    assert kept.versions == [4, 3, 2]
+    assert kept.newest is kept.find(2)
+    kept.add(replace(pushed(1e-6, version=4), horizon=1.0))
+    kept.add(pushed(1e-6, version=5))
+    assert kept.versions == [2, 4, 5], "a version is as new as its last push"
 
 
 def test_a_push_without_a_version_is_the_last_one_where_nothing_changed() -> None:
@@ -260,21 +294,54 @@ def test_a_bf16_model_runs_with_the_fp32_gates_that_an_engine_has() -> None:
     assert torch.equal(chunk(h), plain)
 
 
+@pytest.mark.parametrize("version", [None, 1])
+def test_an_engine_in_another_dtype_is_judged_by_what_it_got(version: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same gates and prediction: the actor takes them as the engine has them, another push to an engine is its own."""
+    _, pr2 = model(torch.bfloat16)
+    push_of(pr2, 0.01, version=1, gate_dtype=torch.float32)
+    first = newest(pr2)
+    with pr2.merged_gates(version):
+        assert all(site.router.weight is not None and site.router.weight.dtype == torch.float32 for site in pr2.sites)
+    assert newest(pr2) is first
+    assert not caplog.text
+    sent = dict(pr2.engine_weights(weights_of(pr2), version=version))
+    assert newest(pr2) is not first
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(sent.values(), newest(pr2).arrived, strict=True))
+    assert newest(pr2).dtypes == {torch.bfloat16}
+    assert ("gates of version 1 are pushed in torch.bfloat16, and were pushed in torch.float32" in caplog.text) == (version == 1)
+
+
 def newest(pr2: PR2) -> Push:
     push = pr2.measurement.pushes.kept.newest
     assert push is not None
     return push
 
 
+def test_bytes_are_as_planned_for_every_version_and_horizon() -> None:
+    chunk, pr2 = model(torch.bfloat16, predictor="lookahead", hold_back=True)
+    pr2.optimizer = torch.optim.Adam(chunk.parameters())
+    lengths, horizons = {0: 12, 1: 9}, (0.0, 1.0)
+    for version in range(KEPT + 1):
+        for horizon in horizons:
+            push_of(pr2, 0.1, version=version, horizon=horizon)
+    sequences = toy.sequences(lengths, toy.random_tables(lengths, pr2.model_config))
+    pr2.begin_rollout([replace(s, horizon=horizons[s.id]) for s in sequences], version=KEPT)
+    kept = list(pr2.measurement.pushes.kept._kept.values())
+    assert len(kept) == KEPT * len(horizons)
+    # A hold-back of 0 pushes W itself, once.
+    twice = sum(gate.nbytes for push in kept for gate in push.gates)
+    planned = push_bytes(toy.LAYERS, toy.EXPERTS, toy.HIDDEN, "lookahead", hold_back=True, horizons=len(horizons))
+    old = sum(site.router.weight.nbytes for site in pr2.sites)  # of the log-prob pass
+    assert sum(push.nbytes for push in kept) + twice + old == planned
+
+
 def test_bytes_are_as_planned() -> None:
     predictor = torch.zeros(2, EXPERTS, HIDDEN).normal_(0.0, 1e-5)
     push = make_push(1, [0, 1], [gate(), gate(1)], predictor, [1.0, 0.5], dtype=None, seed=0)
-    old = sum(each.nbytes for each in push.gates)
-    assert KEPT * push.nbytes + old == push_bytes(2, EXPERTS, HIDDEN, "learned", hold_back=False)
-    for layer in (0, 1):
-        push.shifts(layer, torch.randn(3, HIDDEN))
-    judged = sum(each.nbytes for each in push._candidates.values())
-    assert KEPT * push.nbytes + old + judged == push_bytes(2, EXPERTS, HIDDEN, "learned", hold_back=True)
+    old, of_one = sum(each.nbytes for each in push.gates), push.nbytes
+    assert KEPT * of_one + old == push_bytes(2, EXPERTS, HIDDEN, "learned", hold_back=False)
+    push.make_candidates()
+    assert (KEPT - 1) * of_one + push.nbytes + old == push_bytes(2, EXPERTS, HIDDEN, "learned", hold_back=True)
     assert push_bytes(2, EXPERTS, HIDDEN, "none", hold_back=True) == 0
 
 

@@ -427,12 +427,18 @@ def pipeline_job() -> dict[str, Any]:
         refused = str(error)
     chunk = toy.ToyChunk(config, layers=[stage + 1])
     pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
-    pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
+    sequences = toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config))
     data = toy.batches(LENGTHS, 1)
-    toy.old_logprobs(pr2, chunk, data)
-    toy.drift(chunk)
-    toy.update(pr2, chunk, data, 2)
-    report = pr2.step(0.1)
+    reports = []
+    for told in (None, "unknown"):
+        pr2.begin_rollout(sequences, version=told)
+        toy.old_logprobs(pr2, chunk, data)
+        toy.drift(chunk)
+        toy.update(pr2, chunk, data, 2)
+        reports.append(pr2.step(0.1))
+        with pr2.merged_gates("pushed"):
+            pass
+    report = reports[0]
     gate = torch.zeros(toy.EXPERTS, toy.HIDDEN)
     weights = dict(pr2.engine_weights([("model.layers.1.mlp.gate.weight", gate)]))
     if pr2.sites:  # a stage that sends its own layers does not wait for the other
@@ -443,6 +449,7 @@ def pipeline_job() -> dict[str, Any]:
         "sites": len(pr2.sites),
         "tokens": report["predictor"]["tokens"],
         "drift": report["drift"]["tokens"],
+        "same": [[(name, list(value) if isinstance(value, dict) else 0) for name, value in each.items()] for each in reports],
         "norm": weights["model.layers.1.mlp.gate.weight"].norm().item(),
         "layers": [site.layer for site in pr2.sites],
     }
@@ -456,6 +463,8 @@ def test_a_pipeline_rank_without_any_moe_layer_takes_part() -> None:
     assert first["tokens"] == last["tokens"] == 37 + 57  # reports are of the whole model
     assert first["drift"] == last["drift"] == [37 + 57]
     assert first["norm"] == last["norm"] > 0.1
+    assert first["same"] == last["same"]
+    assert all(("delivered", 0) in each for each in first["same"])
     assert (first["layers"], last["layers"]) == ([], [1])
 
 

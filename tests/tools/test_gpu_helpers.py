@@ -61,8 +61,8 @@ def test_static_routes_are_a_sessions_routes(kind: str) -> None:
 def test_passes_can_be_repeated(name: str) -> None:
     pr2, one_pass, _ = test_no_sync.prepared(name, "groups", True, CPU, layers=3)
     called: list[str] = []
-    for _ in range(2):
-        one_pass(lambda: called.append("before"), lambda: called.append("after"))
+    for new_batch in (False, True):
+        one_pass(lambda: called.append("before"), lambda: called.append("after"), new_batch=new_batch)
     assert called == ["before", "after"] * 2
     report = pr2.step(0.1)
     assert (report["predictor"]["tokens"] > 0) == (name in ("learn", "everything"))
