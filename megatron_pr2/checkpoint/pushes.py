@@ -2,11 +2,14 @@
 
     push<n>.w, .momentum       [E, H] fp32: the W_p that routes were predicted with, and an extrapolation that is a part of it
     push<n>.gate, .arrived     [E, H]: W, and W + beta W_p as the engine got it
-    push<n>.beta               [1 or 2] fp64: beta and, where there was a push, the delivered share
+    push<n>.numbers            [4] fp64: beta, the delivered share, hold-back's lift and its error at the push; NaN: not known
+
+They are numbered as they were pushed, from 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +20,12 @@ from torch import Tensor
 from megatron_pr2.checkpoint.contents import Contents
 from megatron_pr2.prediction.pushes import Push
 from megatron_pr2.replay.sequences import PushName
+
+
+def in_order(ranks: Sequence[Sequence[tuple[PushName, int]]]) -> list[PushName]:
+    """The pushes of several ranks, each once, as they were pushed; of each rank their names and numbers."""
+    numbers = dict(push for pushes in ranks for push in pushes)
+    return sorted(numbers, key=lambda name: numbers[name])
 
 
 def push_numbers(pr2: Contents, known: Sequence[PushName]) -> npt.NDArray[np.int16]:
@@ -31,8 +40,10 @@ def push_parts(pr2: Contents, numbers: Mapping[PushName, int]) -> Iterator[tuple
     """(layer, name, tensor) of the pushes that have a number."""
     for push in pr2.measurement.pushes.in_use:
         for site in pr2.sites if push.name in numbers else ():
-            beta = [push.beta[site.local], *push.delivered[site.local : site.local + 1]]
-            parts = {"w": push.w_LEH[site.local], "beta": torch.tensor(beta, dtype=torch.float64)}
+            unknown = [math.nan] * len(pr2.sites)
+            of_layers = push.beta, push.delivered, *(push.held.get(name, unknown) for name in ("lift", "lift_error"))
+            numbers_4 = torch.tensor([each[site.local] for each in of_layers], dtype=torch.float64)
+            parts = {"w": push.w_LEH[site.local], "numbers": numbers_4}
             if push.momentum_LEH is not None:
                 parts["momentum"] = push.momentum_LEH[site.local]
             if push.gates:
@@ -41,34 +52,44 @@ def push_parts(pr2: Contents, numbers: Mapping[PushName, int]) -> Iterator[tuple
                 yield site.hidden_layer, f"push{numbers[push.name]}.{name}", part
 
 
-def take_pushes(pr2: Contents, read: Callable[[int, str], Tensor | None], of_token: npt.NDArray[np.int16]) -> None:
+def take_pushes(
+    pr2: Contents, read: Callable[[int, str], Tensor | None], of_token: npt.NDArray[np.int16], main: int
+) -> None:
     """Judges the batch by a checkpoint's pushes; where it has none what begin_rollout() found stays.
 
     Args:
         read: a part of a layer by its name, on the host; None where there is none.
         of_token: by flat token index, the number of its push from 0; -1: not known.
+        main: the number of this replica's main push; -1: none.
     """
-    if (predictor := pr2.predictor) is None:
+    if pr2.predictor is None:
         return
-    held = {} if pr2.measurement.hold_back is None else pr2.measurement.hold_back.report()
-    pushes: list[Push | None] = []
-    while read(pr2.layers.hidden_moe[0], name := f"push{len(pushes)}.beta") is not None:
-        parts: dict[str, list[Tensor]] = {}
-        for part in ("w", "beta", "momentum", "gate", "arrived"):
-            found = (read(site.hidden_layer, name.replace("beta", part)) for site in pr2.sites)
-            parts[part] = [tensor.to(predictor.weight_LEH.device) for tensor in found if tensor is not None]
-        push = Push(
-            version=f"{name} of a checkpoint",
-            layers=[site.layer for site in pr2.sites],
-            beta=[float(beta[0]) for beta in parts["beta"]],
-            held=held,
-            w_LEH=torch.stack(parts["w"]) if parts["w"] else predictor.weight_LEH.clone(),
-            gates=parts["gate"],
-            arrived=parts["arrived"],
-            momentum_LEH=torch.stack(parts["momentum"]) if parts["momentum"] else None,
-            seed=pr2.config.seed,
-            delivered=[float(beta[1]) for beta in parts["beta"] if len(beta) > 1],
-        )
-        pushes.append(push)
-    if pushes:
-        pr2.measurement.pushes.use(pushes, of_token)
+    others = sorted(set(of_token.tolist()) - {-1, main})
+    numbers = [*others, main] if main >= 0 else others
+    if numbers:
+        places = np.full(max(numbers) + 2, -1, dtype=np.int16)
+        places[numbers] = range(len(numbers))
+        pr2.measurement.pushes.use([_read_push(pr2, read, number) for number in numbers], places[of_token])
+
+
+def _read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number: int) -> Push:
+    assert pr2.predictor is not None
+    like_LEH, parts = pr2.predictor.weight_LEH, dict[str, list[Tensor]]()
+    for part in ("w", "numbers", "momentum", "gate", "arrived"):
+        found = (read(site.hidden_layer, f"push{number}.{part}") for site in pr2.sites)
+        parts[part] = [tensor for tensor in found if tensor is not None]
+    beta, delivered, lift, error = np.array([four.tolist() for four in parts.pop("numbers")]).reshape(-1, 4).T.tolist()
+    on_device = {part: [tensor.to(like_LEH.device) for tensor in tensors] for part, tensors in parts.items()}
+    return Push(
+        version=f"push {number} of a checkpoint",
+        layers=[site.layer for site in pr2.sites],
+        beta=beta,
+        held={} if pr2.measurement.hold_back is None else {"beta": beta, "lift": lift, "lift_error": error},
+        w_LEH=torch.stack(on_device["w"]) if pr2.sites else like_LEH.clone(),
+        gates=on_device["gate"],
+        arrived=on_device["arrived"],
+        momentum_LEH=torch.stack(on_device["momentum"]) if on_device["momentum"] else None,
+        seed=pr2.config.seed,
+        delivered=delivered,
+        number=number,
+    )

@@ -6,7 +6,8 @@ they are; a rank that reads takes those of its own sequences, layer by layer. Wh
 no difference, since features follow their token (drift.feature_plan); in the old layout it is the old one, so that sums are
 formed in the old order.
 
-    pr2.rollout.sequences                  [N, 6] int64: id, length, loss_start, loss_stop, mini-step (0: not known), the last run
+    pr2.rollout.sequences                  [N, 7] int64: id, length, loss_start, loss_stop, mini-step (0: not known), the last run,
+                                           the main push of its replica from 1 (0: none)
     pr2.rollout.tokens                     [T, 6] uint8: has a route, is sampled, is held out, was scored, was trained on, and its
                                            push from 1 (0: not known); one sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
-from megatron_pr2.checkpoint.pushes import push_numbers, push_parts, take_pushes
+from megatron_pr2.checkpoint.pushes import in_order, push_numbers, push_parts, take_pushes
 from megatron_pr2.drift.features import Segment
 from megatron_pr2.errors import CheckpointError
 from megatron_pr2.parallel.grid import IntArray
@@ -61,6 +62,7 @@ class _Rollout(NamedTuple):
     scored: npt.NDArray[np.bool_]
     trained: npt.NDArray[np.bool_]
     push: npt.NDArray[np.int16]  # its number from 0; -1: not known
+    main_push: int  # that of the replica, the newest of several; -1: none
     mini_step: int  # the batch's last
 
 
@@ -74,24 +76,26 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     replicas = mpu.get_data_parallel_group() if mpu.model_parallel_is_initialized() else None
     first, all_sequences = _share(len(pr2.sequences), replicas)
     start, total = _share(pr2.tokens.total, replicas)
-    mine = [push.name for push in pr2.measurement.pushes.in_use] if pr2.sequences else []
+    in_use = pr2.measurement.pushes.in_use if pr2.sequences else []  # else they would be another replica's to write
+    mine = [(push.name, push.number) for push in in_use]
     everyone = [mine] if replicas is None else gathered(mine, replicas)
-    known = list(dict.fromkeys(version for versions in everyone for version in versions))
+    known = in_order(everyone)
     if pr2.replica.ranks.me == pr2.replica.ranks.owner:
         done = pr2.progress.mini_step
-        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0, done] for s in pr2.sequences]
-        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+        main = known.index(in_use[-1].name) + 1 if in_use else 0
+        rows = [[s.id, s.length, s.loss_start, s.loss_stop, s.mini_step or 0, done, main] for s in pr2.sequences]
+        spans = torch.tensor(rows, dtype=torch.int64).view(-1, 7)
         each = pr2.routes.valid, pr2.feature_plan.sampled, pr2.measurement.held_out, pr2.progress.scored, pr2.progress.trained
         marks = np.stack((*each, push_numbers(pr2, known)), axis=1).astype(np.uint8)
-        _put(state, SEQUENCES, spans, (first,), (all_sequences, 6))
+        _put(state, SEQUENCES, spans, (first,), (all_sequences, 7))
         _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 6))
     if pr2.config.replays:
         _put_routes(state, pr2, start, total)
     _put_features(state, pr2)
     # Each push from the first replica that has it.
-    earlier = set().union(*everyone[: 0 if replicas is None else replicas.rank()])
+    earlier = in_order(everyone[: 0 if replicas is None else replicas.rank()])
     if pr2.sequences and _first_of_stage():
-        numbers = {version: number for number, version in enumerate(known) if version not in earlier}
+        numbers = {name: number for number, name in enumerate(known) if name not in earlier}
         for layer, name, part in push_parts(pr2, numbers):
             _put(state, _key(layer, name), part, (0,), tuple(part.shape))
     _put_routers(state, pr2)
@@ -130,7 +134,7 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
         key = _key(layer, name)
         return None if reader.shape(key) is None else reader.read(key)
 
-    files.together(lambda: take_pushes(pr2, part, found.push))
+    files.together(lambda: take_pushes(pr2, part, found.push, found.main_push))
     return report
 
 
@@ -199,9 +203,9 @@ def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wante
     if reader.shape(SEQUENCES) is None:
         raise CheckpointError(f"{directory} holds no rollout batch; save(..., rollout=True) keeps the current one")
     rows = reader.read(SEQUENCES).numpy()
-    if rows.shape[1] != 6 or (reader.shape(TOKENS) or (0, 6))[1] != 6:
+    if rows.shape[1] != 7 or (reader.shape(TOKENS) or (0, 6))[1] != 6:
         raise CheckpointError(
-            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 6); "
+            f"{directory}: its rollout batch was written by another version ({SEQUENCES} has {rows.shape[1]} columns, expected 7); "
             "load the checkpoint without it, and roll out again"
         )
     stops = np.cumsum(rows[:, 1])
@@ -221,9 +225,11 @@ def _read_rollout(pr2: Contents, reader: files.RowReader, directory: Path, wante
     spans = {sid: [int(n) for n in rows[at[sid]]] for sid in wanted}
     sequences = [
         ReplaySequence(sid, length, first, stop, tables.get(sid), mini_step=mini_step or None)
-        for sid, length, first, stop, mini_step, _ in spans.values()
+        for sid, length, first, stop, mini_step, *_ in spans.values()
     ]
-    return _Rollout(sequences, valid, sampled, held_out, scored, trained, push, int(rows[:, 5].max(initial=0)))
+    last, of_all = int(rows[:, 5].max(initial=0)), rows[:, 6].tolist()
+    main = max([row[6] for row in spans.values()] or of_all, default=0) - 1
+    return _Rollout(sequences, valid, sampled, held_out, scored, trained, push, main, last)
 
 
 def _read_table(
