@@ -55,10 +55,10 @@ class PR2Config:
         route_delivery: how an engine's routes reach the ranks of a replica (tensor x context x pipeline): `scatter` sends each its
             share from the first rank, `local` slices tables that every rank was given. The same where a replica is one rank.
         predictor: source of W_p: `none`; `learned`, a linear predictor per router, trained on the router's drift (arXiv
-            2606.00395); `momentum`, the direction in which the policy's Adam or Lion moves the gate, without training or features;
-            `learned+momentum`, where the first learns what the second misses; `lookahead`, what the policy's next updates will do
-            to the routers, measured by a forward under the weights that its optimizer is heading for, once per rollout batch
-            (`PR2.look_ahead`). Set by the preset (docs/predictor.md).
+            2606.00395); `momentum`, the direction in which the policy's Adam, Lion or Muon moves the gate, without training or
+            features; `learned+momentum`, where the first learns what the second misses; `lookahead`, what the policy's next updates
+            will do to the routers, measured by a forward under the weights that its optimizer is heading for, once per rollout
+            batch (`PR2.look_ahead`). Set by the preset (docs/predictor.md).
         target: what the predictor matches: `post`, the distribution of the updated router, or `delta`, the change of its logits
             (the paper's ablation).
         alpha: learning rate of the predictor, relative to the policy's current one. Lower it if the report says that prediction

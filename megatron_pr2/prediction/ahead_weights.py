@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_pr2.errors import AttachError
-from megatron_pr2.prediction.optimizer_moments import find_holders, partial_updates, sharding_groups
+from megatron_pr2.prediction.optimizer_moments import PartialUpdate, find_holders, partial_updates, sharding_groups
 from megatron_pr2.replay.sites import unwrapped
 
 
@@ -38,7 +38,7 @@ def require_no_gathering(chunks: Sequence[nn.Module], swapped: str, setting: str
 
 
 def dense_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained weights of a model but its experts'; each once.
+    """The trained weights that move routers, each once: a model's but its experts', and but an output layer of its own.
 
     Raises:
         AttachError: the chunks gather weights during the forward.
@@ -48,54 +48,50 @@ def dense_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
         id(parameter): parameter
         for chunk in chunks
         for name, parameter in unwrapped(chunk).named_parameters()
-        if parameter.requires_grad and ".experts." not in name
+        if parameter.requires_grad and ".experts." not in name and not name.startswith("output_layer.")
     }
     return list(found.values())
 
 
 @torch.no_grad()
-def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -> list[Tensor]:
-    """theta + multiple * u of every parameter, in its own shape and dtype; the parameter's value before the optimizer's first step.
+def ahead(optimizer: Any, parameters: Sequence[nn.Parameter], multiple: float) -> Iterator[Tensor]:
+    """theta + multiple * u of one parameter after the other, in its own shape and dtype; what was never stepped as it is.
 
-    Collective over the data-parallel group of a distributed optimizer, whose ranks each make their slice.
+    Each is made when it is asked for, so that no more than one is there besides the weights. Collective over the group that a
+    distributed optimizer spreads its weights over: every rank makes its slice, and each parameter is all-reduced.
 
     Raises:
         AttachError: a parameter's optimizer is not known (optimizer_moments.find_holders), or keeps no fp32 copy of it.
     """
     holders = find_holders(optimizer, parameters)
-    values = [torch.zeros(p.numel(), dtype=p.dtype, device=p.device) for p in parameters]
-    # Elements made on any rank: an incomplete parameter, which was never stepped, stays as it is.
-    made = torch.zeros(len(parameters), dtype=torch.int64)
-    for part in partial_updates(holders, parameters):
-        if not part.weight.is_floating_point() or part.weight.element_size() < 4:
-            raise AttachError(
-                f"the policy's optimizer keeps its weights as {part.weight.dtype}, not as an fp32 copy, from which an update would "
-                "be predicted; set store_param_remainders=False (OptimizerConfig)"
-            )
-        value = torch.add(part.weight.float(), part.update.to(part.weight.device), alpha=multiple)
-        values[part.row][part.span] = value.to(values[part.row])
-        made[part.row] = value.numel()
-    groups = sharding_groups(holders)
-    for value, group in zip(values, groups, strict=True):
+    for parameter, holder, group in zip(parameters, holders, sharding_groups(holders), strict=True):
+        value = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        for part in partial_updates([holder], [parameter]):
+            value[part.span] = _ahead_of(part, multiple).to(value)
         if group is not None:
             # Bytes that are zero on every other rank: exact in any dtype, also in those that a backend cannot sum.
             dist.all_reduce(value.view(torch.uint8), group=group)
-    for group in {id(group): group for group in groups if group is not None}.values():
-        counts = made.to(values[0].device, copy=True)
-        dist.all_reduce(counts, group=group)
-        made = torch.where(torch.tensor([each is group for each in groups]), counts.cpu(), made)
-    return [
-        value.view_as(parameter) if count == parameter.numel() else parameter.detach().clone()
-        for parameter, value, count in zip(parameters, values, made.tolist(), strict=True)
-    ]
+        yield value.view_as(parameter)
+
+
+def _ahead_of(part: PartialUpdate, multiple: float) -> Tensor:
+    if part.update is None:
+        return part.weight
+    if not part.weight.is_floating_point() or part.weight.element_size() < 4:
+        raise AttachError(
+            f"the policy's optimizer keeps its weights as {part.weight.dtype}, not as an fp32 copy, from which an update would "
+            "be predicted; set store_param_remainders=False (OptimizerConfig)"
+        )
+    return torch.add(part.weight.float(), part.update.to(part.weight.device), alpha=multiple)
 
 
 @contextmanager
 def swapped_in(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterator[None]:
     """The model runs with `values`, rounded to its weights' dtype; afterwards with its own weights, bit by bit, whatever happened.
 
-    Its own are kept where the values are. Weights are exchanged in place: they may be views of a buffer of
-    DistributedDataParallel, which must stay where they are. No forward of before may be waiting for its backward.
+    Its own are kept where the values are, each of which is asked for when those before it are in place. Weights are exchanged in
+    place: they may be views of a buffer of DistributedDataParallel, which must stay where they are. No forward of before may be
+    waiting for its backward.
     """
     exchanged: list[tuple[Tensor, Tensor]] = []
     try:

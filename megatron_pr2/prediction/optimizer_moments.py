@@ -1,14 +1,16 @@
-"""What the policy's optimizer says of the gates: their learning rate, and Adam's or Lion's next update, sharded or not.
+"""What the policy's optimizer says of the gates: their learning rate, and Adam's, Lion's or Muon's next update, sharded or not.
 
     Adam  update = -lr (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta),   m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
     Lion  update = -lr (sign(m) + weight_decay * theta)
+    Muon  update = -lr (orthogonalize(m) + weight_decay * theta)
 
 (Adam, arXiv 1412.6980, Algorithm 1, with decoupled weight decay, arXiv 1711.05101; with the L2 form the decay is part of m. Lion,
-arXiv 2302.06675, Algorithm 2, for a gradient that goes on as its mean: sign(beta1 m + (1 - beta1) m).) Read from the state that the
-last step left: nothing is added to the optimizer and nothing is changed in it.
+arXiv 2302.06675, Algorithm 2, and Muon, https://kellerjordan.github.io/posts/muon/, for a gradient that goes on as its mean: it
+leaves m as it is, Nesterov's too. `orthogonalize` is the optimizer's own function.) Read from the state that the last step left:
+nothing is added to the optimizer and nothing is changed in it.
 
 Updates of other optimizers are refused by their class, not by their state: SOAP keeps moments of Adam's names in another basis, and
-Muon orthogonalises a momentum that a layer-wise optimizer keeps on one rank only.
+the adaptive kinds of Muon divide by a second moment that their next step changes.
 """
 
 from __future__ import annotations
@@ -31,25 +33,26 @@ from megatron_pr2.parallel.consensus import largest
 def next_updates(optimizer: Any, parameters: Sequence[nn.Parameter], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The update that the optimizer would make again, [len(parameters), *shape] fp32; zeros before its first step.
 
-    Collective over the data-parallel group of a distributed optimizer, whose ranks hold slices of the moments; of any other
-    optimizer every rank holds its parameters' moments whole.
+    Collective over the data-parallel group of a distributed optimizer, whose ranks hold slices of the moments, or of a layer-wise
+    one, whose ranks hold other parameters; of any other optimizer every rank holds its parameters' moments whole.
 
     Args:
-        optimizer: Megatron-Core's (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, ChainedOptimizer of
-            these) or a torch.optim.Adam or AdamW, or a Lion.
+        optimizer: Megatron-Core's (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer,
+            LayerWiseDistributedOptimizer, ChainedOptimizer of these) or a torch.optim.Adam or AdamW, a Lion, or a Muon.
         parameters: of the model, all of one shape.
         shape, device: of the parameters, for a rank that has none.
 
     Raises:
-        AttachError: a parameter is in none of the optimizers, or its optimizer is neither Adam nor Lion.
+        AttachError: a parameter is in none of the optimizers, or its optimizer's update is not known.
     """
     holders = find_holders(optimizer, parameters)
     flat = torch.zeros(len(parameters), math.prod(shape), dtype=torch.float32, device=device)
     # Elements whose update is known, per parameter: the shards of all ranks make a whole, or some would silently stay zero.
     known = torch.zeros(len(parameters), dtype=torch.float32, device=device)
     for part in partial_updates(holders, parameters):
-        flat[part.row, part.span] = part.update.to(device).view(-1)
-        known[part.row] = part.update.numel()
+        if part.update is not None:
+            flat[part.row, part.span] = part.update.to(device)
+            known[part.row] = part.update.numel()
     for group in {id(group): group for group in sharding_groups(holders) if group is not None}.values():
         joined = torch.cat([flat.view(-1), known])
         dist.all_reduce(joined, group=group)
@@ -66,18 +69,18 @@ class PartialUpdate:
         row: which of the parameters.
         span: the elements of the flattened parameter that it is of.
         weight: these elements, flat, as the optimizer steps them: in fp32 where it keeps an fp32 copy.
-        update: what the optimizer would add to them, flat fp32.
+        update: what the optimizer would add to them, flat fp32; None before its first step.
     """
 
     row: int
     span: slice
     weight: Tensor
-    update: Tensor
+    update: Tensor | None
 
 
 @torch.no_grad()
 def partial_updates(holders: Sequence[Any], parameters: Sequence[nn.Parameter]) -> Iterator[PartialUpdate]:
-    """The next update of whatever this rank's optimizers hold of the parameters; nothing of what was never stepped.
+    """The next update of whatever this rank's optimizers hold of the parameters.
 
     Args:
         holders: of each parameter, from :func:`find_holders`.
@@ -88,13 +91,19 @@ def partial_updates(holders: Sequence[Any], parameters: Sequence[nn.Parameter]) 
     for row, (parameter, holder) in enumerate(zip(parameters, holders, strict=True)):
         rule, piece = update_rule(holder), _piece(holder, parameter)
         if piece is not None:
-            update = rule(piece, getattr(holder, "optimizer", holder))
-            yield PartialUpdate(row, piece.span, piece.master.view(-1), update.view(-1))
+            update = rule(piece).reshape(-1) if piece.state else None
+            yield PartialUpdate(row, piece.span, piece.master.view(-1), update)
 
 
 def sharding_groups(holders: Sequence[Any]) -> list[dist.ProcessGroup | None]:
-    """The ranks that hold slices of the moments that each holder keeps; None where this rank has them whole."""
-    groups = [holder.data_parallel_group if isinstance(holder, DistributedOptimizer) else None for holder in holders]
+    """The ranks that each holder's parameters, or slices of them, are spread over; None where this rank has them whole."""
+
+    def group_of(holder: Any) -> dist.ProcessGroup | None:
+        if _is_layer_wise(holder):
+            return holder.pg_collection.dp_cp if holder.dp_cp_params_list is not None else None
+        return holder.data_parallel_group if isinstance(holder, DistributedOptimizer) else None
+
+    groups = [group_of(holder) for holder in holders]
     return [group if group is not None and group.size() > 1 else None for group in groups]
 
 
@@ -153,13 +162,15 @@ class _Piece:
     """What an optimizer on this rank keeps of a parameter.
 
     Attributes:
-        state: its moments.
+        optimizer: torch's, which keeps it.
+        state: its moments; empty before the first step.
         settings: of its parameter group.
         span: the elements of the flattened parameter that they are of.
         weight: these elements.
         master: the same as the optimizer steps them.
     """
 
+    optimizer: Any
     state: Mapping[str, Any]
     settings: Mapping[str, Any]
     span: slice
@@ -180,32 +191,42 @@ def _is_layer_wise(part: Any) -> bool:
     return any(kind.__name__ == "LayerWiseDistributedOptimizer" for kind in type(part).__mro__)
 
 
-def update_rule(part: Any) -> Callable[[_Piece, Any], Tensor]:
+def update_rule(part: Any) -> Callable[[_Piece], Tensor]:
     """How an optimizer makes its updates.
 
     Raises:
         AttachError: it is not known here.
     """
+    if _is_layer_wise(part):
+        # All that it is made of, so that all ranks refuse alike: a rank knows the optimizer of its own parameters only.
+        for each in part.chained_optimizers:
+            update_rule(each)
+        return lambda piece: update_rule(piece.optimizer)(piece)
     inner = getattr(part, "optimizer", part)
     # One that offloads moments is made of others.
     within = [getattr(inner, "gpu_optimizer", None), *(getattr(inner, "cpu_optimizers", None) or ())]
     made_of = [each for each in within if each is not None] or [inner]
     kinds = [{kind.__name__ for kind in type(each).__mro__} for each in made_of]
-    if not _is_layer_wise(part):
-        for rule, known in ((_adam, {"Adam", "AdamW", "FusedAdam"}), (_lion, {"Lion"})):
-            if all(kind & known for kind in kinds):
-                return rule
+    for rule, known in ((_adam, {"Adam", "AdamW", "FusedAdam"}), (_lion, {"Lion"}), (_muon, {"Muon", "TensorParallelMuon"})):
+        if all(kind & known for kind in kinds) and (rule is not _muon or all(map(_steps_as_muon, made_of))):
+            return rule
     names = " and ".join(sorted({type(each).__name__ for each in made_of}))
     raise AttachError(
-        f"the gates are trained by {names}: predictor='momentum' knows the next update of Adam and of Lion, not this one's (Muon "
-        "and its like take every matrix that is no embedding, gates too), and neither does 'lookahead'; use predictor='learned'"
+        f"the gates are trained by {names}: predictor='momentum' and 'lookahead' know the next update of Adam, Lion and Muon "
+        "('lookahead' for all weights but the experts), not this one's; train with one of these, or use predictor='learned'"
     )
+
+
+def _steps_as_muon(optimizer: Any) -> bool:
+    """Whether nothing of the step that orthogonalised optimizers share is replaced: the adaptive and hyperball kinds do so."""
+    shared = ("step", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
+    return all(getattr(type(optimizer), name).__qualname__ == f"OrthogonalizedOptimizer.{name}" for name in shared)
 
 
 def _holds(part: Any, parameter: nn.Parameter) -> bool:
     """Whether an optimizer trains a parameter, also where this rank holds no piece of it."""
-    if _is_layer_wise(part):
-        return parameter.requires_grad and parameter.dim() == 2
+    if _is_layer_wise(part) and part.dp_cp_params_list is not None:
+        return any(each is parameter for of_rank in part.dp_cp_params_list for each in of_rank)
     if isinstance(part, DistributedOptimizer):
         return any(each is parameter for buffer in getattr(part, "buffers", ()) for each in buffer.params)
     trained = _trained(parameter)
@@ -228,46 +249,73 @@ def _settings(part: Any, parameter: nn.Parameter) -> Mapping[str, Any] | None:
 
 
 def _piece(part: Any, parameter: nn.Parameter) -> _Piece | None:
-    """What is known here of a parameter; None where this rank holds nothing of it, or nothing yet."""
+    """What is known here of a parameter; None where this rank holds nothing of it."""
     settings = _settings(part, parameter)
     if settings is None:
         return None
+    if _is_layer_wise(part):
+        return _piece(next(each for each in part.chained_optimizers if _settings(each, parameter) is not None), parameter)
+    inner = getattr(part, "optimizer", part)
     if isinstance(part, DistributedOptimizer):
         _, order = part.model_param_group_index_map[parameter]
-        if not part.optimizer.state.get(settings["params"][order]):
-            return None
         span = part._get_model_param_range_map(parameter)["param"]
+        weight, where = parameter.detach().view(-1)[span.start : span.end], slice(span.start, span.end)
+        if not inner.state.get(settings["params"][order]):
+            return _Piece(inner, {}, settings, where, weight, weight)
         # Decodes what a precision-aware optimizer keeps in fewer bits.
         state = part._get_main_param_and_optimizer_states(parameter)
         # What "param" is depends on how the optimizer stores it: as 16-bit remainders for one.
-        weight = parameter.detach().view(-1)[span.start : span.end]
-        return _Piece(state, settings, slice(span.start, span.end), weight, state["param"].detach())
+        return _Piece(inner, state, settings, where, weight, state["param"])
     trained = _trained(parameter)
-    state = getattr(part, "optimizer", part).state.get(trained)
-    return _Piece(state, settings, slice(None), trained.detach(), trained.detach()) if state else None
+    return _Piece(inner, inner.state.get(trained, {}), settings, slice(None), trained, trained)
 
 
-def _lion(piece: _Piece, inner: Any) -> Tensor:
-    """Lion's next update of a piece if the gradient went on as its mean.
+def _decayed(piece: _Piece, direction: Tensor, decay: float) -> Tensor:
+    """-lr (direction + decay * theta), where the moments are: an optimizer may keep them elsewhere than the model's weights."""
+    if decay:
+        direction = direction + decay * piece.weight.to(direction).view_as(direction)
+    return -piece.settings["lr"] * direction
+
+
+def _decoupled(piece: _Piece, known: tuple[str, ...]) -> float:
+    """The weight decay that is not within the moments, of an optimizer that says which of several ways it decays.
 
     Raises:
-        AttachError: its weight decay is another one.
+        AttachError: the way is none of those known.
     """
-    if (method := getattr(inner, "weight_decay_method", "decoupled")) != "decoupled":
+    if (method := getattr(piece.optimizer, "weight_decay_method", "decoupled")) not in known:
         raise AttachError(
-            f"Lion with weight_decay_method={method!r}: predictor='momentum' knows 'decoupled' only; use it, or predictor='learned'"
+            f"{type(piece.optimizer).__name__} with weight_decay_method={method!r}: predictor='momentum' and 'lookahead' know "
+            f"{' and '.join(map(repr, known))} only; use that, or predictor='learned'"
         )
-    settings, mean = piece.settings, piece.state["exp_avg"]
-    return -settings["lr"] * (mean.float().sign() + settings["weight_decay"] * piece.weight.float().view_as(mean))
+    return float(piece.settings["weight_decay"]) if method == "decoupled" else 0.0
 
 
-def _adam(piece: _Piece, inner: Any) -> Tensor:
+def _lion(piece: _Piece) -> Tensor:
+    """Lion's next update of a piece if the gradient went on as its mean."""
+    return _decayed(piece, piece.state["exp_avg"].float().sign(), _decoupled(piece, ("decoupled",)))
+
+
+def _muon(piece: _Piece) -> Tensor:
+    """Muon's next update of a piece if the gradient went on as its mean; collective where it orthogonalises over ranks."""
+    # There is no such optimizer without the package.
+    from emerging_optimizers.utils import fp32_matmul_precision
+
+    settings, inner = dict(piece.settings), piece.optimizer
+    del settings["params"]
+    with fp32_matmul_precision(inner.fp32_matmul_prec):
+        # The weight as the optimizer has it: attributes say how it is split.
+        direction = inner.orthogonalize(piece.master, piece.state["momentum_buffer"], **settings)
+    return _decayed(piece, direction, _decoupled(piece, ("decoupled", "l2")))
+
+
+def _adam(piece: _Piece) -> Tensor:
     """Adam's next update of a piece if the gradient went on as its mean.
 
     Raises:
         AttachError: the optimizer keeps other moments than Adam's, or does not say how many updates it made.
     """
-    state, settings = piece.state, piece.settings
+    state, settings, inner = piece.state, piece.settings, piece.optimizer
     if not {"exp_avg", "exp_avg_sq"} <= set(state) or "betas" not in settings:
         raise AttachError(
             f"the gates' {type(inner).__name__} keeps {sorted(state)}: predictor='momentum' reads Adam's exp_avg and exp_avg_sq; "
@@ -284,12 +332,9 @@ def _adam(piece: _Piece, inner: Any) -> Tensor:
     count = torch.as_tensor(step, dtype=torch.float64)
     mean = state["exp_avg"].float() / (1.0 - beta1**count).float()
     spread = (state["exp_avg_sq"].float() / (1.0 - beta2**count).float()).sqrt()
-    update = mean / (spread + settings["eps"])
     # Adam's L2 form has the decay within its moments: torch says so in the group, fused optimizers in an attribute.
     decoupled = settings.get("decoupled_weight_decay", getattr(inner, "adam_w_mode", True))
-    if settings.get("weight_decay") and decoupled:
-        update = update + settings["weight_decay"] * piece.weight.float().view_as(update)
-    return -settings["lr"] * update
+    return _decayed(piece, mean / (spread + settings["eps"]), settings.get("weight_decay", 0.0) if decoupled else 0.0)
 
 
 def _steps(state: Mapping[str, Any], settings: Mapping[str, Any], inner: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.parallel.test_matrix import CASES, model_config
 TOLERANCE = 2e-3
 
 
-def look(path: Path, case: Case, dtype: torch.dtype = torch.float32) -> tuple[dict[int, Tensor], bool]:
+def look(path: Path, case: Case, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[dict[int, Tensor], bool]:
     """W_p by layer after a mini-step and a look-ahead, and whether the policy is what it was before."""
     host.init(**case.layout)
     sharded = case.ddp.get("use_distributed_optimizer", False)
@@ -45,11 +46,13 @@ def look(path: Path, case: Case, dtype: torch.dtype = torch.float32) -> tuple[di
     # A large epsilon: the first step of Adam is the sign of a gradient otherwise, whose last bit depends on the layout.
     steps = OptimizerConfig(
         lr=3e-3, adam_eps=1e-2, weight_decay=0.0, clip_grad=0.0, bf16=dtype is torch.bfloat16, params_dtype=dtype,
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=sharded, **settings,
     )
     optimizer = get_megatron_optimizer(steps, chunks)
-    settings = PR2Config(predictor="lookahead", hold_back=False, max_missing_share=1.0, min_agreement=0.0)
-    pr2 = attach(chunks, settings, optimizer)
+    if steps.use_layer_wise_distributed_optimizer:
+        optimizer.allgather_params = optimizer.broadcast_params  # of parts of several sizes, which gloo does not gather
+    config = PR2Config(predictor="lookahead", hold_back=False, max_missing_share=1.0, min_agreement=0.0)
+    pr2 = attach(chunks, config, optimizer)
     run = Run(pr2, None, chunks, case, optimizer)
     run.begin_rollout()
     logprobs, _ = run.old_logprobs()
@@ -112,3 +115,17 @@ def test_bf16_looks_ahead_from_the_fp32_copies(checkpoint: Path, expected: dict[
         for layer, w_EH in one.items():
             assert compare.relative(other[layer], w_EH) < 0.05
             assert float(torch.cosine_similarity(w_EH.flatten(), expected[layer].flatten(), dim=0)) > 0.9
+
+
+def test_muon_looks_ahead_layer_wise_as_whole(checkpoint: Path) -> None:
+    """Each rank makes the next weights that its optimizer steps; they are those of an optimizer that steps all."""
+    whole, layer_wise = (
+        pool(2).run(look, checkpoint, Case(2), torch.bfloat16, optimizer="muon", use_layer_wise_distributed_optimizer=wise)
+        for wise in (False, True)
+    )
+    for (one, untouched), (other, also) in zip(whole, layer_wise, strict=True):
+        assert untouched
+        assert also
+        for layer, w_EH in one.items():
+            assert w_EH.any()
+            assert torch.equal(other[layer], w_EH)

@@ -94,7 +94,7 @@ def trained(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], tor
 def test_ahead_is_the_step_that_is_made_again() -> None:
     parameters, optimizer = trained()
     before = [p.detach().clone() for p in parameters]
-    values = ahead(optimizer, parameters, 2.0)
+    values = list(ahead(optimizer, parameters, 2.0))
     state = copy.deepcopy(optimizer.state_dict())
     group = optimizer.param_groups[0]
     for parameter, own, value in zip(parameters, before, values, strict=True):
