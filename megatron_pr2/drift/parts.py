@@ -125,7 +125,9 @@ class Parts:
             raise AttachError(f"look_ahead: predictor={self.config.predictor!r} is not made by a look-ahead; use 'lookahead'")
         if not callable(forward):
             raise ReplayError(f"look_ahead: forward is a {type(forward).__name__}; pass a function that runs the micro-batches")
-        bears = np.append(sampled_tokens(self.sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
+        looked_at = {each for micro_batch in micro_batches for each in np.unique(micro_batch.grid.sequence).tolist()}
+        sequences = [sequence for sequence in self.sequences if sequence.id in looked_at]
+        bears = np.append(sampled_tokens(sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
         rows = {
             micro_batch.key: torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
             for micro_batch, tokens_T in zip(micro_batches, self.measurement.rows(micro_batches), strict=True)

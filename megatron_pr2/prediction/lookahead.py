@@ -93,18 +93,19 @@ class LookAhead:
             rows: of every micro-batch by key, the rows of this rank that are looked at, on the device.
             forward: runs the same micro-batches once with their routes, with an observer.
         """
-        before: dict[tuple[int, Hashable], tuple[Tensor, Tensor]] = {}
+        inputs: dict[tuple[int, Hashable], Tensor] = {}
+        # After the first forward what the logits become if only the gate moves, after the second how far from that they are.
         shifts: dict[tuple[int, Hashable], Tensor] = {}
 
         def keep(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-            rows_S = rows[bound.micro_batch.key]
-            h_SH, p_SE = h_TH.index_select(0, rows_S).float(), p_TE.index_select(0, rows_S).float()
-            # What the logits become if only the gate moves.
-            before[site.local, bound.micro_batch.key] = h_SH, p_SE + multiple * shift_logits(h_SH, gate_updates_LEH[site.local])
+            key, rows_S = (site.local, bound.micro_batch.key), rows[bound.micro_batch.key]
+            inputs[key] = h_TH.index_select(0, rows_S)
+            shift_SE = shift_logits(inputs[key].float(), gate_updates_LEH[site.local])
+            shifts[key] = torch.add(p_TE.index_select(0, rows_S).float(), shift_SE, alpha=multiple)
 
         def compare(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-            key = site.local, bound.micro_batch.key
-            y_SE = p_TE.index_select(0, rows[bound.micro_batch.key]).float() - before[key][1]
+            key, rows_S = (site.local, bound.micro_batch.key), rows[bound.micro_batch.key]
+            y_SE = p_TE.index_select(0, rows_S).float() - shifts[key]
             shifts[key] = y_SE - y_SE.mean(-1, keepdim=True) if self._centred else y_SE
 
         with _random_states_kept():
@@ -113,10 +114,9 @@ class LookAhead:
                 forward(compare)
         if not self._sites:
             return gate_updates_LEH
-        inputs = [torch.cat([before[site.local, key][0] for key in rows]) for site in self._sites]
-        targets = [torch.cat([shifts[site.local, key] for key in rows]) for site in self._sites]
-        hidden = ridge_fit(inputs, targets, RIDGE, self._group)
-        return gate_updates_LEH + hidden / multiple
+        # Given away layer by layer: all of them are not there twice.
+        h, y = ([torch.cat([of.pop((site.local, key)) for key in rows]) for site in self._sites] for of in (inputs, shifts))
+        return torch.add(gate_updates_LEH, ridge_fit(h, y, RIDGE, self._group), alpha=1.0 / multiple)
 
 
 @contextmanager
