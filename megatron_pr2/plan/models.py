@@ -9,6 +9,7 @@ from typing import Any
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.shape import ModelShape, model_shape
 from megatron_pr2.parallel.layout import ParallelLayout, data_size
+from megatron_pr2.plan.dense import DenseWeights, dense_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class ModelSpec(ModelShape):
         score_function: of the routers, as Megatron-Core names it.
         attention_heads, query_groups: decide which tensor-parallel sizes are refused; None where unknown.
         mtp_layers: multi-token-prediction heads of the checkpoint; they are not replayed and take no memory here.
+        dense: the weights that a look-ahead changes; None where unknown.
     """
 
     name: str
@@ -29,6 +31,7 @@ class ModelSpec(ModelShape):
     attention_heads: int | None = None
     query_groups: int | None = None
     mtp_layers: int = 0
+    dense: DenseWeights | None = None
 
 
 # https://huggingface.co/Qwen/Qwen3-30B-A3B, mistralai/Mixtral-8x7B-v0.1 and deepseek-ai/DeepSeek-V3: their config.json.
@@ -36,12 +39,17 @@ MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         ModelSpec(
-            48, tuple(range(48)), 128, 8, 151936, name="qwen3-30b-a3b", hidden=2048, attention_heads=32, query_groups=4
+            48, tuple(range(48)), 128, 8, 151936, name="qwen3-30b-a3b", hidden=2048, attention_heads=32, query_groups=4,
+            dense=DenseWeights(attention=18_874_368, whole=4352, mlp=37_748_736),
         ),
-        ModelSpec(32, tuple(range(32)), 8, 2, 32000, name="mixtral-8x7b", hidden=4096, attention_heads=32, query_groups=8),
+        ModelSpec(
+            32, tuple(range(32)), 8, 2, 32000, name="mixtral-8x7b", hidden=4096, attention_heads=32, query_groups=8,
+            dense=DenseWeights(attention=41_943_040, whole=8192, mlp=176_160_768),
+        ),
         ModelSpec(
             61, tuple(range(3, 61)), 256, 8, 129280, name="deepseek-v3", hidden=7168, score_function="sigmoid",
             attention_heads=128, query_groups=128, mtp_layers=1,
+            dense=DenseWeights(attention=171_966_464, whole=15_155_200, mlp=396_361_728, shared=44_040_192),
         ),
     )
 }  # fmt: skip
@@ -90,6 +98,7 @@ def load_spec(model: str) -> ModelSpec:
         attention_heads=heads,
         query_groups=getattr(config, "num_key_value_heads", None) or heads,
         mtp_layers=int(getattr(config, "num_nextn_predict_layers", None) or 0),
+        dense=dense_weights(config),
     )
 
 

@@ -20,9 +20,11 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.features import H_DTYPE, STAGING_BYTES, FeatureStore
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.layout import Coordinates, ParallelLayout
+from megatron_pr2.plan.dense import dense_elements
 from megatron_pr2.plan.models import ModelSpec
 from megatron_pr2.plan.tokens import IntArray, ReplicaTokens, Workload, replica_tokens, sampled, share_of_room
 from megatron_pr2.prediction.predictor import predictor_bytes, push_bytes
+from megatron_pr2.prediction.ridge import fit_bytes, reduced_bytes
 from megatron_pr2.routes.ids import expert_dtype
 from megatron_pr2.routes.table import RouteTable
 
@@ -40,6 +42,9 @@ MEMORY: dict[str, tuple[str, str]] = {
     "slices": ("device", "routes of this rank's tokens and layers"),
     "routes_under_way": ("device", "routes on their way, when a pass opens"),
     "token_ids": ("device", "token ids of the replica, to compare with the model's input"),
+    "look_weights": ("device", "look-ahead: all weights but the experts, while others take their place"),
+    "look_inputs": ("device", "look-ahead: router inputs and logits of the tokens looked at"),
+    "look_fit": ("device", "look-ahead: regression"),
     "index": ("host", "bookkeeping per token of the replica"),
 }
 MOVED: dict[str, str] = {
@@ -52,11 +57,13 @@ MOVED: dict[str, str] = {
     "features_received": "features received",
     "gradient_reduced": "predictor gradient, all-reduced (ring)",
     "momentum_reduced": "gate updates of a distributed optimizer, all-reduced (ring)",
+    "look_weights_reduced": "look-ahead: weights of a distributed optimizer, all-reduced (ring)",
+    "look_fit_reduced": "look-ahead: sums of the regression and its result, reduced (ring)",
     "gates_pushed": "gates pushed to the engine (as without prediction)",
 }
 
-# Gates as an engine takes them.
-GATE_BYTES = torch.bfloat16.itemsize
+# Gates as an engine takes them, and weights of a bf16 policy.
+GATE_BYTES = WEIGHT_BYTES = torch.bfloat16.itemsize
 # Arrays over the tokens of a replica, on each of its ranks: RouteStore.valid, FeaturePlan's sample, Measurement.held_out, the rows
 # that AgreementCheck compares and Progress's two (bool), FeaturePlan's holder and FeatureStore's segment (int32) and slot (int64).
 INDEX_BYTES = 6 * 1 + 4 + 4 + 8
@@ -83,9 +90,13 @@ def plan(model: ModelSpec, layout: ParallelLayout, work: Workload, config: PR2Co
     """Computes the plan; identical ranks are computed once.
 
     Raises:
-        ConfigError: routes do not come from the engine.
+        ConfigError: routes do not come from the engine, or a look-ahead changes weights whose sizes are not known.
         RouteError: more experts than route tables can name.
     """
+    if config.looks_ahead and model.dense is None:
+        raise ConfigError(
+            f"predictor={config.predictor!r}: the sizes of the weights of {model.name} are not known; plan another predictor"
+        )
     if config.routes != "engine":
         raise ConfigError(f"pr2.routes={config.routes!r}: a plan is made for routes from the engine ('engine')")
     return Plan(model, layout, work, config)
@@ -106,6 +117,9 @@ class Plan:
         hidden = model.hidden if config.keeps_inputs else 0
         self._store = FeatureStore(0, model.num_experts, hidden, device=torch.device("cpu"), h_dtype=H_DTYPE)
         self._layers_D1 = np.array([[len(layout.moe_columns(pp))] for pp in range(layout.pipeline)], dtype=np.int64)
+        sizes = {"vocab": model.vocab_size, "experts": model.num_experts, "hidden": model.hidden}
+        dense = [dense_elements(model.dense, layout, pp, **sizes) if model.dense else 0 for pp in range(layout.pipeline)]
+        self._dense_D1 = np.array(dense, dtype=np.int64)[:, None]
         # The stage with most layers decides for all of them.
         room = config.feature_bytes // self._store.bytes_of(int(self._layers_D1.max()))
         # The first data-parallel index of each kind: the first replica pushes weights, the first ones may train a sequence more.
@@ -156,6 +170,26 @@ class Plan:
         """The rank with most memory, the first one of equals."""
         return self._first_of(np.argmax(self._sums))
 
+    @cached_property
+    def look_ahead(self) -> dict[str, float]:
+        """What a look-ahead computes.
+
+        Returns:
+            sequences, tokens: looked at, by all replicas; share_of_passes: of a rollout batch's log-prob and training passes, where
+            a backward is two forwards; fit_flops: of the regression, in fp32; solve_flops: what comes on top in float64.
+        """
+        model, counts = self.model, zip(self.tokens, self.replicas, strict=True)
+        looked_at = [(math.ceil(self.work.look_ahead * each.sequences), int(each.looked_P.sum()), count) for each, count in counts]
+        sequences, tokens = (sum(each[i] * each[2] for each in looked_at) for i in range(2))
+        layers, hidden, experts = len(self.layout.moe_layers), model.hidden, model.num_experts
+        return {
+            "sequences": sequences,
+            "tokens": tokens,
+            "share_of_passes": 2 * sequences / (4 * self.work.batch),
+            "fit_flops": 2 * layers * tokens * hidden * (hidden + experts),
+            "solve_flops": layers * (2 * hidden**3 // 3 + 2 * experts * hidden**2),
+        }
+
     def device_of(self, name: str) -> str:
         """Where an entry of MEMORY is held: "device" or "host"."""
         where = MEMORY[name][0]
@@ -205,9 +239,15 @@ class Plan:
             return np.array([[self._store.bytes_of(int(n))] for n in layers_D1[:, 0]]) * tokens_P
 
         own, holders = predictor(config.predictor), layout.data * layout.context
+        sizes = model.num_experts, model.hidden
         # A gate's update per layer, and of how many elements it is (optimizer_moments.next_updates).
-        followed = (predictor("momentum")["momentum"] + 4 * layers_D1) * config.follows
+        gates_D1 = predictor("momentum")["momentum"]
+        followed = (gates_D1 + 4 * layers_D1) * (work.mini_steps * config.follows + config.looks_ahead)
         learners = holders * (layout.tensor if layout.sequence_parallel else 1)
+        look = int(config.looks_ahead)
+        weights_D1 = look * WEIGHT_BYTES * self._dense_D1
+        fits = [(fit_bytes(n, *sizes), *reduced_bytes(n, *sizes)) if n else (0, 0, 0) for n in map(int, layers_D1[:, 0])]
+        held_D1, to_owner_D1, to_all_D1 = (look * np.array([[each[i]] for each in fits]) for i in range(3))
         pushers = (np.arange(owner.shape[1]) == 0) & (dp == 0)
         return {
             **own,
@@ -219,6 +259,9 @@ class Plan:
             # The owner holds what the others wait for, they hold the numbers of the rows that it goes to.
             "routes_under_way": receivers * 8 * tokens.opened_P + sent(tokens.opened_P),
             "token_ids": np.array(torch.int32.itemsize * (replica_tokens + 1)),
+            "look_weights": weights_D1,
+            "look_inputs": look * layers_D1 * (H_DTYPE.itemsize * model.hidden + 4 * model.num_experts) * tokens.looked_P,
+            "look_fit": held_D1 + look * gates_D1,
             "index": np.array((INDEX_BYTES + PUSH_INDEX_BYTES * config.predicts) * replica_tokens),
             "engine_routes": owner * tokens.sequences * sglang_route_bytes(work.seq, model),
             "compact_routes": given * tokens.sequences * table.encoded_size,
@@ -229,7 +272,9 @@ class Plan:
             "features_sent": features(tokens.sent_P),
             "features_received": features(tokens.fetched_P),
             "gradient_reduced": (work.mini_steps - 1) * ring_bytes(own["gradient"], learners),
-            "momentum_reduced": work.mini_steps * ring_bytes(followed, holders),
+            "momentum_reduced": ring_bytes(followed, holders),
+            "look_weights_reduced": ring_bytes(weights_D1, holders),
+            "look_fit_reduced": to_owner_D1 * (learners - 1) // learners + ring_bytes(to_all_D1, learners),
             "gates_pushed": pushers * layers_D1 * model.num_experts * model.hidden * GATE_BYTES,
         }
 

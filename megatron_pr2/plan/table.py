@@ -41,6 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "workload": {**asdict(work), **{name: getattr(plan.config, name) for name in _SETTINGS}},
         "sample_fraction": plan.sample_fraction,
+        **({"look_ahead": plan.look_ahead} if plan.config.looks_ahead else {}),
         "sequences_per_replica": [last.sequences, first.sequences],
         "distinct_ranks": plan.distinct_ranks,
         **{name: _rank_as_json(plan, getattr(plan, name)) for name in ("typical", "largest", "total")},
@@ -71,6 +72,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"{count(work.batch)} sequences of {count(work.seq)} tokens, {work.mini_steps} mini-steps; features of "
         f"{plan.sample_fraction:.3g} of the response tokens{budget}; predictor {config.predictor}",
     ]
+    if config.looks_ahead:
+        look = plan.look_ahead
+        lines.append(
+            f"look-ahead over {count(int(look['sequences']))} sequences, {count(int(look['tokens']))} tokens of responses: its two "
+            f"forwards are {look['share_of_passes']:.2%} of the log-prob and training passes; regression "
+            f"{look['fit_flops'] / 1e12:,.1f} TFLOP in fp32 and {look['solve_flops'] / 1e12:,.1f} in float64, by all ranks together"
+        )
     console.print(Text("\n".join(lines)))
     console.print(_table(plan, "Memory", {name: words for name, (_, words) in MEMORY.items()}, "memory"))
     console.print(_table(plan, "Moved per rollout batch", MOVED, "moved"))

@@ -9,6 +9,7 @@ Shape suffixes: P places, B sequences of a micro-batch, N tokens of a sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -42,6 +43,7 @@ class Workload:
         log_prob_micro_batch: the same in the old-log-prob pass; None cuts it as the training passes.
         padded: one column per sequence instead of packed sequences.
         horizons: pushes of each version, for so many horizons (`engine_weights(horizon=)`).
+        look_ahead: share of a replica's sequences that a look-ahead runs over; the trainer's by default.
     """
 
     batch: int = 256
@@ -52,12 +54,15 @@ class Workload:
     log_prob_micro_batch: int | None = None
     padded: bool = False
     horizons: int = 1
+    look_ahead: float = 0.25
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1 and field.name != "padded":
+            if value is not None and value < 1 and field.name not in ("padded", "look_ahead"):
                 raise ConfigError(f"{field.name}={value}: expected at least 1")
+        if not 0.0 < self.look_ahead <= 1.0:
+            raise ConfigError(f"look_ahead={self.look_ahead}: expected a share of the sequences, above 0 and at most 1")
         if self.prompt > self.seq:
             raise ConfigError(f"prompt={self.prompt}: expected at most the {self.seq} tokens of a sequence (seq)")
 
@@ -100,6 +105,7 @@ class ReplicaTokens:
         sampled_P: tokens whose features a place keeps.
         fetched_P, sent_P: of these, tokens that a place gets from and gives to others over all training passes.
         held_P: most tokens that a place got for one mini-step.
+        looked_P: loss-bearing tokens that a place computes in a look-ahead.
     """
 
     sequences: int
@@ -110,6 +116,7 @@ class ReplicaTokens:
     fetched_P: IntArray
     sent_P: IntArray
     held_P: IntArray
+    looked_P: IntArray
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,8 @@ def replica_tokens(layout: ParallelLayout, work: Workload, samples: list[Sample]
             sent += np.bincount(before[before != after], minlength=len(zero))
         fetched += arrived
         held = np.maximum(held, arrived)
+    looked_at = _parts(0, math.ceil(work.look_ahead * count), work.micro_batch)
+    looked = [place_N[work.prompt - 1 : work.seq - 1] for _, place_N in _by_sequence(looked_at, cut_of)]
     return ReplicaTokens(
         sequences=count,
         routed_P=sum((cut.tokens_P for cut in cuts), zero),
@@ -176,6 +185,7 @@ def replica_tokens(layout: ParallelLayout, work: Workload, samples: list[Sample]
         fetched_P=fetched,
         sent_P=sent,
         held_P=held,
+        looked_P=sum((np.bincount(places, minlength=len(zero)) for places in looked), zero),
     )
 
 

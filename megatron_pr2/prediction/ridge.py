@@ -45,9 +45,11 @@ def ridge_fit(
 
 
 def fit_bytes(layers: int, experts: int, hidden: int) -> int:
-    """What :func:`ridge_fit` holds at most besides its inputs: W of every layer, and one layer's sums in fp32 and in float64."""
+    """What :func:`ridge_fit` holds at most besides its inputs: W of every layer, and of one its sums, these and their factors in
+    float64; with conjugate gradients six tensors like W.
+    """
     w, sums = layers * experts * hidden, (hidden + experts) * hidden
-    return 4 * w + (4 + 8) * sums if 4 * hidden * hidden <= GRAM_BYTES else 4 * 4 * w
+    return 4 * w + (4 + 8 + 8) * sums if 4 * hidden * hidden <= GRAM_BYTES else 6 * 4 * w
 
 
 def reduced_bytes(layers: int, experts: int, hidden: int) -> tuple[int, int]:

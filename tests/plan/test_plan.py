@@ -25,12 +25,17 @@ from megatron_pr2.config import CHOICES, PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.parallel.grid import TokenGrid, packed, padded
 from megatron_pr2.parallel.layout import ParallelLayout
+from megatron_pr2.plan.dense import DenseWeights, dense_elements
 from megatron_pr2.plan.models import MODELS, ModelSpec, load_spec, make_layout
 from megatron_pr2.plan.plan import MEMORY, MOVED, Plan, RankPlan, plan, ring_bytes, sglang_route_bytes
 from megatron_pr2.plan.tokens import Part, Workload
+from megatron_pr2.prediction.ridge import GRAM_BYTES, reduced_bytes
 from megatron_pr2.rollout.sglang.routes import decode_table
+from megatron_pr2.routes.table import RouteTable
+from tests.drift.test_memory import Meter
 from tests.helpers import toy
 from tests.helpers.distributed import pool
+from tests.host.models import make_checkpoint, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +60,7 @@ class Case:
 
     def spec(self) -> ModelSpec:
         layers = tuple(i for i, is_moe in enumerate(self.moe) if is_moe)
-        sizes = {"hidden": toy.HIDDEN, "attention_heads": 2, "query_groups": 2}
+        sizes = {"hidden": toy.HIDDEN, "attention_heads": 2, "query_groups": 2, "dense": DenseWeights(0, 0, 0)}
         return ModelSpec(len(self.moe), layers, self.experts, toy.TOPK, 100, name="toy", **sizes)
 
     def layout(self) -> ParallelLayout:
@@ -300,8 +305,8 @@ def test_the_cases_say_something() -> None:
     for name in MEMORY:
         # What is on its way to host memory is so on a GPU only.
         assert any(made.total.memory[name] for made in plans.values()) == (name != "features_under_way"), name
-    # A distributed optimizer has a test of its own.
-    for name in set(MOVED) - {"momentum_reduced"}:
+    # A distributed optimizer and a look-ahead on several ranks have tests of their own.
+    for name in set(MOVED) - {"momentum_reduced", "look_weights_reduced", "look_fit_reduced"}:
         assert any(made.total.moved[name] for made in plans.values()), name
 
 
@@ -331,6 +336,113 @@ def test_gate_updates_of_a_distributed_optimizer_are_reduced_as_planned(tiny_che
         assert [made.rank(rank).moved["momentum_reduced"] for rank in range(2)] == [3 * ring_bytes(payload, 2)] * 2
     for sizes in pool(2).run(followed_job, tiny_checkpoint):
         assert sizes.count(payload) == 1
+
+
+def look_job(checkpoint: Path, tensor: int) -> dict[str, int]:
+    """A look-ahead over this replica's two sequences of 10 tokens, 4 of them the prompt's: what it holds and moves."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_pr2 import host
+    from megatron_pr2.hf.bridge import load_model
+    from megatron_pr2.prediction import lookahead
+
+    host.init(tensor=tensor)
+    _, chunks = load_model(checkpoint, dtype=torch.bfloat16, ddp_config={"use_distributed_optimizer": True})
+    steps = OptimizerConfig(lr=1e-2, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(steps, chunks)
+    config = PR2Config.preset("pr2", predictor="lookahead", max_missing_share=1.0, min_agreement=0.0)
+    pr2 = attach(chunks, config, optimizer)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.finish_grad_sync()
+    optimizer.step()
+    model, first = pr2.model_config, 2 * (dist.get_rank() // tensor)
+    table = RouteTable.missing(10, len(pr2.moe_layers), model.moe_router_topk, model.num_moe_experts)
+    pr2.begin_rollout([ReplaySequence(first + i, 10, 3, 9, table if pr2.routes.is_owner else None) for i in range(2)])
+    micro_batch = toy.MicroBatch.padded([first, first + 1], [10, 10], 10)
+    found: dict[str, int] = {}
+    swapped_in, fit, reduce = lookahead.swapped_in, lookahead.ridge_fit, dist.reduce
+
+    @contextmanager
+    def watched(*args: Any) -> Iterator[None]:
+        manager = swapped_in(*args)
+        with manager:
+            found["look_weights"] = storage_bytes([own for _, own in manager.gen.gi_frame.f_locals["exchanged"]])
+            yield
+
+    def fitting(inputs: list[Tensor], shifts: list[Tensor], *args: Any) -> Tensor:
+        found["look_inputs"] = storage_bytes([*inputs, *shifts])
+        return fit(inputs, shifts, *args)
+
+    def reducing(value: Tensor, **kwargs: Any) -> Any:
+        found["to_owner"] = found.get("to_owner", 0) + value.nbytes
+        return reduce(value, **kwargs)
+
+    def forward(session: Any) -> None:
+        session.begin(chunks[0], micro_batch)
+        chunks[0](torch.ones(2, 10, dtype=torch.int64), torch.arange(10).expand(2, 10), None)
+
+    with pytest.MonkeyPatch.context() as patch, counted() as calls:
+        patch.setattr(lookahead, "swapped_in", watched)
+        patch.setattr(lookahead, "ridge_fit", fitting)
+        patch.setattr(dist, "reduce", reducing)
+        with torch.no_grad():
+            pr2.look_ahead([micro_batch], forward)
+    return found | {"to_all": sum(size for size, _ in calls["sums"])}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_look_ahead_holds_and_moves_what_is_planned(tiny_checkpoint: Path, tensor: int) -> None:
+    spec = load_spec(str(tiny_checkpoint))
+    layout = make_layout(spec, tensor=tensor, data=2 // tensor)
+    work = Workload(batch=2 * layout.data, seq=10, prompt=4, micro_batch=2, padded=True, look_ahead=1.0)
+    made = plan(spec, layout, work, PR2Config.preset("pr2", predictor="lookahead"))
+    to_owner, to_all = reduced_bytes(len(spec.moe_layers), spec.num_experts, spec.hidden)
+    assert made.look_ahead["tokens"] == 12 * layout.data
+    for rank, found in enumerate(pool(2).run(look_job, tiny_checkpoint, tensor)):
+        memory, moved = made.rank(rank).memory, made.rank(rank).moved
+        assert {name: found[name] for name in ("look_weights", "look_inputs")} == {
+            name: memory[name] for name in ("look_weights", "look_inputs")
+        }
+        assert found["to_owner"] == to_owner
+        # In a ring of two a rank sends as much as the payload; some flags come on top.
+        planned = moved["look_weights_reduced"] + moved["momentum_reduced"] + to_all
+        assert planned <= found["to_all"] < planned + 100
+        assert moved["look_fit_reduced"] == to_owner // 2 + to_all
+
+
+@pytest.mark.parametrize(("hidden", "gram_bytes"), [(64, GRAM_BYTES), (64, 0)])
+def test_a_fit_holds_what_is_planned(hidden: int, gram_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_pr2.prediction import ridge
+
+    layers, experts = 3, 4
+    monkeypatch.setattr(ridge, "GRAM_BYTES", gram_bytes)
+    inputs, shifts = ([torch.randn(9, size) for _ in range(layers)] for size in (hidden, experts))
+    with Meter(arrays=False) as meter:
+        ridge.ridge_fit(inputs, shifts, 1e-2, None, gram_bytes=gram_bytes)
+    planned = ridge.fit_bytes(layers, experts, hidden)
+    assert planned <= meter.torch_peak < 1.02 * planned
+
+
+@pytest.mark.parametrize(("family", "tensor"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("mixtral", 1), ("glm4_moe", 2)])
+def test_weights_that_a_look_ahead_changes(tmp_path: Path, family: str, tensor: int) -> None:
+    path = make_checkpoint(tmp_path / family, tiny_config(family))
+    spec = load_spec(str(path))
+    assert spec.dense is not None
+    sizes = {"vocab": spec.vocab_size, "experts": spec.num_experts, "hidden": spec.hidden}
+    planned = dense_elements(spec.dense, make_layout(spec, tensor=tensor), 0, **sizes)
+    for found in pool(tensor).run(dense_job, path, tensor):
+        # Biases are not counted.
+        assert planned <= found < 1.01 * planned
+
+
+def dense_job(path: Path, tensor: int) -> int:
+    from megatron_pr2 import host
+    from megatron_pr2.hf.bridge import load_model
+    from megatron_pr2.prediction.ahead_weights import dense_parameters
+
+    host.init(tensor=tensor)
+    return sum(parameter.numel() for parameter in dense_parameters(load_model(path, dtype=torch.float32)[1]))
 
 
 def validity_job(tokens: int) -> tuple[list[int], list[int]]:
@@ -381,7 +493,7 @@ def plans(draw: Any) -> Plan:
     experts = draw(st.sampled_from([4, 512]))
     moe = draw(st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
     layers = tuple(i for i, is_moe in enumerate(moe) if is_moe)
-    spec = ModelSpec(4, layers, experts, 2, 100, name="m", hidden=draw(st.integers(1, 40)))
+    spec = ModelSpec(4, layers, experts, 2, 100, name="m", hidden=draw(st.integers(1, 40)), dense=DenseWeights(8, 3, 6, 2))
     layout = make_layout(
         spec,
         tensor=tensor,
@@ -501,13 +613,13 @@ def test_known_sizes() -> None:
 
 
 def test_models_are_those_of_their_configs(tmp_path: Path) -> None:
-    """Transformers' defaults are the sizes of these models, but for Qwen's layers."""
+    """Transformers' defaults are the sizes of these models, but for Qwen's layers and heads."""
     import transformers
 
     configs = {
         "deepseek-v3": transformers.DeepseekV3Config(),
         "mixtral-8x7b": transformers.MixtralConfig(),
-        "qwen3-30b-a3b": transformers.Qwen3MoeConfig(num_hidden_layers=48),
+        "qwen3-30b-a3b": transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128),
     }
     assert set(configs) == set(MODELS)
     for name, config in configs.items():
