@@ -7,8 +7,8 @@ expert between expert-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -41,3 +41,29 @@ def owned_engine_weights(
     owned = bridge.export_owned_weights(chunks)
     # Also where no gate passes: every rank keeps what was pushed.
     return pr2.engine_weights(owned, version=version, gate_dtype=gate_dtype, own_stage=True, has_gates=owns_dense_weights())
+
+
+def owned_gates(
+    pr2: PR2,
+    gates: Mapping[str, Tensor],
+    *,
+    version: Version | None = None,
+    gate_dtype: torch.dtype | None = None,
+    horizon: float | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the gates for a horizon; the rest of the weights is what `set_aside` passes through.
+
+        gates: dict[str, Tensor] = {}
+        rest = set_aside(bridge.export_owned_weights(chunks), gates)
+        engine.update_owned_weights(rest, version, {h: owned_gates(pr2, gates, version=version, horizon=h) for h in horizons})
+
+    Args:
+        gates: the router's own by Hugging Face name, none on ranks that do not own them; may be filled until they are walked.
+        version, gate_dtype, horizon: as for `PR2.engine_weights`.
+    """
+
+    def late() -> Iterator[tuple[str, Tensor]]:
+        yield from gates.items()
+
+    how: dict[str, Any] = {"version": version, "gate_dtype": gate_dtype, "horizon": horizon}
+    return pr2.engine_weights(late(), own_stage=True, has_gates=owns_dense_weights(), **how)

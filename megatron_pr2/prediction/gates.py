@@ -86,6 +86,16 @@ def merge_gates(
         )
 
 
+def set_aside(weights: Iterable[tuple[str, Tensor]], gates: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights through but for the gates, copies of which are left in `gates` instead of what it held."""
+    gates.clear()
+    for name, tensor in weights:
+        if GATE_NAME.search(name):
+            gates[name] = tensor.detach().clone()
+        else:
+            yield name, tensor
+
+
 def refused(weights: Iterable[tuple[str, Tensor]], failure: str) -> Iterator[tuple[str, Tensor]]:
     """Passes weights through, whose export other ranks take part in, and raises an AttachError behind the last one."""
     yield from weights

@@ -28,7 +28,8 @@ from megatron_pr2.checkpoint.kept_pushes import kept_shards, load_kept
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.bridge import export_weights, load_model, save_hf
 from megatron_pr2.hf.model_types import keeps_gates_in_fp32
-from megatron_pr2.hf.owned_export import owned_engine_weights
+from megatron_pr2.hf.owned_export import owned_engine_weights, owned_gates
+from megatron_pr2.prediction.gates import set_aside
 from megatron_pr2.replay.micro_batch import MicroBatch
 from megatron_pr2.replay.sequences import PushName
 from megatron_pr2.replay.session import ReplaySession
@@ -78,6 +79,7 @@ class Actor:
         # The embedded engine is the model itself, whose gates are what they are.
         fp32_gates = config.rollout.engine == "sglang" and keeps_gates_in_fp32(self._bridge.source_config)
         self._gate_dtype = torch.float32 if fp32_gates else None
+        self._gates: dict[str, Tensor] = {}
         self.pr2: PR2 = attach(self.chunks, config.replay())
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -194,6 +196,14 @@ class Actor:
     def export_owned(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of :meth:`export`, each weight on one rank only; every rank walks it to the end."""
         return owned_engine_weights(self.pr2, self._bridge, self.chunks, version=version, gate_dtype=self._gate_dtype)
+
+    def export_rest(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of all weights but the gates, which are kept for :meth:`export_gates`."""
+        return set_aside(self._bridge.export_owned_weights(self.chunks), self._gates)
+
+    def export_gates(self, version: int, horizon: float) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of the gates for a horizon, with those of the last :meth:`export_rest`; every rank calls it."""
+        return owned_gates(self.pr2, self._gates, version=version, gate_dtype=self._gate_dtype, horizon=horizon)
 
     def save_pretrained(self, path: Path) -> None:
         """The policy as a Hugging Face checkpoint (its own gates, no prediction in them)."""

@@ -30,7 +30,6 @@ class Sample:
         reward, advantage: of the whole response.
         old_logprobs: [len(response_ids)] float32, of no meaning where the response's loss_mask is off.
         snapshot_logprobs: the same under the weights at the start of the rollout batch, where there was a pass under them.
-        horizon: of the request that it answers.
     """
 
     id: int
@@ -39,7 +38,6 @@ class Sample:
     advantage: float
     old_logprobs: npt.NDArray[np.float32] | None = None
     snapshot_logprobs: npt.NDArray[np.float32] | None = None
-    horizon: float | None = None
 
     @property
     def length(self) -> int:
@@ -83,38 +81,11 @@ class Sample:
             routes=response.routes,
             loss_mask=response.loss_mask,
             mini_step=mini_step,
-            horizon=self.horizon,
+            horizon=response.horizon,
             token_ids=response.token_ids,
             versions=response.weight_versions,
             older=bool((versions < version).any()),
         )
-
-
-def mini_batch_order(own: slice, mini_steps: int, seed: Sequence[int]) -> list[int]:
-    """The order in which a rank trains on its samples, as indices into them: its share of the first mini-step, of the second ...
-
-    Of every `mini_steps` samples of the rollout batch one goes into each mini-step, at random, so that a prompt's responses are
-    spread over all of them. A sample's mini-step does not depend on the number of ranks.
-
-    Args:
-        own: this rank's samples among all of the rollout batch; both ends are multiples of `mini_steps`.
-        seed: of the rollout batch.
-    """
-    blocks = range(own.start // mini_steps, own.stop // mini_steps)
-    drawn = np.stack([np.random.default_rng([*seed, block]).permutation(mini_steps) for block in blocks])
-    return (drawn + mini_steps * np.arange(len(blocks))[:, None]).T.reshape(-1).tolist()
-
-
-def group_horizons(mini_steps: int, groups: int, behind: int = 0) -> list[float]:
-    """Updates that each mini-step's responses are predicted for: the mean of its group; 0 where the first one has none.
-
-    Args:
-        groups: sets of routers, each for about equally many mini-steps in a row.
-        behind: updates between the sampling and the first mini-step.
-    """
-    group_of = [step * groups // mini_steps for step in range(mini_steps)]
-    mean = [float(np.mean([step for step in range(mini_steps) if group_of[step] == group])) for group in range(groups)]
-    return [mean[group] + behind if group or behind else 0.0 for group in group_of]
 
 
 def micro_batches(

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import PR2Config, read_yaml
 from megatron_pr2.errors import ConfigError
+from megatron_pr2.rl.deal import group_horizons
 from megatron_pr2.rl.rules import CLIP, validate
 
 
@@ -68,8 +69,10 @@ class RolloutConfig:
             (docs/sglang.md).
         engines: SGLang servers that the run starts, and stops at the end. Each takes `rollout.sglang.tp_size` GPUs.
         groups: sets of routers that responses are sampled under, each predicted for its share of the mini-steps, the first one's
-            exactly `r3`; at most `algorithm.mini_steps`. 1: one set for all; 0: one for each mini-step. Above 1 needs a prediction
-            and `rollout.engine=megatron`, which samples group by group: SGLang servers hold one set.
+            exactly `r3`; at most `algorithm.mini_steps`. 1: one set for all; 0: one for each mini-step. A server holds one set, so
+            that there must be as many servers, which share the groups out among them. `turns`: one for each mini-step, which all
+            servers take one after the other (docs/sglang.md). The embedded engine samples group by group in any case. All but 1
+            need a prediction and `pr2.routes=engine`.
         delay: batches that a rollout is old when it is trained on. 0: sampled under the weights that the training begins with; 1:
             the next batch is sampled before the training on the present one, as in pipelines in which both run side by side.
             Predictions for an engine reach `algorithm.mini_steps` updates farther then, and drift is still measured since the
@@ -99,7 +102,7 @@ class RolloutConfig:
 
     engine: str = "megatron"
     engines: int = 1
-    groups: int = 1
+    groups: int | str = 1
     delay: int = 0
     urls: list[str] = field(default_factory=list)
     router: str = "none"
@@ -239,6 +242,13 @@ class TrainConfig:
         replay = self.replay()
         features = replay.learns or (replay.predicts and replay.hold_back)
         return self.algorithm.old_logprobs == "recompute" or replay.routes == "actor" or features
+
+    @property
+    def horizons(self) -> list[float]:
+        """By mini-step, the updates that its responses are predicted for; empty where one set of routers serves all of them."""
+        kappa, groups = self.algorithm.mini_steps, self.rollout.groups
+        count = groups if isinstance(groups, int) and groups else kappa
+        return group_horizons(kappa, count, self.updates_behind) if count > 1 else []
 
     def replay(self) -> PR2Config:
         """The settings of predictive routing replay: the preset with its overrides."""

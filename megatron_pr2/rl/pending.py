@@ -48,7 +48,7 @@ def pending_shards(samples: Sequence[Sample], mini_steps: int, group: dist.Proce
         response = sample.response
         lengths = len(response.prompt_ids), len(response.response_ids)
         rows.append([sample.id, place // size, *lengths, response.turns, response.finish_reason == "stop"])
-    scores = [[s.reward, s.advantage, math.nan if s.horizon is None else s.horizon] for s in samples]
+    scores = [[s.reward, s.advantage, math.nan if s.response.horizon is None else s.response.horizon] for s in samples]
     kinds = {
         SAMPLES: torch.tensor(rows, dtype=torch.int64),
         SCORES: torch.tensor(scores, dtype=torch.float64),
@@ -114,6 +114,7 @@ def _read(reader: files.RowReader, directory: Path, group: dist.ProcessGroup, nu
             weight_versions=versions[prompt:],
             loss_mask=bears[prompt:].astype(bool),
             turns=turns,
+            horizon=None if math.isnan(horizon) else horizon,
         )
-        samples.append(Sample(sid, response, reward, advantage, horizon=None if math.isnan(horizon) else horizon))
+        samples.append(Sample(sid, response, reward, advantage))
     return samples

@@ -67,6 +67,7 @@ def check(config: TrainConfig) -> None:
         model = _check_model(directory, config.parallel.expert, config.model.bridge)
         longest = check_tokenizer(directory, model.get("vocab_size"), examples)
     if config.rollout.engine == "sglang":
+        _check_groups(config)
         _check_sglang(sglang_config(config, config.model.path or ""), model, longest)
 
 
@@ -203,6 +204,31 @@ def _check_sglang(settings: SGLangConfig, model: dict[str, Any], longest: int) -
     if not settings.urls:
         _check_context(settings, model, longest)
         find_python(settings.python)
+
+
+def _check_groups(config: TrainConfig) -> None:
+    """`rollout.groups` against the servers, each of which holds one set of routers at a time."""
+    rollout, count = config.rollout, len(set(config.horizons))
+    if not count:
+        return
+    given, servers = f"rollout.groups={rollout.groups}", len(rollout.urls) or rollout.engines
+    if rollout.sglang.get("push") == "disk":
+        raise ConfigError(f"{given} needs rollout.sglang.push=distributed, not disk: from disk all servers load the same model")
+    if rollout.groups == "turns":
+        if rollout.oversample > 1:
+            raise ConfigError(
+                f"{given} contradicts rollout.oversample={rollout.oversample}: no prompt is finished before the last turn; use a "
+                "server for each group, or rollout.oversample=1"
+            )
+    elif count > servers:
+        raise ConfigError(
+            f"{given} needs {count} SGLang servers, one at least for each set of routers, and there are {servers}; start more "
+            "(rollout.engines, rollout.urls), use fewer groups, or rollout.groups=turns"
+        )
+    elif rollout.router != "none":
+        raise ConfigError(
+            f"{given} needs rollout.router=none, not {rollout.router}: a router does not know which server has which routers"
+        )
 
 
 def _check_context(settings: SGLangConfig, model: dict[str, Any], longest: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, encode
+from megatron_pr2.rl.deal import mini_step_of
 from megatron_pr2.rollout.base import Environment, RolloutRequest
 
 
@@ -99,12 +100,14 @@ class PromptQueue:
         return self._examples[self._order(epoch)[place]]
 
     def _request(self, group: int, index: int) -> RolloutRequest:
-        number, example = group * self._config.rollout.responses + index, self._example(group)
+        config, example = self._config, self._example(group)
+        number, horizons = group * config.rollout.responses + index, config.horizons
         return RolloutRequest(
             encode(self._tokenizer, example.prompt, f"{example.where}: the prompt"),
-            int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0]),
+            int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]),
             key=str(number) if self.enough is not None else "",
             group=group,
+            horizon=horizons[mini_step_of(number, config.algorithm.mini_steps, config.seed)] if horizons else None,
             environment=self._make_environment and self._make_environment(self._tokenizer),
         )
 

@@ -13,6 +13,7 @@ from megatron_pr2.rl.task import LESSONS
 from megatron_pr2.rl.tiny import TinyModelConfig
 
 if TYPE_CHECKING:
+    from megatron_pr2.config import PR2Config
     from megatron_pr2.rl.config import AlgorithmConfig, TrainConfig
 
 SOURCES = ("recompute", "rollout", "ewma")
@@ -50,7 +51,7 @@ _RULES: dict[str, Rule] = {
         for name in ("prompts", "responses", "max_new_tokens", "max_turns", "engines", "oversample")
     },
     **{f"algorithm.{name}": _at_least(1) for name in ("mini_steps", "micro_batch_size", "importance_cap")},
-    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "rollout.groups", "optimizer.lr")},
+    **{name: _at_least(0) for name in ("seed", "rollout.restarts", "optimizer.lr")},
     "algorithm.loss": _one_of(*CLIP),
     "algorithm.clip_low": _or_null(*_UP_TO_ONE),
     "algorithm.clip_high": _or_null(*_at_least(0)),
@@ -59,6 +60,7 @@ _RULES: dict[str, Rule] = {
     "algorithm.proximal_decay": _UP_TO_ONE,
     "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
     "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
+    "rollout.groups": (lambda value: value == "turns" or (isinstance(value, int) and value >= 0), "turns, or at least 0"),
     "rollout.delay": (lambda value: value in (0, 1), "0 or 1"),
     "rollout.max_logprob_gap": _or_null(*_at_least(0)),
     "model.warm_start": _one_of(*LESSONS),
@@ -99,13 +101,7 @@ def validate(config: TrainConfig) -> None:
             "algorithm.old_logprobs=ewma needs algorithm.importance=tis or mis: nothing was sampled from the moving average, and a "
             "ratio to it alone is off-policy without a correction"
         )
-    if rollout.groups > algorithm.mini_steps:
-        raise ConfigError(f"rollout.groups={rollout.groups}: expected at most algorithm.mini_steps={algorithm.mini_steps}")
-    if rollout.groups != 1 and (rollout.engine != "megatron" or replay.routes != "engine" or not replay.predicts):
-        raise ConfigError(
-            f"rollout.groups={rollout.groups} needs rollout.engine=megatron, pr2.routes=engine and a pr2.predictor; not "
-            f"{rollout.engine}, {replay.routes} and {replay.predictor}"
-        )
+    _validate_groups(config, replay)
     if rollout.delay and replay.learns and replay.follows:
         raise ConfigError(
             f"rollout.delay={rollout.delay} does not go with pr2.predictor={replay.predictor}: what is learned corrects the "
@@ -124,6 +120,23 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.prompts * rollout.responses / parallel.processes = {samples} samples a rank is not a multiple of "
             f"algorithm.mini_steps={algorithm.mini_steps}"
+        )
+
+
+def _validate_groups(config: TrainConfig, replay: PR2Config) -> None:
+    """`rollout.groups` against what it needs."""
+    rollout, kappa = config.rollout, config.algorithm.mini_steps
+    given = f"rollout.groups={rollout.groups}"
+    if rollout.groups == 1:
+        return
+    if isinstance(rollout.groups, int) and rollout.groups > kappa:
+        raise ConfigError(f"{given}: expected at most algorithm.mini_steps={kappa}")
+    if replay.routes != "engine" or not replay.predicts:
+        raise ConfigError(f"{given} needs pr2.routes=engine and a pr2.predictor; not {replay.routes} and {replay.predictor}")
+    if rollout.oversample > 1 and rollout.responses % kappa:
+        raise ConfigError(
+            f"{given} with rollout.oversample={rollout.oversample}: the prompts that are finished first fill the mini-steps "
+            f"equally only if rollout.responses={rollout.responses} is a multiple of algorithm.mini_steps={kappa}"
         )
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,15 +28,24 @@ from megatron_pr2.report.display import LiveDisplay
 from megatron_pr2.report.metrics_log import MetricsLog
 from megatron_pr2.rl import checkpoint
 from megatron_pr2.rl.actor import Actor
-from megatron_pr2.rl.batch import Sample, group_horizons, mini_batch_order
+from megatron_pr2.rl.batch import Sample
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import Example, encode
+from megatron_pr2.rl.deal import mini_batch_order
 from megatron_pr2.rl.losses import group_advantages
 from megatron_pr2.rl.preflight import context_length
 from megatron_pr2.rl.prompts import PromptQueue
 from megatron_pr2.rl.rewards import exact_match
 from megatron_pr2.rl.summary import gap_summary, logprob_gap, replay_summary, rollout_summary, update_summary
-from megatron_pr2.rollout.base import Progress, RolloutEngine, RolloutRequest, RolloutResponse, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import (
+    Progress,
+    RolloutBatch,
+    RolloutEngine,
+    RolloutRequest,
+    RolloutResponse,
+    RolloutStats,
+    SamplingParams,
+)
 from megatron_pr2.rollout.collective import CollectiveEngine, share
 from megatron_pr2.rollout.handshake import PROBE_TOKENS, handshake, probe_of, require_routes
 
@@ -92,6 +101,10 @@ class Trainer:
         self._step, self._pushed = 0, -1
         # With rollout.delay: what was sampled under the weights before the last step, for the next one to train on.
         self._pending: list[Sample] | None = None
+        # What servers hold: all horizons, or with turns one after the other.
+        self._horizons = list(dict.fromkeys(config.horizons)) if isinstance(engine, CollectiveEngine) else []
+        self._in_turns = config.rollout.groups == "turns" and bool(self._horizons)
+        self._turn: float | None = None
         # Of the step at work.
         self._record: dict[str, Any] = {}
 
@@ -128,7 +141,7 @@ class Trainer:
     def _train_step(self) -> None:
         started = time.monotonic()
         own = {"step": self._step, "seed": self._config.seed, "preset": self._config.preset}
-        self._record = {**own, "seconds": {}, "weight_bytes": 0}
+        self._record = {**own, "seconds": {}, "weight_bytes": 0, "gate_bytes": 0}
         self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
@@ -163,7 +176,7 @@ class Trainer:
             "rollout_tokens_per_second": stats.generated_tokens / max(stats.seconds, 1e-9),
         }
         self._record["tokens_per_second"] = self._record.pop("tokens") / seconds
-        self._record["bytes"]["weights"] = self._record.pop("weight_bytes")
+        self._record["bytes"] |= self._sent_bytes()
         self._actor.pr2.end_rollout()
 
     def _compare_logprobs(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -185,27 +198,53 @@ class Trainer:
         if self._pushed == self._step:
             return
         with self._timed("push"):
+            self._record["weight_bytes"] = self._record["gate_bytes"] = 0
             if isinstance(self._engine, CollectiveEngine) and self._engine.takes_owned_weights:
-                self._engine.update_owned_weights(self._counted(self._actor.export_owned(self._step)), self._step)
-                total = torch.tensor([self._record["weight_bytes"]])
-                dist.all_reduce(total)
-                self._record["weight_bytes"] = int(total)
+                if self._horizons:
+                    now, self._turn = self._horizons[:1] if self._in_turns else self._horizons, self._horizons[0]
+                    gates = {horizon: self._counted_gates(horizon) for horizon in now}
+                    self._engine.update_owned_weights(self._counted(self._actor.export_rest()), self._step, gates)
+                else:
+                    self._engine.update_owned_weights(self._counted(self._actor.export_owned(self._step)), self._step)
             else:
                 self._engine.update_weights(self._counted(self._actor.export(self._step)), self._step)
         # The embedded engine is the actor itself: once is enough.
-        due = self._engine is not self._reference or self._pushed < 0
-        if due and self._config.pr2_needs_engine_routes and self._config.rollout.handshake:
-            with self._timed("handshake"):
-                self._handshake()
+        if self._engine is not self._reference or self._pushed < 0:
+            self._handshake()
         self._pushed = self._step
 
-    def _counted(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        self._record["weight_bytes"] = 0
+    def _take_turn(self, horizon: float | None) -> None:
+        """Gives all servers the gates for a horizon, unless they have them: those for the first come with the push."""
+        if horizon in (None, self._turn):
+            return
+        assert isinstance(self._engine, CollectiveEngine)
+        with self._timed("gates"):
+            self._engine.update_owned_gates(self._counted_gates(horizon), self._step, horizon)
+        self._turn = horizon
+        self._handshake()
+        self.monitor.phase("rollout")
+
+    def _counted_gates(self, horizon: float) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._counted(self._actor.export_gates(self._step, horizon), "gate_bytes")
+
+    def _counted(
+        self, weights: Iterator[tuple[str, torch.Tensor]], what: str = "weight_bytes"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            self._record["weight_bytes"] += tensor.nbytes
+            self._record[what] += tensor.nbytes
             yield name, tensor
 
+    def _sent_bytes(self) -> dict[str, int]:
+        """Of the whole model and, in addition to it, of gates for single horizons; sent once for all servers of a horizon."""
+        total = torch.tensor([self._record.pop("weight_bytes"), self._record.pop("gate_bytes")])
+        if self._engine.takes_owned_weights:
+            dist.all_reduce(total)
+        weights, gates = total.tolist()
+        return {"weights": weights, "gates": gates} if self._horizons else {"weights": weights}
+
     def _handshake(self) -> None:
+        if not (self._config.pr2_needs_engine_routes and self._config.rollout.handshake):
+            return
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
         ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)
         context = getattr(unwrapped(self._actor.model), "max_sequence_length", math.inf)
@@ -213,22 +252,23 @@ class Trainer:
         longest = min(context, context_length(self._config.rollout.sglang)) - 7
         probe, dtype, layers = probe_of(ids, int(min(PROBE_TOKENS, longest))), self._config.model.dtype, self._actor.pr2.moe_layers
         report, failure = None, None
-        try:
-            report = handshake(self._engine, self._reference, probe, dtype, layers)
-        except PR2Error as error:
-            # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
-            failure = error
-        raise_together(failure)
+        with self._timed("handshake"):
+            try:
+                report = handshake(self._engine, self._reference, probe, dtype, layers)
+            except PR2Error as error:
+                # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that others ask.
+                failure = error
+            raise_together(failure)
         assert report is not None
-        self._record["handshake"] = asdict(report)
+        if report.route_agreement <= self._record.get("handshake", {}).get("route_agreement", 1.0):
+            self._record["handshake"] = asdict(report)  # the worst of those of all turns
 
     def _rollout(self) -> tuple[list[Sample], RolloutStats]:
-        rollout, with_routes, enough = self._config.rollout, self._config.pr2_needs_engine_routes, self._prompts.enough
-        requests = self._for_mini_steps(self._prompts.requests())
+        rollout, requests = self._config.rollout, self._prompts.requests()
         stops = self._prompts.stop_token_ids
         sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, stops, max_turns=rollout.max_turns)
         self._engine.on_progress = self._on_progress
-        batch = self._retrying(lambda: self._engine.generate(requests, sampling, return_routes=with_routes, enough=enough))
+        batch = self._retrying(lambda: self._generate(requests, sampling))
         answered = self._prompts.settle(batch.finished)
         own = share(len(answered), mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank())
         rewards = [
@@ -237,25 +277,18 @@ class Trainer:
         ]
         advantages = group_advantages(np.asarray(rewards, dtype=np.float64), rollout.responses)
         samples = [
-            Sample(number, response, reward, float(advantage), horizon=requests[place].horizon)
-            for place, (number, _), response, reward, advantage in zip(
-                batch.finished[own], answered[own], batch.responses, rewards, advantages, strict=True
-            )
+            Sample(number, response, reward, float(advantage))
+            for (number, _), response, reward, advantage in zip(answered[own], batch.responses, rewards, advantages, strict=True)
         ]
-        order = mini_batch_order(own, self._config.algorithm.mini_steps, [self._config.seed, self._step])
+        order = mini_batch_order([sample.id for sample in samples], self._config.algorithm.mini_steps, self._config.seed)
         return [samples[i] for i in order], batch.stats
 
-    def _for_mini_steps(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
-        """With `rollout.groups`: the requests, each for the routers of the mini-step that will train on its response."""
-        kappa = self._config.algorithm.mini_steps
-        groups = self._config.rollout.groups or kappa
-        if groups == 1:
-            return requests
-        order = mini_batch_order(slice(0, len(requests)), kappa, [self._config.seed, self._step])
-        horizons = group_horizons(kappa, groups, self._config.updates_behind)
-        size = len(requests) // kappa
-        of_request = {index: horizons[place // size] for place, index in enumerate(order)}
-        return [replace(request, horizon=of_request[index]) for index, request in enumerate(requests)]
+    def _generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> RolloutBatch:
+        with_routes = self._config.pr2_needs_engine_routes
+        if self._in_turns:
+            assert isinstance(self._engine, CollectiveEngine)
+            return self._engine.generate_in_turns(requests, sampling, self._take_turn, return_routes=with_routes)
+        return self._engine.generate(requests, sampling, return_routes=with_routes, enough=self._prompts.enough)
 
     def _last_turn(self, response: RolloutResponse) -> str:
         """What the policy wrote after the environment's last reply: the reward is for its own words."""

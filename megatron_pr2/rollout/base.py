@@ -116,6 +116,7 @@ class RolloutResponse:
         weight_versions: [len(response_ids)] int64, version of the weights that sampled each token; -1 for tokens of an environment.
         loss_mask: [len(response_ids)] bool, False for tokens of an environment.
         turns: times that the policy was asked to go on, plus one.
+        horizon: updates that the gates were predicted for which sampled it: the request's, unless no server with these is left.
     """
 
     prompt_ids: tuple[int, ...]
@@ -126,6 +127,7 @@ class RolloutResponse:
     weight_versions: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.bool_]
     turns: int = 1
+    horizon: float | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -139,11 +141,15 @@ class RolloutResponse:
 
 @dataclass(frozen=True)
 class Probe:
-    """Given tokens, scored by one engine: [len - 1] float32 log-probs of tokens 1.. at temperature 1, routes of all tokens."""
+    """Given tokens, scored by one engine: [len - 1] float32 log-probs of tokens 1.. at temperature 1, routes of all tokens.
+
+    `horizon` is that of its gates, as for RolloutRequest.
+    """
 
     name: str
     logprobs: npt.NDArray[np.float32]
     routes: RouteTable
+    horizon: float | None = None
 
 
 @dataclass
@@ -154,6 +160,13 @@ class RolloutStats:
     generated_tokens: int = 0
     route_bytes: int = 0
     extra: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: RolloutStats) -> None:
+        """Adds those of another call."""
+        self.seconds += other.seconds
+        self.generated_tokens += other.generated_tokens
+        self.route_bytes += other.route_bytes
+        self.extra = {name: self.extra.get(name, 0.0) + value for name, value in other.extra.items()}
 
 
 @dataclass(frozen=True)
@@ -214,8 +227,12 @@ class RolloutEngine(Protocol):
                 stop early answer all requests and return the first groups.
         """
 
-    def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """Handshake probe: the same tokens scored by every engine behind this one."""
+    def score(self, token_ids: Sequence[int], horizon: float | None = None) -> list[Probe]:
+        """Handshake probe: the same tokens scored by every engine behind this one.
+
+        Args:
+            horizon: which gates an engine takes that has several; servers hold one set each and say which.
+        """
 
     def close(self) -> None:
         """Stops everything that start() started; safe to call twice and after a failure."""

@@ -7,8 +7,9 @@ A failure on any rank is raised on every rank, so that no rank waits for a colle
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -17,7 +18,16 @@ import torch.distributed as dist
 from megatron_pr2.errors import AttachError, ConfigError, EnvironmentFailed, PR2Error, RolloutError
 from megatron_pr2.parallel.consensus import described
 from megatron_pr2.parallel.groups import gathered
-from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutEngine, RolloutRequest, RolloutStats, SamplingParams
+from megatron_pr2.rollout.base import (
+    Probe,
+    Progress,
+    RolloutBatch,
+    RolloutEngine,
+    RolloutRequest,
+    RolloutResponse,
+    RolloutStats,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from megatron_pr2.rollout.sglang.push.disk import DiskTarget
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 # What another engine or another attempt would not fix; any other failure is a RolloutError, after which callers try again.
 _LASTING = (AttachError, ConfigError, EnvironmentFailed)
@@ -39,10 +50,12 @@ class PushEngine(Protocol):
     server samples until a push succeeds.
     """
 
-    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget: ...
+    def begin_push(
+        self, version: int, horizons: Sequence[float] = (), *, gates_only: bool = False
+    ) -> list[PushTarget] | DiskTarget: ...
 
-    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Sends this process's tensors to the targets of begin_push; returns their bytes."""
+    def push_part(self, weights: Weights, targets: Sequence[PushTarget] | None = None) -> int:
+        """Sends this process's tensors to the targets of begin_push, or some of them; returns their bytes."""
 
     def finish_push(self, version: int) -> None: ...
 
@@ -90,22 +103,38 @@ class CollectiveEngine:
         _, failure = _walked(weights, lambda part: self._engine.update_weights(part, version) if self._engine is not None else None)
         self._agree(failure)
 
-    def update_owned_weights(self, owned: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_owned_weights(self, owned: Weights, version: int, gates: Mapping[float, Weights] | None = None) -> None:
         """Every rank sends the engine's servers the weights that it owns; together they are what update_weights() would get.
 
         Only where `takes_owned_weights` says so. Every rank walks its weights (e.g. of
         :func:`megatron_pr2.hf.owned_export.owned_engine_weights`, maybe none) to the end, also after a failure.
 
+        Args:
+            gates: by horizon, what only the servers of that horizon get (:func:`megatron_pr2.hf.owned_export.owned_gates`); the
+                servers share the horizons out among them. The same horizons on every rank.
+
         Raises:
             RolloutError: on every rank, whichever failed; the engine refuses to sample until a push succeeds.
             AttachError, ConfigError: the same, where another attempt would not help.
         """
+        self._push(owned, version, gates or {})
+
+    def update_owned_gates(self, gates: Weights, version: int, horizon: float) -> None:
+        """Gates for a horizon, for every server that holds this version: for servers that take one horizon after the other."""
+        self._push((), version, {horizon: gates}, gates_only=True)
+
+    def _push(self, owned: Weights, version: int, gates: Mapping[float, Weights], *, gates_only: bool = False) -> None:
         if not self.takes_owned_weights:
             raise RolloutError(f"the {self.name} engine takes the whole model from one rank: call update_weights()")
-        targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version))
+        how: dict[str, Any] = {"horizons": tuple(gates), "gates_only": gates_only}
+        targets = self._on_rank_0(lambda engine: cast(PushEngine, engine).begin_push(version, **how))
         try:
-            sent, failure = _walked(owned, lambda part: self._push_part(part, targets))
-            if not self._agree(failure, sent or 0):
+            total, failure = _walked(owned, lambda part: self._push_part(part, targets))
+            for horizon, own in gates.items():
+                send = partial(self._push_part, targets=targets, horizon=horizon)
+                sent, failed = _walked(own, send if failure is None else lambda _: 0)
+                total, failure = (total or 0) + (sent or 0), failure or failed
+            if not self._agree(failure, total or 0):
                 raise RolloutError("weight update: no tensors were given")
             self._on_rank_0(lambda engine: cast(PushEngine, engine).finish_push(version))
         except BaseException:
@@ -116,18 +145,20 @@ class CollectiveEngine:
                     logger.warning("a weight update could not be closed: %s", described(error))
             raise
 
-    def _push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: list[PushTarget] | DiskTarget) -> int:
-        if self._engine is not None:
-            return cast(PushEngine, self._engine).push_part(weights)
+    def _push_part(self, weights: Weights, targets: list[PushTarget] | DiskTarget, horizon: float | None = None) -> int:
         from megatron_pr2.rollout.sglang.push.disk import DiskTarget, write_part
         from megatron_pr2.rollout.sglang.push.distributed import WeightSender
+        from megatron_pr2.rollout.sglang.push.session import targets_of
 
+        some = None if horizon is None else targets_of(targets, horizon)
+        if self._engine is not None:
+            return cast(PushEngine, self._engine).push_part(weights, some)
         if isinstance(targets, DiskTarget):
             return write_part(targets, dist.get_rank(), weights)
         if self._sender is None:
             self._sender = WeightSender()
         self._sender.retarget(targets)
-        return self._sender.push(weights)
+        return self._sender.push(weights, some)
 
     def _agree(self, failure: Exception | None, sent: int = 0) -> int:
         """What all ranks have sent; raises on every rank the failures of all."""
@@ -160,7 +191,34 @@ class CollectiveEngine:
         dist.scatter_object_list(received, shares, src=0, group=self._group)
         return RolloutBatch(received[0], stats, finished)
 
-    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+    def generate_in_turns(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: SamplingParams,
+        prepare: Callable[[float | None], None],
+        *,
+        return_routes: bool,
+    ) -> RolloutBatch:
+        """generate() for one horizon after the other, where the servers hold gates for one at a time.
+
+        Args:
+            prepare: gives the servers the gates for a horizon (update_owned_gates) before its requests are sampled.
+        """
+        size, rank = self._dp_size, self._dp_of_rank[dist.get_rank(self._group)]
+        own: dict[int, RolloutResponse] = {}
+        stats = RolloutStats()
+        for horizon in sorted({request.horizon for request in requests}, key=lambda each: each or 0.0):
+            places = [place for place, request in enumerate(requests) if request.horizon == horizon]
+            prepare(horizon)
+            batch = self.generate([requests[place] for place in places], sampling, return_routes=return_routes)
+            own |= zip(places[share(len(places), size, rank)], batch.responses, strict=True)
+            stats.add(batch.stats)
+        mine = range(len(requests))[share(len(requests), size, rank)]
+        if own.keys() != {*mine}:
+            raise RolloutError("turns: the horizons are dealt unequally to the data-parallel ranks' requests")
+        return RolloutBatch([own[place] for place in mine], stats, list(range(len(requests))))
+
+    def score(self, token_ids: Sequence[int], horizon: float | None = None) -> list[Probe]:
         return self._on_rank_0(lambda engine: engine.score(token_ids))
 
     def close(self) -> None:

@@ -91,11 +91,11 @@ class MegatronEngine:
         return RolloutBatch(responses, stats, finished)
 
     @torch.no_grad()
-    def score(self, token_ids: Sequence[int]) -> list[Probe]:
+    def score(self, token_ids: Sequence[int], horizon: float | None = None) -> list[Probe]:
         """Every rank scores the same tokens, under merged gates."""
-        with self._evaluating():
+        with self._evaluating(horizon):
             logprobs, tables = self._forward_recorded([list(token_ids)], 1.0, True)
-        return [Probe("the actor", logprobs[0].astype(np.float32), tables[0])]
+        return [Probe("the actor", logprobs[0].astype(np.float32), tables[0], horizon)]
 
     @contextlib.contextmanager
     def _evaluating(self, horizon: float | None = None) -> Iterator[None]:
@@ -166,6 +166,7 @@ class MegatronEngine:
                     weight_versions=np.where(mask, self._version, -1).astype(np.int64),
                     loss_mask=mask,
                     turns=turns[i],
+                    horizon=request.horizon,
                 )
             )
         return out

@@ -56,7 +56,7 @@ def probe_of(token_ids: Sequence[int], tokens: int = PROBE_TOKENS) -> list[int]:
 def handshake(
     engine: RolloutEngine, actor: RolloutEngine, probe_ids: Sequence[int], dtype: str, layers: Sequence[int] | None = None
 ) -> HandshakeReport:
-    """Scores one probe with every server behind an engine and with the actor, after the same (merged) weights went to all of them.
+    """Scores one probe with every server behind an engine and with the actor, each server against the actor with its gates.
 
     Args:
         actor: the actor's own model as an engine; collective, like every engine.
@@ -73,18 +73,20 @@ def handshake(
     """
     if len(probe_ids) < 2:
         raise ConfigError(f"handshake: the probe has {len(probe_ids)} tokens; expected two or more. Did the tokenizer encode it?")
-    (want,) = actor.score(probe_ids)
-    probes = engine.score(probe_ids)  # before anything that one rank may refuse alone: it is collective
-    topk, experts = want.routes.topk, want.routes.num_experts
-    needed = enough_rows(least_share(dtype, topk, experts), topk, experts)
-    if int(want.routes.valid.sum()) < needed:
-        raise ConfigError(
-            f"handshake: the probe has {len(probe_ids)} tokens, too few to tell one layer's routes from unrelated ones (top-{topk} "
-            f"of {experts} experts in {dtype} needs {needed + 1}); give {PROBE_TOKENS}, e.g. probe_of(token_ids)"
-        )
-    reports = [compare(probe, want, dtype, layers) for probe in probes]
-    if not reports:
+    probes = engine.score(probe_ids)
+    if not probes:
         raise RolloutError(f"handshake: no server behind {engine.name} answered the probe")
+    # All of them before anything that one rank may refuse alone: it is collective.
+    wants = {horizon: actor.score(probe_ids, horizon)[0] for horizon in dict.fromkeys(probe.horizon for probe in probes)}
+    for want in wants.values():
+        topk, experts = want.routes.topk, want.routes.num_experts
+        needed = enough_rows(least_share(dtype, topk, experts), topk, experts)
+        if int(want.routes.valid.sum()) < needed:
+            raise ConfigError(
+                f"handshake: the probe has {len(probe_ids)} tokens, too few to tell one layer's routes from unrelated ones "
+                f"(top-{topk} of {experts} experts in {dtype} needs {needed + 1}); give {PROBE_TOKENS}, e.g. probe_of(token_ids)"
+            )
+    reports = [compare(probe, wants[probe.horizon], dtype, layers) for probe in probes]
     return min(reports, key=lambda report: (report.route_agreement, -report.logprob_mean))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from megatron_pr2 import host
 from megatron_pr2.checkpoint import files
 from megatron_pr2.errors import CheckpointError
 from megatron_pr2.rl import checkpoint
-from megatron_pr2.rl.batch import mini_batch_order
 from tests.helpers.distributed import pool
 from tests.helpers.loop import train, train_job
 from tests.helpers.rounding import rounding
@@ -270,18 +268,6 @@ def straight(tiny_checkpoint: Path, common: list[str], tmp_path_factory: pytest.
         pool(processes).run(layout_job, tiny_checkpoint, cut, [*settings, "steps=2"], processes, False)
         runs[processes] = results[0], whole, cut
     return runs
-
-
-def test_a_samples_mini_step_does_not_depend_on_the_ranks() -> None:
-    kappa, count = 4, 48
-    whole = np.array(mini_batch_order(slice(0, count), kappa, [3, 7])).reshape(kappa, -1)
-    assert sorted(whole.reshape(-1).tolist()) == list(range(count))
-    assert mini_batch_order(slice(0, count), kappa, [3, 8]) != whole.reshape(-1).tolist()
-    for ranks in (2, 3, 4):
-        size = count // ranks
-        parts = [np.array(mini_batch_order(slice(r * size, (r + 1) * size), kappa, [3, 7])) + r * size for r in range(ranks)]
-        shares = np.concatenate([part.reshape(kappa, -1) for part in parts], axis=1)
-        assert np.array_equal(np.sort(shares), np.sort(whole))
 
 
 @pytest.mark.exhaustive

@@ -22,7 +22,6 @@ from megatron_pr2.prediction.ahead_weights import ahead, swapped_in
 from megatron_pr2.prediction.lookahead import LookaheadPredictor, reached
 from megatron_pr2.prediction.ridge import ridge_fit
 from megatron_pr2.replay.session import ReplaySession
-from megatron_pr2.rl.batch import group_horizons
 from tests.helpers import toy
 from tests.helpers.distributed import pool
 
@@ -138,12 +137,6 @@ def test_a_prediction_for_a_horizon() -> None:
     torch.testing.assert_close(predictor.weight_for(3.0), reached(3, 0.6) * change)
     predictor.look(change * math.nan, 1.5)
     assert not predictor.weight_for(0.0).any()
-
-
-def test_groups_of_mini_steps() -> None:
-    assert group_horizons(4, 4) == [0.0, 1.0, 2.0, 3.0]
-    assert group_horizons(4, 2) == [0.0, 0.0, 2.5, 2.5]
-    assert group_horizons(4, 1) == [0.0] * 4
 
 
 def rolled_out(config: PR2Config) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:

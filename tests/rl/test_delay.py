@@ -164,8 +164,9 @@ def samples(experts: int | None) -> list[Sample]:
             weight_versions=np.where(mask, number % 3, -1),
             loss_mask=mask,
             turns=1 + number % 2,
+            horizon=None if number % 4 else 1.5,
         )
-        out.append(Sample(100 + number, response, number / 3, -number / 7, horizon=None if number % 4 else 1.5))
+        out.append(Sample(100 + number, response, number / 3, -number / 7))
     return out
 
 
@@ -179,7 +180,7 @@ def fields(sample: Sample) -> list[Any]:
     response, routes = sample.response, sample.response.routes
     arrays = [response.logprobs, response.weight_versions, response.loss_mask]
     arrays += [] if routes is None else [routes.experts, routes.valid]
-    plain = [response.prompt_ids, response.response_ids, response.finish_reason, response.turns, sample.horizon]
+    plain = [response.prompt_ids, response.response_ids, response.finish_reason, response.turns, response.horizon]
     return [sample.id, sample.reward, sample.advantage, *plain, *((each.dtype, each.tolist()) for each in arrays)]
 
 

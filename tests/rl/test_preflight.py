@@ -135,6 +135,8 @@ def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Pat
         check(load_config(None, [f"model.path={model}", f"run={tmp_path / 'run'}"]))
 
 
+AHEAD = ("rollout.engine=sglang", "pr2.predictor=lookahead")
+
 # ---- directories, data, environment, servers ---------------------------------------------------------------------------
 
 
@@ -150,6 +152,11 @@ def test_a_prompt_without_tokens_is_named(model: Path, data: Path, tmp_path: Pat
         (["rollout.environment=nowhere:Tool"], "rollout.environment='nowhere:Tool'"),
         (["rollout.environment=megatron_pr2.rl.calculator:Abacus"], "Abacus"),
         (["parallel.processes=3", "parallel.expert=3", "rollout.prompts=33", "algorithm.mini_steps=1"], "16 experts cannot"),
+        ([*AHEAD, "rollout.groups=0", "rollout.engines=3"], "rollout.groups=0 needs 4 SGLang servers, .* and there are 3"),
+        ([*AHEAD, "rollout.groups=2", "rollout.urls=[http://127.0.0.1:1]"], "needs 2 SGLang servers, .* there are 1; .*=turns"),
+        ([*AHEAD, "rollout.groups=2", "rollout.engines=2", "rollout.router=own"], "needs rollout.router=none, not own"),
+        ([*AHEAD, "rollout.groups=2", "rollout.engines=2", "rollout.sglang.push=disk"], "needs rollout.sglang.push=distributed"),
+        ([*AHEAD, "rollout.groups=turns", "rollout.oversample=1.5"], "rollout.groups=turns contradicts rollout.oversample=1.5"),
         (["rollout.engine=sglang", "rollout.sglang.tp=2"], "rollout.sglang.tp: not a setting here"),
         (["rollout.engine=sglang", "rollout.sglang.tp_size=0"], "tp_size=0"),
         (["rollout.engine=sglang", "rollout.urls=[localhost]"], "sglang.url='localhost'"),

@@ -11,6 +11,7 @@ import pytest
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl.config import load_config
 from megatron_pr2.rl.data import Example
+from megatron_pr2.rl.deal import mini_batch_order
 from megatron_pr2.rl.prompts import PromptQueue, load_environment
 
 EXAMPLES = [Example(f"{i}+{i}=", str(2 * i), f"file:{i}") for i in range(20)]
@@ -122,3 +123,21 @@ def test_an_environment_with_a_syntax_error_is_named(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="broken_tool:Tool"):
         load_environment("broken_tool:Tool")
+
+
+@pytest.mark.parametrize("groups", ["0", "turns", "2"])
+def test_requests_are_for_the_routers_of_their_mini_step(groups: str) -> None:
+    """Dealt before they are sampled; what is carried over keeps its horizon."""
+    ahead = ["rollout.oversample=1.5", "rollout.responses=4", "algorithm.mini_steps=4", "pr2.predictor=lookahead"]
+    prompts = queue(*ahead, f"rollout.groups={groups}")
+    horizons = [0.0, 0.0, 2.5, 2.5] if groups == "2" else [0.0, 1.0, 2.0, 3.0]
+    first = prompts.requests()
+    for place in range(0, len(first), 4):
+        assert sorted(request.horizon or 0.0 for request in first[place : place + 4]) == horizons
+    assert len({tuple(request.horizon for request in first[place : place + 4]) for place in range(0, len(first), 4)}) > 1
+    answered = prompts.settle(range(8, len(first)))
+    numbers = [number for number, _ in answered]
+    order = mini_batch_order(numbers, 4, 0)
+    assert [first[8:][place].horizon for place in order] == [each for each in horizons for _ in range(len(order) // 4)]
+    assert [request.horizon for request in prompts.requests()[:8]] == [request.horizon for request in first[:8]]
+    assert {request.horizon for request in queue(*ahead).requests()} == {None}

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import launch
-from megatron_pr2.rl.batch import group_horizons
+from megatron_pr2.rl.deal import group_horizons
 from megatron_pr2.rl.config import TrainConfig, load_config
 from megatron_pr2.rl.launch import _claim
 
@@ -98,10 +98,12 @@ def test_presets() -> None:
         (["algorithm.proximal_device=disk"], "algorithm.proximal_device='disk': expected one of device, cpu"),
         (["rollout.engine=vllm"], "rollout.engine='vllm': expected one of megatron, sglang"),
         (["rollout.urls=[http://localhost:1]"], "needs rollout.engine=sglang"),
-        (["rollout.groups=-1"], "rollout.groups=-1: expected at least 0"),
+        (["rollout.groups=-1"], "rollout.groups=-1: expected turns, or at least 0"),
+        (["rollout.groups=all"], "rollout.groups='all': expected turns, or at least 0"),
         (["rollout.groups=5"], "rollout.groups=5: expected at most algorithm.mini_steps=4"),
-        (["rollout.groups=2", "preset=r3"], "rollout.groups=2 needs .*not megatron, engine and none"),
-        (["rollout.groups=0", "rollout.engine=sglang"], "rollout.groups=0 needs rollout.engine=megatron"),
+        (["rollout.groups=2", "preset=r3"], "rollout.groups=2 needs .*not engine and none"),
+        (["rollout.groups=turns", "pr2.routes=actor"], "rollout.groups=turns needs .*not actor and learned"),
+        (["rollout.groups=0", "rollout.oversample=1.5", "rollout.responses=6"], "responses=6 is a multiple of"),
         (["rollout.delay=2"], "rollout.delay=2: expected 0 or 1"),
         (["rollout.delay=1", "pr2.predictor=learned+momentum"], r"rollout.delay=1 does not go with .*learned\+momentum"),
         (["rollout.temperature=0"], "rollout.temperature=0"),

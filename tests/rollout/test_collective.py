@@ -142,6 +142,30 @@ def test_every_rank_gets_its_share_and_all_of_the_rest() -> None:
     assert [result["closed"] for result in results] == [2, 0]
 
 
+def turns_job(dealt: list[float]) -> tuple[list[float | None], list[int], list[int], RolloutStats] | str:
+    own = ScriptedEngine()
+    engine = collective(own)
+    requests = [RolloutRequest((1, 2), seed=i, horizon=horizon) for i, horizon in enumerate(dealt)]
+    turns: list[float | None] = []
+    try:
+        batch = engine.generate_in_turns(requests, SAMPLING, turns.append, return_routes=False)
+    except RolloutError as error:
+        return str(error)
+    return turns, [response.response_ids[0] for response in batch.responses], batch.finished, batch.stats
+
+
+def test_horizons_in_turns_give_every_rank_the_same_share() -> None:
+    dealt = [1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.0, 2.0, 1.0, 0.0, 1.0, 2.0]
+    for rank, result in enumerate(pool(2).run(turns_job, dealt)):
+        turns, seeds, finished, stats = result
+        assert turns == [0.0, 1.0, 2.0]
+        assert seeds == list(range(6 * rank, 6 * rank + 6))
+        assert finished == list(range(12))
+        assert stats == RolloutStats(3 * 1.5, 24, 3 * 99, {"load": 1.5})
+    for result in pool(2).run(turns_job, [0.0, 0.0, 1.0, 1.0]):
+        assert "dealt unequally" in result
+
+
 def failing_job(method: str, error: Exception | None) -> tuple[str, str, list[str], bool]:
     """(what this rank raised, its message, the weights that it walked, whether the engine still works afterwards)"""
     own = ScriptedEngine(method, error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,19 +30,21 @@ class PushedEngine:
         self.fails = fails
         self.calls: list[str] = []
         self.received: list[str] = []
+        self.sent_to: list[tuple[str, list[str] | None]] = []
 
     def _called(self, method: str) -> None:
         self.calls.append(method)
         if method == self.fails:
             raise RolloutError(f"{method} failed")
 
-    def begin_push(self, version: int) -> list[PushTarget]:
-        self._called("begin_push")
-        return [TARGET]
+    def begin_push(self, version: int, horizons: Sequence[float] = (), *, gates_only: bool = False) -> list[PushTarget]:
+        self._called("begin_gates" if gates_only else "begin_push")
+        return [replace(TARGET, url=f"http://127.0.0.1:{place}", horizon=h) for place, h in enumerate(horizons)] or [TARGET]
 
-    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: Sequence[PushTarget] | None = None) -> int:
         for name, _ in weights:
             self.received.append(name)
+            self.sent_to.append((name, None if targets is None else [target.url for target in targets]))
             if self.fails == "push_part":
                 self._called("push_part")
         return len(self.received)
@@ -141,6 +144,42 @@ def test_a_sender_whose_server_is_not_there_is_heard_of_everywhere() -> None:
         assert "does not answer" in result["raised"]
         assert KEY not in result["raised"]
         assert result["walked"] == ["w0", "w1", "w2", "w3"]
+
+
+def groups_job(fails_on: int | None) -> dict[str, Any]:
+    own = PushedEngine()
+    engine = collective(own)
+    walked: list[str] = []
+
+    def gates(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        walked.append(name)
+        if dist.get_rank() == 0:
+            yield name, torch.ones(1)
+        if dist.get_rank() == fails_on and name == "gate 0":
+            raise KeyError("not finite")
+
+    raised = ""
+    try:
+        engine.update_owned_weights(owned([], (0,)), 1, {0.0: gates("gate 0"), 2.0: gates("gate 2")})
+        engine.update_owned_gates(gates("gate 5"), 1, 5.0)
+    except RolloutError as error:
+        raised = str(error)
+    engine.close()
+    return {"raised": raised, "walked": walked, "calls": own.calls, "sent_to": own.sent_to}
+
+
+def test_gates_go_to_the_servers_of_their_horizon() -> None:
+    first, second = pool(2).run(groups_job, None, timeout=60)
+    assert first["raised"] == ""
+    assert first["calls"] == ["begin_push", "finish_push", "begin_gates", "finish_push"]
+    everyone = [(f"w{i}", None) for i in range(4)]
+    gates = [("gate 0", ["http://127.0.0.1:0"]), ("gate 2", ["http://127.0.0.1:1"]), ("gate 5", ["http://127.0.0.1:0"])]
+    assert first["sent_to"] == everyone + gates
+    assert second["walked"] == ["gate 0", "gate 2", "gate 5"]
+    for result in pool(2).run(groups_job, 1, timeout=60):
+        assert "rank 1: KeyError: 'not finite'" in result["raised"]
+        assert result["walked"] == ["gate 0", "gate 2"]
+        assert result["calls"] in ([], ["begin_push", "abandon_push"])
 
 
 def whole_model_job() -> tuple[bool, str]:

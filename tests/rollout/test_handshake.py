@@ -26,8 +26,25 @@ class ScoringEngine:
         self._table = RouteTable.from_ids(ids, EXPERTS)
         self._logprobs = logprobs.astype(np.float32)
 
-    def score(self, token_ids: Any) -> list[Probe]:
+    def score(self, token_ids: Any, horizon: float | None = None) -> list[Probe]:
         return [Probe(self.name, self._logprobs, self._table)]
+
+
+class Groups:
+    """An actor with gates for each of several horizons, or servers that hold one set each."""
+
+    name = "groups"
+
+    def __init__(self, seeds: dict[float, int]) -> None:
+        self._seeds = seeds
+
+    def score(self, token_ids: Any, horizon: float | None = None) -> list[Probe]:
+        out = []
+        for each, seed in self._seeds.items():
+            ids, logprobs = answers(seed)
+            if horizon in (None, each):
+                out.append(Probe(f"{each:g}", logprobs.astype(np.float32), RouteTable.from_ids(ids, EXPERTS), each))
+        return out
 
 
 def answers(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +64,15 @@ def test_equal_answers_are_accepted_in_any_order_of_the_experts() -> None:
     assert report.route_agreement == 1.0
     assert report.missing == 0
     assert report.logprob_mean == pytest.approx(1e-5, rel=0.1)
+
+
+def test_each_group_of_servers_is_judged_with_its_gates() -> None:
+    actor: Any = Groups({0.0: 1, 1.0: 2, 2.0: 3})
+    servers: Any = Groups({0.0: 1, 2.0: 3})
+    assert handshake(servers, actor, PROBE, "float32").route_agreement == 1.0
+    wrong: Any = Groups({0.0: 1, 2.0: 2})
+    with pytest.raises(RolloutError, match="handshake with 2 failed"):
+        handshake(wrong, actor, PROBE, "float32")
 
 
 def test_other_routes_are_refused() -> None:

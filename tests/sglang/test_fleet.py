@@ -7,9 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_pr2.errors import RolloutError
 from megatron_pr2.rollout.base import SamplingParams
@@ -63,8 +66,6 @@ def test_two_engines_share_a_batch_and_hold_the_same_weights(pair: SGLangEngine,
 
 
 def test_responses_of_one_prompt_go_to_one_engine(pair: SGLangEngine, tiny: TinyModel) -> None:
-    from dataclasses import replace
-
     pair.update_weights(tiny.gates().items(), 2)
     prompts = [tuple(range(40 + i, 120 + i)) for i in range(6)]
     requests = [replace(r, prompt_ids=prompts[i % 6], group=i % 6) for i, r in enumerate(make_requests(24, seed=2))]
@@ -112,6 +113,69 @@ def test_an_engine_that_dies_between_two_rollouts_is_back_at_the_next_push(pair:
     pair.update_weights(tiny.gates().items(), 5)
     batch = pair.generate(make_requests(16, seed=4), SamplingParams(8), return_routes=True)
     assert_matches(batch.responses, tiny)
+
+
+def gates_for(tiny: TinyModel, horizon: float) -> dict[str, torch.Tensor]:
+    """W + a W_p; a is 0 for horizon 0."""
+    merged = tiny.merged_gates(seed=34)
+    return {name: w + horizon / 2 * (merged[name] - w) for name, w in tiny.gates().items()}
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_horizon_groups(pair: SGLangEngine, tiny: TinyModel, turns: bool) -> None:
+    """One version, gates by horizon: the first group is r3 bit by bit, the other takes TopK((W + a W_p) h)."""
+    requests = make_requests(32, seed=6)
+    pair.update_weights(tiny.gates().items(), 8)
+    r3 = pair.generate(requests, SamplingParams(16), return_routes=True).responses
+    dealt = [replace(request, horizon=float(place % 2)) for place, request in enumerate(requests)]
+    gates = {horizon: gates_for(tiny, horizon) for horizon in (0.0, 1.0)}
+    rest = {name: weight for name, weight in tiny.model.state_dict().items() if name.endswith("norm.weight")}
+    if turns:
+        responses = []
+        pair.update_weights(rest.items(), 9, {0.0: gates[0.0].items()})
+        for horizon in (0.0, 1.0):
+            if horizon:
+                pair.update_gates(gates[horizon].items(), 9, horizon)
+            responses.append(pair.generate(dealt[int(horizon) :: 2], SamplingParams(16), return_routes=True).responses)
+        first, second = responses
+    else:
+        pair.update_weights(rest.items(), 9, {horizon: own.items() for horizon, own in gates.items()})
+        assert [probe.horizon for probe in pair.score([3, 4, 5, 6])] == [0.0, 1.0]
+        batch = pair.generate(dealt, SamplingParams(16), return_routes=True)
+        assert batch.stats.extra["other_horizon"] == 0
+        first, second = batch.responses[::2], batch.responses[1::2]
+    assert {version for response in (*first, *second) for version in response.weight_versions.tolist()} == {9}
+    assert [response.horizon for response in (*first, *second)] == [0.0] * 16 + [1.0] * 16
+    for got, want in zip(first, r3[::2], strict=True):
+        assert got.response_ids == want.response_ids
+        assert np.array_equal(got.routes.experts, want.routes.experts)
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    assert_matches(first, tiny)
+    assert_matches(second, tiny, gates[1.0])
+    assert [r.response_ids for r in second] != [r.response_ids for r in r3[1::2]]
+
+
+def test_a_group_whose_server_is_killed_is_served_by_the_other(pair: SGLangEngine, tiny: TinyModel) -> None:
+    gates = {horizon: gates_for(tiny, horizon) for horizon in (0.0, 1.0)}
+    pair.update_weights((), 10, {horizon: own.items() for horizon, own in gates.items()})
+    dealt = [replace(request, horizon=float(place % 2)) for place, request in enumerate(make_requests(48, seed=7))]
+    server = pair.replicas[1].server
+    assert server is not None
+    assert server.pid is not None
+    killer = threading.Timer(0.7, os.killpg, (server.pid, signal.SIGKILL))
+    killer.start()
+    batch = pair.generate(dealt, SamplingParams(128), return_routes=True)
+    killer.join()
+    assert batch.stats.extra["engines_lost"] == 1
+    others = [response for response, request in zip(batch.responses, dealt, strict=True) if response.horizon != request.horizon]
+    assert len(others) == batch.stats.extra["other_horizon"] > 0
+    # Whatever it was dealt, each is wholly of the gates that it names.
+    for horizon, own in gates.items():
+        assert_matches([response for response in batch.responses if response.horizon == horizon], tiny, own)
+    pair.update_weights(tiny.model.state_dict().items(), 11, {horizon: own.items() for horizon, own in gates.items()})
+    after = pair.generate(dealt, SamplingParams(8), return_routes=True)
+    assert after.stats.extra["other_horizon"] == 0
+    assert_matches(after.responses[1::2], tiny, gates[1.0])
 
 
 @pytest.fixture

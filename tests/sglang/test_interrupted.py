@@ -81,7 +81,7 @@ def engine_on(server: FakeServer, **changes: Any) -> SGLangEngine:
     settings: dict[str, Any] = {"retries": 0, "retry_backoff_s": 0.01, "request_timeout_s": 10.0, "interrupt": "in_place"}
     engine = SGLangEngine(SGLangConfig(urls=(server.url,), **(settings | changes)), SHAPE)
     engine.start()
-    engine._update.push = lambda weights: 1  # type: ignore[method-assign]
+    engine._update.push = lambda weights, targets=None: 1  # type: ignore[method-assign]
     return engine
 
 

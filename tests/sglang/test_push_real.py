@@ -193,11 +193,11 @@ class OneServer:
         self.target, self.session, self.sender = target, PushSession(self.http), WeightSender([target])
         self.abandoned = 0
 
-    def begin_push(self, version: int) -> list[PushTarget]:
+    def begin_push(self, version: int, horizons: Any = (), *, gates_only: bool = False) -> list[PushTarget]:
         self.session.begin()
         return [self.target]
 
-    def push_part(self, weights: Any) -> int:
+    def push_part(self, weights: Any, targets: Any = None) -> int:
         return self.sender.push(weights)
 
     def finish_push(self, version: int) -> None:

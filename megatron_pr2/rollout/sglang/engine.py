@@ -18,12 +18,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from megatron_pr2.errors import RolloutError
+from megatron_pr2.errors import ConfigError, RolloutError
 from megatron_pr2.hf.shape import ModelShape
 from megatron_pr2.rollout.base import Probe, Progress, RolloutBatch, RolloutRequest, RolloutStats, SamplingParams
 from megatron_pr2.rollout.sglang import wire
@@ -32,7 +32,7 @@ from megatron_pr2.rollout.sglang.episode import Episode
 from megatron_pr2.rollout.sglang.fleet import Fleet
 from megatron_pr2.rollout.sglang.push.disk import DiskPush, DiskTarget
 from megatron_pr2.rollout.sglang.push.distributed import DistributedPush
-from megatron_pr2.rollout.sglang.push.session import PushTarget
+from megatron_pr2.rollout.sglang.push.session import PushTarget, targets_of
 from megatron_pr2.rollout.sglang.replica import SGLangReplica
 from megatron_pr2.rollout.sglang.route_spill import RouteSpill
 from megatron_pr2.rollout.sglang.scheduler import RolloutCall
@@ -104,16 +104,40 @@ class SGLangEngine:
     def _fleet(self) -> Fleet | None:
         return self._servers.fleet
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        gates: Mapping[float, Iterable[tuple[str, torch.Tensor]]] | None = None,
+    ) -> None:
         """Pushes tensors by Hugging Face name to every server and drops every cache; a part of the model will do.
 
         SGLang casts to its own dtype and silently skips names that it does not know: the handshake after the push has to prove the
         content. After a RolloutError no server samples until a push succeeds.
+
+        Args:
+            gates: by horizon, what only the servers of that horizon get, which share the horizons out among them.
         """
+        self._push(weights, version, gates or {})
+
+    def update_gates(self, gates: Iterable[tuple[str, torch.Tensor]], version: int, horizon: float) -> None:
+        """Pushes gates for a horizon to every server that holds a version, which stays; for servers that take turns."""
+        self._push((), version, {horizon: gates}, gates_only=True)
+
+    def _push(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        gates: Mapping[float, Iterable[tuple[str, torch.Tensor]]],
+        *,
+        gates_only: bool = False,
+    ) -> None:
         began = time.monotonic()
-        self.begin_push(version)
+        targets = self.begin_push(version, tuple(gates), gates_only=gates_only)
         try:
             sent = self.push_part(weights)
+            for horizon, own in gates.items():
+                sent += self.push_part(own, targets_of(targets, horizon))
             if not sent:
                 raise RolloutError("weight update: no tensors were given")
             self.finish_push(version)
@@ -122,12 +146,19 @@ class SGLangEngine:
             raise
         logger.info("pushed weights of version %d: %.1f MB in %.2f s", version, sent / 1e6, time.monotonic() - began)
 
-    def begin_push(self, version: int) -> list[PushTarget] | DiskTarget:
+    def begin_push(
+        self, version: int, horizons: Sequence[float] = (), *, gates_only: bool = False
+    ) -> list[PushTarget] | DiskTarget:
         """Halts sampling, restarts lost servers and opens a weight update on each; returns where tensors go.
 
         Either finish_push or abandon_push must be called next, by the same thread; after a RolloutError nothing is left open.
+
+        Args:
+            horizons: of the gates that are sent, if they are for several or one; each target says which it is to get.
+            gates_only: to the servers that hold this version, which stays; lost ones are not restarted.
         """
         fleet = self._servers.running()
+        self._check_horizons(horizons)
         self._updating.acquire()
         self._push_is_open = True
         try:
@@ -137,18 +168,44 @@ class SGLangEngine:
                     fleet.lost[replica.index] = reason
                     logger.warning("%s is lost and is restarted: %s", replica.name, reason.splitlines()[0])
             self._servers.run(fleet.halt())
-            self._servers.revive()
-            self._updated = fleet.reachable()
-            for replica in self._updated:
+            if gates_only:
+                updated = [replica for replica in fleet.live() if replica.label == str(version)]
+                if not updated:
+                    raise RolloutError(f"weight update: no server is left that holds version {version}; push all weights first")
+            else:
+                self._servers.revive()
+                updated = fleet.reachable()
+            for replica in updated:
+                horizon = horizons[replica.index * len(horizons) // len(self.replicas)] if horizons else None
+                if fleet.busy and horizon != replica.horizon:
+                    raise RolloutError(
+                        f"weight update: {replica.name} would get gates for another horizon in the middle of responses that go on; "
+                        "push between two rollouts, or use interrupt='abort'"
+                    )
+                replica.target = replace(replica.target, horizon=horizon)
+            self._updated = updated
+            for replica in updated:
                 replica.unusable = "its last weight update failed and may have replaced a part of the weights"
-            return self._update.begin([r.session for r in self._updated], [r.target for r in self._updated])
+            return self._update.begin([r.session for r in updated], [r.target for r in updated])
         except BaseException:
             self.abandon_push()
             raise
 
-    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Sends tensors to the targets of begin_push; returns their bytes. Other processes may send theirs at the same time."""
-        return self._update.push(weights)
+    def _check_horizons(self, horizons: Sequence[float]) -> None:
+        """Raises ConfigError for gates that servers cannot have one set each of."""
+        if horizons and self.config.push != "distributed":
+            raise ConfigError(f"sglang.push={self.config.push!r}: all servers load the same gates; use push='distributed'")
+        if len(horizons) > len(self.replicas):
+            raise ConfigError(f"gates for {len(horizons)} horizons and {len(self.replicas)} servers, with one set each; start more")
+        if len(horizons) > 1 and self.config.router != "none":
+            raise ConfigError(f"sglang.router={self.config.router!r} does not know which server has which gates; use router='none'")
+
+    def push_part(self, weights: Iterable[tuple[str, torch.Tensor]], targets: Sequence[PushTarget] | None = None) -> int:
+        """Sends tensors to the targets of begin_push, or some of them; returns their bytes.
+
+        Other processes may send theirs at the same time.
+        """
+        return self._update.push(weights, targets)
 
     def finish_push(self, version: int) -> None:
         """Closes the update on every server: caches flushed, version stamped and read back; sampling goes on.
@@ -158,7 +215,7 @@ class SGLangEngine:
         fleet = self._servers.running()
         self._update.finish([r.session for r in self._updated], str(version), flush_cache=not fleet.busy)
         for replica in self._updated:
-            replica.published(str(version))
+            replica.published(str(version), replica.target.horizon)
         self.weight_version = version
         self._end_push(fleet)
 
@@ -195,7 +252,8 @@ class SGLangEngine:
             Responses, and stats whose `extra` counts `rerolls` (attempts that returned nothing usable), `timeouts`, `retries` (of
             HTTP requests), `invalid_rows` (of routes, which fall back to the current router), `cached_tokens` (input tokens from
             the prefix cache), `retractions`, `interrupted` (attempts stopped by a weight update or an early stop), `resumed`
-            (responses carried over), `turns`, `engines_lost` and `spilled_bytes`.
+            (responses carried over), `turns`, `engines_lost`, `spilled_bytes` and `other_horizon` (responses under other gates than
+            they are for).
 
         Raises:
             RolloutError: a response is lost: no engine is left, it was refused, timed out, or stayed invalid.
@@ -234,8 +292,8 @@ class SGLangEngine:
         for key in keys:
             self._carried.pop(key, None)
 
-    def score(self, token_ids: Sequence[int]) -> list[Probe]:
-        """Handshake probe of every server; prefix caches are flushed first, so the servers have to be idle."""
+    def score(self, token_ids: Sequence[int], horizon: float | None = None) -> list[Probe]:
+        """Handshake probe of every server with its own gates; prefix caches are flushed first, so the servers have to be idle."""
         fleet = self._servers.running()
         return [replica.score(token_ids) for replica in fleet.live() or self.replicas]
 
@@ -280,5 +338,5 @@ class SGLangEngine:
 
 _COUNTS = (
     "rerolls", "timeouts", "retries", "invalid_rows", "cached_tokens", "retractions", "interrupted", "resumed", "turns",
-    "engines_lost", "spilled_bytes",
+    "engines_lost", "spilled_bytes", "other_horizon",
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Episode:
         finished: the response, once no turn follows.
         failures: attempts that returned nothing usable since the last one that did.
         engine: index of the engine that holds its prefix, None before the first attempt.
+        horizon: of the gates that it is sampled with.
     """
 
     def __init__(self, request: RolloutRequest, sampling: SamplingParams, shape: ModelShape, *, return_routes: bool) -> None:
@@ -38,10 +39,18 @@ class Episode:
         self.finished: RolloutResponse | None = None
         self.failures = 0
         self.engine: int | None = None
+        self.horizon = request.horizon
         self._sampling, self._shape, self._return_routes = sampling, shape, return_routes
         self._routes: list[RouteTable] = []
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # log-probs, versions, whether the policy's own
         self._turns = 1
+
+    def sample_for(self, horizon: float | None) -> None:
+        """The next attempt is with gates for this horizon: what was sampled with others is dropped, since a response has one."""
+        if horizon != self.horizon:
+            self.horizon = horizon
+            self.response_ids, self.num_sampled = [], 0
+            self._routes, self._parts, self._turns = [], [], 1
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +141,7 @@ class Episode:
             weight_versions=versions,
             loss_mask=own,
             turns=self._turns,
+            horizon=self.horizon,
         )
 
     def finish(self, response: RolloutResponse) -> None:

@@ -39,7 +39,7 @@ class Fleet:
         lost: replicas that died while sampling and have not been started again, by index, and why.
         halts: how often everything in flight was told to stop.
         open: whether attempts may be sent; not while weights are replaced.
-        of_group: the replica that holds the prefix of a group of this call, by index.
+        of_group: the replica that holds the prefix of a group of this call, by index; for each horizon.
     """
 
     def __init__(self, config: SGLangConfig, shape: ModelShape, replicas: list[SGLangReplica]) -> None:
@@ -54,7 +54,7 @@ class Fleet:
         self._paused: list[SGLangReplica] = []
         self._in_flight: dict[str, SGLangReplica | None] = {}
         self._left: dict[str, SGLangReplica | None] = {}
-        self.of_group: dict[int, int] = {}
+        self.of_group: dict[tuple[int, float | None], int] = {}
 
     def live(self) -> list[SGLangReplica]:
         """Replicas that are connected, usable and not lost."""
@@ -85,9 +85,11 @@ class Fleet:
                 one.check_usable()
 
         check_usable()
+        horizon = asked[0].horizon
+        episode.sample_for(horizon)
         began = [len(r.labels) - 1 for r in asked]
         newest = max((r.label for r in asked), key=wire.parse_version)
-        cache_key = f"pr2.{newest}"
+        cache_key = f"pr2.{newest}" if horizon is None else f"pr2.{newest}.{horizon:g}"
         asks: list[Ask] = []
 
         def payload() -> dict[str, Any]:
@@ -139,13 +141,18 @@ class Fleet:
                 replica.load -= 1
 
     def _choose(self, episode: Episode) -> SGLangReplica:
-        """The replica that holds the sequence's or the group's prefix, unless it is much busier than the idlest one."""
+        """The replica that holds the sequence's or the group's prefix, unless it is much busier than the idlest one.
+
+        Of those with gates for the horizon that the response is for, or was begun with; of those for the nearest if none is left.
+        """
         live = self.live()
         if not live:
             raise EngineDiedError(self.nothing_left())
+        horizon = _nearest(episode.horizon if episode.response_ids else episode.request.horizon, {r.horizon for r in live})
+        live = [r for r in live if r.horizon == horizon]
         idlest = min(live, key=lambda r: r.load)
         by_index: dict[int | None, SGLangReplica] = {r.index: r for r in live}
-        group = episode.request.group
+        group = episode.request.group, horizon
         chosen = by_index.get(episode.engine)
         if chosen is None:
             chosen = by_index.get(self.of_group.get(group), idlest)
@@ -222,3 +229,10 @@ class Fleet:
 
     async def _post(self, replica: SGLangReplica, path: str, payload: dict[str, Any]) -> None:
         await replica.http.body("POST", path, payload, where=replica.name)
+
+
+def _nearest(wanted: float | None, held: set[float | None]) -> float | None:
+    """The horizon among those held that is nearest to the wanted one: of two the smaller, which predicts less."""
+    if wanted in held:
+        return wanted
+    return min(held, key=lambda each: (each is None, abs((each or 0.0) - (wanted or 0.0)), each or 0.0))

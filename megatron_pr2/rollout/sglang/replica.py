@@ -41,6 +41,7 @@ class SGLangReplica:
         server: the own server, None for one that is attached to.
         url: base URL; that of an own server is known once it was started.
         labels: version labels that the server has stamped on what it sampled; the last one is that of now.
+        horizon: of the gates that it holds, as for RolloutRequest; kept while it is restarted.
         unusable: why it must not sample, None if it may.
         load: attempts in flight.
         paused: told to pause for a weight update; its health check fails until it goes on.
@@ -57,6 +58,7 @@ class SGLangReplica:
         self.url = url or ""
         self.api_key = self.server.api_key if self.server is not None else api_key
         self.labels = [""]
+        self.horizon: float | None = None
         self.unusable: str | None = "it was not started"
         self.load = 0
         self.paused = False
@@ -157,12 +159,16 @@ class SGLangReplica:
             raise RolloutError(f"{self.name}: {path} answered {str(answer)[:200]}, expected an object; is this an SGLang server?")
         return answer
 
-    def published(self, label: str) -> None:
-        """After a push: it may sample again if it reports the pushed version, else this raises RolloutError."""
+    def published(self, label: str, horizon: float | None) -> None:
+        """After a push: it may sample again if it reports the pushed version, else this raises RolloutError.
+
+        `horizon` is that of the gates.
+        """
         reported = self._read_label()
         if reported != label:
             raise RolloutError(f"weight update: {self.name} reports version {reported!r} after a push of version {label}")
         self.labels.append(label)
+        self.horizon = horizon
         self.unusable, self._pushed = None, True
 
     def _read_label(self) -> str:
@@ -179,7 +185,7 @@ class SGLangReplica:
         self.check_usable()
         wire.check_token_ids(token_ids, self.shape.vocab_size, "score")
         http.run(http.body("POST", FLUSH, where="score"))
-        return Probe(self.name, *score(http, token_ids, self.shape, "score"))
+        return Probe(self.name, *score(http, token_ids, self.shape, "score"), self.horizon)
 
 
 def score(

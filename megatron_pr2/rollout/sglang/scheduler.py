@@ -35,7 +35,7 @@ class RolloutCall:
     Attributes:
         responses: of finished episodes, by their index.
         complete: groups of which every response is finished, in the order in which they were completed.
-        counts: rerolls, timeouts, invalid_rows, cached_tokens, retractions, resumed, interrupted, turns.
+        counts: rerolls, timeouts, invalid_rows, cached_tokens, retractions, resumed, interrupted, turns, other_horizon.
         route_bytes: of routes as received.
         tokens: sampled in this call.
     """
@@ -73,6 +73,8 @@ class RolloutCall:
             await self.fleet.abort_left()
             self._environments.shutdown(wait=False, cancel_futures=True)
             self._report(at_once=True)
+            if count := self.counts["other_horizon"]:
+                logger.warning("%d responses were sampled under gates for another horizon: no server with theirs was left", count)
 
     async def _in_slot(self, index: int) -> None:
         async with self._slots:
@@ -102,6 +104,7 @@ class RolloutCall:
                 episode.finish(await self._kept(episode.response(where)))
         self.responses[index] = episode.finished
         self.counts["turns"] += episode.finished.turns
+        self.counts["other_horizon"] += episode.horizon != episode.request.horizon
         self._report()
         group = episode.request.group
         self._left[group] -= 1

@@ -97,8 +97,8 @@ class DiskPush:
             raise RolloutError(f"{WHERE}: no directory for the weights in {self._parent}: {error}") from error
         return target
 
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Writes this process's part, that of rank 0."""
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]], targets: object = None) -> int:
+        """Writes this process's part, that of rank 0; all servers load the same."""
         return write_part(self._opened(), 0, weights)
 
     def finish(self, sessions: Sequence[PushSession], label: str, *, flush_cache: bool) -> None:

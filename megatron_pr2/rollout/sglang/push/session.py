@@ -31,6 +31,7 @@ class PushTarget:
         device: where the server receives.
         timeout_s: for one bucket, the wait for the buckets of other senders included.
         connection: differs from one connection with the server to the next: senders then open new channels.
+        horizon: of the gates that it is to get, as for RolloutRequest.
     """
 
     url: str
@@ -41,6 +42,12 @@ class PushTarget:
     bucket_bytes: int
     timeout_s: float
     connection: str = field(default_factory=lambda: uuid.uuid4().hex)
+    horizon: float | None = field(default=None, compare=False)
+
+
+def targets_of(targets: Any, horizon: float) -> list[PushTarget]:
+    """Those of the targets that are to get the gates for a horizon; none where its servers are gone."""
+    return [target for target in targets if target.horizon == horizon]
 
 
 def push_target(config: SGLangConfig, url: str, api_key: str | None, info: Mapping[str, Any], where: str) -> PushTarget:
