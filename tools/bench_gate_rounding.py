@@ -2,8 +2,9 @@
 
 Gates of Qwen3-30B's size whose entries W lie on the bf16 grid, router inputs with a power-law spectrum, and two kinds of W_p: of
 independent entries, and of a span of router inputs, as whatever is learned from them. `carried` keeps what a push rounded away
-and adds it to the next one; W_p turns a little and W moves by a bf16 step here and there between pushes. Route errors are
-against TopK((W + W_p) h) in fp32; `changed` is what the prediction itself changes, and the error of a gate without one.
+and adds it to the next one; W_p turns a little and W moves by a bf16 step here and there between pushes. `two products` is
+W h + W_p h, as an engine would add it that holds both. Route errors are against TopK((W + W_p) h) in fp32; `changed` is what the
+prediction itself changes, and the error of a gate without one.
 
 Prints a table, then one line of JSON. A minute of one CPU core.
 """
@@ -113,11 +114,16 @@ def _measured(
         delivered = float((delta_EH * w_EH.double()).sum() / w_EH.double().square().sum())
         error = _missed(wanted_SE, _chosen(h_SH, merged_EH))
         yield name, {"delivered": delivered, "route_error": error, "changed": changed}
+    error = _missed(wanted_SE, _top(h_SH @ last_EH.float().t() + h_SH @ w_EH.t()))
+    yield "two products", {"delivered": 1.0, "route_error": error, "changed": changed}
 
 
 def _chosen(h_SH: Tensor, gate_EH: Tensor) -> Tensor:
     """[S, E] bool."""
-    logits_SE = h_SH @ gate_EH.t()
+    return _top(h_SH @ gate_EH.t())
+
+
+def _top(logits_SE: Tensor) -> Tensor:
     return torch.zeros_like(logits_SE, dtype=torch.bool).scatter_(1, logits_SE.topk(TOPK).indices, True)
 
 

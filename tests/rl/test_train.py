@@ -240,6 +240,25 @@ def test_a_killed_engine_is_restarted_and_routes_follow_merged_gates(tiny_checkp
     assert "Qwen3MoeForCausalLM" in done.stdout
 
 
+@pytest.mark.sglang
+@pytest.mark.parametrize("groups", ["rollout.groups=turns", "rollout.groups=0 rollout.engines=2"])
+def test_servers_have_routers_for_each_mini_step(groups: str, tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """Real SGLang, two servers or one that takes turns: the handshake proves every set of gates, and mini-step 1 is r3."""
+    run = tmp_path / "run"
+    ahead = ["optimizer.lr=0.03", "pr2.predictor=lookahead", "pr2.hold_back=false", "rollout.engine=sglang", *groups.split()]
+    train(*settings(tiny_checkpoint, prompts, run), *ahead, "steps=3")
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    gates = 2 * 8 * 32 * 4
+    for record in logged:
+        assert record["mini_steps"][0]["lift"] == 0.0
+        assert record["handshake"]["route_agreement"] == 1.0
+        assert record["rollout"]["other_horizon"] == 0
+        assert record["routes"]["missing"] == 0
+        assert record["bytes"]["gates"] == 2 * gates  # layers x experts x hidden x 4, for each horizon
+        assert record["bytes"]["weights"] == logged[0]["bytes"]["weights"] > gates
+    assert any(record["mini_steps"][1]["lift"] for record in logged[1:])
+
+
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K file is not beside the repository")
 def test_gsm8k_as_published_runs_through_the_loop(tiny_checkpoint: Path, tmp_path: Path) -> None:
     sizes = [

@@ -69,6 +69,16 @@ def test_bench_routes_decodes_the_same() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.sglang
+def test_turns_push_nothing_but_gates(tiny_checkpoint: Path) -> None:
+    settings = ["rollout.prompts=4", "rollout.responses=4", "algorithm.mini_steps=2", "--steps", "2"]
+    report = run_tool("bench_turns.py", *settings, f"model.path={tiny_checkpoint}", timeout=900)
+    sys.stdout.write(f"{report}\n")
+    assert report["turns"] == 2
+    assert report["gates_bytes"] == 2 * 8 * 32 * 4 < report["weights_bytes"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.sglang
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the numbers are of a CPU engine")
 def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: Path) -> None:
     """Engine and trainer compute in bf16: some experts differ before replay, all are replayed, and the gap shrinks."""
