@@ -210,7 +210,7 @@ class Trainer:
                 self._engine.update_weights(self._counted(self._actor.export(self._step)), self._step)
         # The embedded engine is the actor itself: once is enough.
         if self._engine is not self._reference or self._pushed < 0:
-            self._handshake()
+            self._compare_routes()
         self._pushed = self._step
 
     def _take_turn(self, horizon: float | None) -> None:
@@ -221,7 +221,7 @@ class Trainer:
         with self._timed("gates"):
             self._engine.update_owned_gates(self._counted_gates(horizon), self._step, horizon)
         self._turn = horizon
-        self._handshake()
+        self._compare_routes()
         self.monitor.phase("rollout")
 
     def _counted_gates(self, horizon: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -242,9 +242,12 @@ class Trainer:
         weights, gates = total.tolist()
         return {"weights": weights, "gates": gates} if self._horizons else {"weights": weights}
 
+    def _compare_routes(self) -> None:
+        if self._config.pr2_needs_engine_routes and self._config.rollout.handshake:
+            with self._timed("handshake"):
+                self._handshake()
+
     def _handshake(self) -> None:
-        if not (self._config.pr2_needs_engine_routes and self._config.rollout.handshake):
-            return
         text = " ".join(example.prompt + example.answer for example in self._examples[:16])
         ids = encode(self._tokenizer, text, "the handshake's probe", at_least=2)
         context = getattr(unwrapped(self._actor.model), "max_sequence_length", math.inf)
@@ -252,13 +255,12 @@ class Trainer:
         longest = min(context, context_length(self._config.rollout.sglang)) - 7
         probe, dtype, layers = probe_of(ids, int(min(PROBE_TOKENS, longest))), self._config.model.dtype, self._actor.pr2.moe_layers
         report, failure = None, None
-        with self._timed("handshake"):
-            try:
-                report = handshake(self._engine, self._reference, probe, dtype, layers)
-            except PR2Error as error:
-                # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that others ask.
-                failure = error
-            raise_together(failure)
+        try:
+            report = handshake(self._engine, self._reference, probe, dtype, layers)
+        except PR2Error as error:
+            # The ranks' own probes may differ in the last bit: one that refuses alone would restart an engine that the others ask.
+            failure = error
+        raise_together(failure)
         assert report is not None
         if report.route_agreement <= self._record.get("handshake", {}).get("route_agreement", 1.0):
             self._record["handshake"] = asdict(report)  # the worst of those of all turns

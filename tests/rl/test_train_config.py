@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import launch
-from megatron_pr2.rl.deal import group_horizons
 from megatron_pr2.rl.config import TrainConfig, load_config
+from megatron_pr2.rl.deal import group_horizons
 from megatron_pr2.rl.launch import _claim
 
 

@@ -29,7 +29,7 @@ class Scoring:
         self.seed, self.valid, self.error = seed, valid, error
         self.asked: list[int] = []
 
-    def score(self, token_ids: Any) -> list[Probe]:
+    def score(self, token_ids: Any, horizon: float | None = None) -> list[Probe]:
         self.asked.append(len(token_ids))
         if self.error is not None:
             raise self.error

@@ -32,8 +32,8 @@ class Server(FakeServer):
         for path in ("/begin_weight_update", "/end_weight_update"):
             self.overrides[path] = lambda body, call: OK
         self.overrides["/update_weight_version"] = self.stamp
-        self.overrides["/health"] = lambda body, call: (503, b"gone") if self.dead else None
-        self.overrides["/generate"] = self.overrides["/server_info"] = lambda body, call: (500, {}) if self.dead else None
+        for path in ("/health", "/model_info", "/generate", "/server_info"):
+            self.overrides[path] = lambda body, call: (503, b"gone") if self.dead else None
 
     def stamp(self, body: dict[str, Any], call: int) -> Any:
         self.version = body["new_version"]
@@ -203,7 +203,10 @@ def test_turns_push_gates_alone_to_all_servers_that_hold_the_version(servers: li
     engine.update_weights([("everything else", torch.zeros(1))], 1, {0.0: GATES[0.0]})
     assert {replica.horizon for replica in engine.replicas} == {0.0}
     servers[1].dead = True
+    asked_before = [server.calls.get("/health") for server in servers]
     engine.update_gates(GATES[1.0], 1, 1.0)
+    # Which would take SGLang a second.
+    assert [server.calls.get("/health") for server in servers] == asked_before
     assert pushed.sent[2:] == [("gate for 1", [0, 2])]
     # It has not the other weights: it must not come back by a push of gates.
     servers[1].dead = False

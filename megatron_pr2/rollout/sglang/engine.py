@@ -163,10 +163,7 @@ class SGLangEngine:
         self._push_is_open = True
         try:
             # Before the halt: a paused server does not pass its health check.
-            for replica in fleet.reachable():
-                if (reason := replica.why_dead()) is not None:
-                    fleet.lost[replica.index] = reason
-                    logger.warning("%s is lost and is restarted: %s", replica.name, reason.splitlines()[0])
+            self._servers.find_lost(generates=not gates_only)
             self._servers.run(fleet.halt())
             if gates_only:
                 updated = [replica for replica in fleet.live() if replica.label == str(version)]

@@ -138,13 +138,17 @@ class SGLangReplica:
                 f"another model.{self._log()}"
             )
 
-    def why_dead(self) -> str | None:
-        """None while the server runs and answers, else the reason with the last log lines."""
+    def why_dead(self, *, generates: bool = True) -> str | None:
+        """None while the server runs and answers, else the reason with the last log lines.
+
+        Args:
+            generates: it has to generate a token, which takes SGLang a second; else any answer will do.
+        """
         if self.server is not None and not self.server.alive():
             return self.server.describe_end()
         # Outside the client's pool, which may be exhausted. SGLang's /health generates a token, which a paused server does not do;
         # any answer shows that a paused one lives.
-        status, problem = ask_health(self.url, 30.0, "/model_info" if self.paused else "/health")
+        status, problem = ask_health(self.url, 30.0, "/health" if generates and not self.paused else "/model_info")
         # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
         if not status and self.server is not None and self.server.wait(_REAP_S):
             return self.server.describe_end()

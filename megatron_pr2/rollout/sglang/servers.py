@@ -95,6 +95,17 @@ class SGLangServers:
             self._loop.close()
         self._loop = None
 
+    def find_lost(self, *, generates: bool) -> None:
+        """Looks which servers died since they last answered; `generates` as for SGLangReplica.why_dead."""
+        fleet = self.running()
+
+        def look(replica: SGLangReplica) -> None:
+            if (reason := replica.why_dead(generates=generates)) is not None:
+                fleet.lost[replica.index] = reason
+                logger.warning("%s is lost and is restarted: %s", replica.name, reason.splitlines()[0])
+
+        _together(look, fleet.reachable())
+
     def revive(self) -> None:
         """Starts what is stopped or lost; an attached server that does not come back is left out while there is another one."""
         fleet, loop = self.running(), self._loop
