@@ -312,9 +312,7 @@ class PR2(Parts):
             self._passes.attached = False
 
 
-def attach(
-    model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config, optimizer: Any = None
-) -> PR2:
+def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR2Config, optimizer: Any = None) -> PR2:
     """Adds predictive routing replay to a built Megatron-Core model (plain, DDP- or Float16Module-wrapped), in place.
 
     Collective over all ranks of the default process group, which all hold a part of the model.
