@@ -14,6 +14,7 @@ from megatron_pr2.drift.measurement import Measurement
 from megatron_pr2.parallel.decoder_layers import DecoderLayers
 from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
+from megatron_pr2.prediction.horizon import Horizon
 from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.replay.progress import Progress
 from megatron_pr2.replay.sequences import ReplaySequence, RolloutReport
@@ -39,5 +40,6 @@ class Contents(Protocol):
     sequences: tuple[ReplaySequence, ...]
     tokens: TokenIndex
     progress: Progress
+    horizon: Horizon
 
     def begin_rollout(self, sequences: Sequence[ReplaySequence]) -> RolloutReport: ...

@@ -11,6 +11,7 @@ formed in the old order.
     pr2.rollout.tokens                     [T, 6] uint8: has a route, is sampled, is held out, was scored, was trained on, and its
                                            push from 1 (0: not known); one sequence's after the other's
     pr2.rollout.routes                     [T, L, K] uint8 or int16, if routes are replayed
+    pr2.rollout.looked                     [1] uint8, if look_ahead() has run
     pr2.rollout.layers.<layer>.index       [S, 4] int64: of each row of the next two: sequence, position, who held it of how many
     pr2.rollout.layers.<layer>.h_old       [S, H] bf16, if a predictor needs it
     pr2.rollout.layers.<layer>.p_old       [S, E] fp32 (fp64 for routers in fp64)
@@ -50,6 +51,7 @@ from megatron_pr2.routes.table import RouteTable
 FAR = 256
 PREFIX = "pr2.rollout."
 SEQUENCES, TOKENS, ROUTES = f"{PREFIX}sequences", f"{PREFIX}tokens", f"{PREFIX}routes"
+LOOKED = f"{PREFIX}looked"
 
 
 class _Rollout(NamedTuple):
@@ -89,6 +91,8 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
         marks = np.stack((*each, push_numbers(pr2, known)), axis=1).astype(np.uint8)
         _put(state, SEQUENCES, spans, (first,), (all_sequences, 7))
         _put(state, TOKENS, torch.from_numpy(marks), (start,), (total, 6))
+    if pr2.progress.looked and dist.get_rank() == 0:
+        _put(state, LOOKED, torch.ones(1, dtype=torch.uint8), (0,), (1,))
     if pr2.config.replays:
         _put_routes(state, pr2, start, total)
     _put_features(state, pr2)
@@ -118,6 +122,8 @@ def load_rollout(pr2: Contents, directory: str | Path, sequences: Sequence[int])
     counted = None if hold_back is None else hold_back.state().clone()
     report = pr2.begin_rollout(found.sequences)
     pr2.progress.scored, pr2.progress.trained, pr2.progress.mini_step = found.scored, found.trained, found.mini_step
+    pr2.progress.looked = reader.shape(LOOKED) is not None
+    pr2.horizon.ran(found.mini_step)
     if hold_back is not None:
         # The batch goes on: what its first mini-steps counted is not a whole observation.
         hold_back.load_state(counted)

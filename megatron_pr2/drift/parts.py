@@ -138,6 +138,12 @@ class Parts:
                 forward(session)
 
         updates = self.horizon.average()
+        if not updates:
+            self.progress.warn(
+                "look_ahead() after %d mini-steps of this rollout batch, and pr2.horizon is 0: it looks 0 updates ahead, which is "
+                "no prediction. Call it after the last step() of a batch of several mini-steps, or set pr2.horizon to the updates "
+                "that rollouts are behind", self.progress.mini_step,
+            )  # fmt: skip
         multiple = max(1.0, self.predictor.size_of(updates))
         change_LEH = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
         self.predictor.look(change_LEH, updates)

@@ -82,6 +82,11 @@ class Progress:
                 "one update per rollout batch (mini_step stays 1): the predictor learns from the second on, so it never learns; "
                 "make mini-batches smaller (verl: ppo_mini_batch_size), or use preset r3"
             )
+        elif self.mini_step == 1 and self._config.follows and not self._config.horizon:
+            self.warn(
+                "one update per rollout batch (mini_step stays 1), and pr2.horizon is 0: momentum is extrapolated over 0 updates, "
+                "which is no prediction; set pr2.horizon to the updates that rollouts are behind, or use preset r3"
+            )
 
     def number(self, mini_step: Any) -> int:
         """The number of the mini-step that is going to run.

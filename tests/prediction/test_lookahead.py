@@ -141,22 +141,33 @@ def test_a_prediction_for_a_horizon() -> None:
 
 def rolled_out(config: PR2Config) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:
     """A toy after one batch with two mini-steps."""
-    model = toy.toy_config()
-    chunk = toy.ToyChunk(model)
-    optimizer = torch.optim.Adam(chunk.parameters(), lr=1e-2)
-    pr2 = attach(chunk, config, optimizer)
-    lengths = {0: 12, 1: 9}
+    chunk = toy.ToyChunk(toy.toy_config())
+    pr2 = attach(chunk, config, torch.optim.Adam(chunk.parameters(), lr=1e-2))
+    data = begun(pr2, chunk, 2)
+    train(pr2, chunk, data)
+    return pr2, chunk, data
+
+
+def begun(pr2: PR2, chunk: toy.ToyChunk, mini_steps: int, *, known: bool = False) -> list[toy.Batch]:
+    """A rollout batch up to its log-prob pass, with a sequence for each mini-step, which it may know."""
+    lengths = {number: 12 - number for number in range(mini_steps)}
+    tables = toy.random_tables(lengths, chunk.config) if pr2.config.routes == "engine" else None
+    told = [replace(s, mini_step=s.id + 1) if known else s for s in toy.sequences(lengths, tables)]
+    pr2.begin_rollout(told)
     data = toy.batches(lengths, 1)
-    pr2.begin_rollout(toy.sequences(lengths, toy.random_tables(lengths, model)))
     toy.old_logprobs(pr2, chunk, data)
+    return data
+
+
+def train(pr2: PR2, chunk: toy.ToyChunk, data: list[toy.Batch]) -> None:
+    """A mini-step with each of them."""
     for batch in data:
-        optimizer.zero_grad()
+        pr2.optimizer.zero_grad()
         with pr2.actor_update([batch.micro_batch]) as session:
             session.begin(chunk, batch.micro_batch)
             chunk(batch.inputs_SBH).square().sum().backward()
-        optimizer.step()
+        pr2.optimizer.step()
         pr2.step()
-    return pr2, chunk, data
 
 
 def look(pr2: PR2, chunk: toy.ToyChunk, data: list[toy.Batch]) -> None:
@@ -229,6 +240,47 @@ def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:
     assert saved.any()
     assert torch.equal(saved, loaded)
     assert horizon == same == 0.5
+
+
+def _resumed(directory: str) -> tuple[Tensor, Tensor, list[bool]]:
+    """(W_p of a look-ahead, and of one after a resume from before it; whether those that resumed know that it has run)"""
+    host.init()
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"))
+    pr2.save(f"{directory}/before", rollout=True)
+    look(pr2, chunk, data)
+    pr2.save(f"{directory}/after", rollout=True)
+    assert pr2.predictor is not None
+    optimizer, expected, looked = pr2.optimizer, pr2.predictor.weight_LEH, []
+    for name in ("after", "before"):
+        pr2.detach()
+        pr2 = attach(chunk, pr2.config, optimizer)
+        pr2.load(f"{directory}/{name}", sequences=[0, 1])
+        looked.append(pr2.progress.looked)
+    look(pr2, chunk, data)
+    assert pr2.predictor is not None
+    return expected, pr2.predictor.weight_LEH, looked
+
+
+def test_it_looks_as_far_after_a_resume(tmp_path: Path) -> None:
+    ((expected, found, looked),) = pool(1).run(_resumed, str(tmp_path))
+    assert expected.any()
+    assert torch.equal(found, expected)
+    assert looked == [True, False]
+
+
+@pytest.mark.parametrize("mini_steps", [0, 1])
+@pytest.mark.parametrize("horizon", [0.0, 2.0])
+def test_a_look_ahead_over_no_update_is_said(mini_steps: int, horizon: float, caplog: pytest.LogCaptureFixture) -> None:
+    pr2, chunk, _ = rolled_out(toy.preset("pr2", predictor="lookahead", horizon=horizon))
+    train(pr2, chunk, (data := begun(pr2, chunk, 2))[:mini_steps])
+    caplog.clear()
+    for _ in range(2):
+        look(pr2, chunk, data)
+    assert pr2.predictor is not None
+    assert bool(pr2.predictor.weight_LEH.any()) == bool(horizon)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (not horizon)
+    assert all(f"look_ahead() after {mini_steps} mini-steps of this rollout batch, and pr2.horizon is 0" in line for line in said)
 
 
 def test_what_is_not_finite_starts_over(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

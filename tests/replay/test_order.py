@@ -247,6 +247,19 @@ def test_a_mini_step_that_stays_or_goes_down_is_said_once(numbers: tuple[int, in
     assert f"mini_step={numbers[1]} after mini-step {numbers[0]} of the same rollout batch: it counts the updates" in said
 
 
+@pytest.mark.parametrize("horizon", [0.0, 2.0])
+def test_one_update_per_batch_is_not_extrapolated_and_is_said_once(horizon: float, caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(lr=None, predictor="momentum", horizon=horizon)
+    loop.pr2.optimizer = torch.optim.Adam(loop.chunk.parameters(), lr=0.01)
+    for _ in range(2):
+        loop.update()
+        loop.pr2.step()
+        loop.begin()
+    said = warnings_of(caplog)
+    assert len(said) == (not horizon)
+    assert all("momentum is extrapolated over 0 updates, which is no prediction; set pr2.horizon" in line for line in said)
+
+
 @pytest.mark.parametrize("end", ["end_rollout", "begin_rollout"])
 def test_one_update_per_batch_never_learns_and_is_said_once(end: str, caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop()
