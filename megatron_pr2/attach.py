@@ -258,8 +258,8 @@ class PR2(Parts):
         if isinstance(weights, Mapping):
             raise ConfigError(f"engine_weights: weights is a {type(weights).__name__}; pass pairs of name and tensor, its items()")
         self._mini_steps.end_open("engine_weights")
-        self.measurement.pushed(version)
         if self.predictor is None:
+            self.measurement.pushes.sent(version)
             return iter(weights)
         how: dict[str, Any] = {"version": version, "gate_dtype": gate_dtype, "horizon": horizon}
         return self.measurement.pushes.engine_weights(weights, self.layers, own_stage=own_stage, has_gates=has_gates, **how)
@@ -271,8 +271,8 @@ class PR2(Parts):
         """
         check_push("merged_gates", version, horizon)
         self._mini_steps.end_open("merged_gates")
-        self.measurement.pushed(version)
         if self.predictor is None:
+            self.measurement.pushes.sent(version)
             return nullcontext()
         return gates_in_place(self.sites, self.measurement.pushes.push(version, horizon=horizon, any_dtype=True).arrived)
 

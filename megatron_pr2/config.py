@@ -69,9 +69,9 @@ class PR2Config:
         reach: how much less each further update counts, for `lookahead`: n updates ahead are taken for reach + reach^2 + ... +
             reach^n times the last one.
         horizon: updates between the weights that a rollout is sampled under and those that train on it, on average, for
-            `momentum`. 0 takes (kappa - 1) / 2 for the kappa mini-steps that it sees; an asynchronous pipeline adds the updates
-            that it is behind. Lift and hold-back compare with the weights of the old-log-prob pass: where these are newer than the
-            rollout's, hold-back uses less of a longer horizon.
+            `momentum` and `lookahead`. 0 takes (kappa - 1) / 2 for the kappa mini-steps that it sees; an asynchronous pipeline adds
+            the updates that it is behind. Lift and hold-back compare with the weights of the old-log-prob pass: where these are
+            newer than the rollout's, hold-back uses less of a longer horizon.
         hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers in
             the last rollout batches, on sampled tokens that nothing learned from; 0 (exactly `r3`) until a gain is measured.
             `false` is the paper: beta = 1 always.

@@ -8,7 +8,8 @@ each rank takes the layers that it has. The current rollout batch can be kept as
     pr2.predictor.layers.<layer>.weight                   [E, H] fp32
     pr2.predictor.layers.<layer>.exp_avg, .exp_avg_sq     [E, H] fp32, Adam's
     pr2.predictor.layers.<layer>.step                     [] fp32, Adam's; 0 before the first update
-    pr2.predictor.layers.<layer>.momentum                 [E, H] fp32, the extrapolation of predictor="momentum"
+    pr2.predictor.layers.<layer>.weight_horizon           [] fp32, updates that `weight` is made for
+    pr2.predictor.layers.<layer>.momentum, .lookahead     [E, H] fp32, W_p of predictor="momentum" or "lookahead"
     pr2.predictor.layers.<layer>.horizon                  [] fp32, updates that it is made for
     pr2.predictor.layers.<layer>.hold_back                [rows, steps] fp64, measured gains (prediction.hold_back)
 
@@ -32,6 +33,7 @@ from megatron_pr2.checkpoint import files
 from megatron_pr2.checkpoint.contents import Contents
 from megatron_pr2.checkpoint.rollout import load_rollout, sharded_rollout
 from megatron_pr2.errors import CheckpointError
+from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.routes.ids import integers
 
 __all__ = ["load", "load_rollout", "load_sharded_state_dict", "save", "sharded_state_dict"]
@@ -108,16 +110,21 @@ def load_sharded_state_dict(pr2: Contents, state: dict[str, Any] | None) -> None
     Raises:
         CheckpointError: W_p is not finite; nothing has changed.
     """
-    if pr2.predictor is None:
-        return
+    if pr2.predictor is not None:
+        _load_predictor(pr2, pr2.predictor, state)
+    # Of another run:
+    pr2.measurement.pushes.clear()
+    pr2.horizon.forget_batch()
+
+
+def _load_predictor(pr2: Contents, predictor: RoutePredictor, state: dict[str, Any] | None) -> None:
     loaded = {key: tensor for key, tensor in (state or {}).items() if key.startswith(PREFIX)}
     names = sorted({key.rsplit(".", 1)[1] for key in loaded}) if pr2.sites else []
     tensors = {name: torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites]) for name in names}
     _require_finite(pr2, tensors, "it is not loaded; load an earlier checkpoint, or start without its predictor")
     if pr2.measurement.hold_back is not None:
         pr2.measurement.hold_back.load_state(tensors.pop(HOLD_BACK, None))
-    pr2.predictor.load_state(tensors)
-    pr2.measurement.pushes.kept.clear()  # of another run
+    predictor.load_state(tensors)
 
 
 def _check_predictor(pr2: Contents, what: str) -> None:

@@ -29,7 +29,7 @@ from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.hold_back import HoldBack
 from megatron_pr2.prediction.horizon import Horizon
-from megatron_pr2.prediction.predictor import KEPT, RoutePredictor, shift_logits
+from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
 from megatron_pr2.prediction.pushes import Version
 from megatron_pr2.replay.alignment import Agreement, AgreementCheck, compared_rows
 from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
@@ -102,7 +102,6 @@ class Measurement:
             config.min_agreement,
         )  # fmt: skip
         self.engine_agreement: Agreement | None = None
-        self._updates, self._updates_at_push = 0, dict[Version | None, int]()  # by version; None is the last push
         self.drift = DriftMetrics(len(sites), device, moments=config.keeps_inputs)
         self.hold_back: HoldBack | None = None
         if predictor is not None and config.hold_back:
@@ -124,11 +123,6 @@ class Measurement:
         # A mini-step that was never ended by step() belongs to the last batch.
         self.discard()
 
-    def pushed(self, version: Version | None) -> None:
-        """The engine gets the present weights."""
-        recent = dict(list(self._updates_at_push.items())[-KEPT:])
-        self._updates_at_push = recent | {version: self._updates, None: self._updates}
-
     def begin(
         self,
         sequences: Sequence[ReplaySequence],
@@ -142,20 +136,18 @@ class Measurement:
 
         Args:
             valid, sampled: which tokens of the new one have a route, and which are sampled.
-            horizon: updates that W_p is made for, where every sequence says its mini-step and is predicted for its own number.
+            horizon: updates that sequences are away on average, where each says its mini-step and is predicted for its own number.
             version: of the weights that sequences were rolled out with that do not say so themselves.
         """
         self._forget()
         self._tokens = tokens
-        self.pushes.begin(sequences, tokens, sampled, version)
+        self.pushes.begin(sequences, tokens, sampled, horizon, version)
         self.held_out = np.zeros(tokens.total, dtype=bool)
         if self.hold_back is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
         self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
         compared = compared_rows(tokens, valid, self._config.seed)
-        present = {pushed for pushed, updates in self._updates_at_push.items() if updates == self._updates}
-        older = [sequence.older or not set(sequence.versions_or(version) or [version]) <= present for sequence in sequences]
-        self.agreement.begin(tokens, compared, older, predicted=self.pushes.predicts)
+        self.agreement.begin(tokens, compared, self.pushes.older(sequences, version), predicted=self.pushes.predicts)
         self.plan.begin(tokens, sampled)
 
     def end(self) -> None:
@@ -230,7 +222,7 @@ class Measurement:
         Args:
             lr: the policy's learning rate.
         """
-        self._updates += 1
+        self.pushes.updated()
         update = {"tokens": 0.0, "grad_norm": 0.0, "weight_norm": 0.0}
         if self._predictor is not None:
             if self.learning:
@@ -257,6 +249,12 @@ class Measurement:
         if held:
             report["hold_back"] = {name: per_layer[f"hold_back.{name}"] for name in held}
         return report
+
+    def skip(self) -> None:
+        """Ends a mini-step whose step() was forgotten and cannot be made up for."""
+        self.pushes.updated()
+        self.learning = False
+        self.discard()
 
     def discard(self) -> None:
         """Forgets what training passes gathered: a failed one belongs to no mini-step."""

@@ -63,8 +63,8 @@ class MiniSteps:
         if can_end:
             self._end(self._horizon.rate(None) if self._config.learns else 0.0)
         else:
-            self._progress.open = False
-            self._measurement.discard()
+            self._progress.open, self._scalars = False, {}
+            self._measurement.skip()
 
     def _end(self, rate: float) -> dict[str, Any]:
         self._progress.open = False

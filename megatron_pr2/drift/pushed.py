@@ -26,7 +26,7 @@ from megatron_pr2.parallel.groups import every_layer, gathered, pipeline_group
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.gates import merge_gates, refused
 from megatron_pr2.prediction.hold_back import HoldBack
-from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
+from megatron_pr2.prediction.predictor import KEPT, RoutePredictor, shift_logits
 from megatron_pr2.prediction.pushes import Push, Pushes, Version, make_push
 from megatron_pr2.replay.sequences import ReplaySequence, versions_of
 from megatron_pr2.replay.sites import RouterSite
@@ -63,6 +63,7 @@ class Pushed:
     ) -> None:
         self._config, self._sites, self._predictor, self._hold_back = config, list(sites), predictor, hold_back
         self.kept = Pushes()
+        self._updates, self._updates_at_push = 0, dict[Version | None, int]()  # by version; None is the last push
         self.in_use: list[Push] = []
         self.forget()
 
@@ -78,6 +79,25 @@ class Pushed:
         self.in_use = []
         self.of_token: npt.NDArray[np.int16] = np.zeros(0, dtype=np.int16)
         self.unjudged = 0
+
+    def clear(self) -> None:
+        """Forgets what engines got: after a checkpoint was loaded it is of another run."""
+        self.kept.clear()
+        self._updates_at_push.clear()
+
+    def updated(self) -> None:
+        """The policy was updated: what engines got before is older now."""
+        self._updates += 1
+
+    def sent(self, version: Version | None) -> None:
+        """The engine gets the present weights."""
+        recent = dict(list(self._updates_at_push.items())[-KEPT:])
+        self._updates_at_push = recent | {version: self._updates, None: self._updates}
+
+    def older(self, sequences: Sequence[ReplaySequence], version: Version | None) -> list[bool]:
+        """Per sequence whether the policy was updated since the push that it was rolled out with, or that is not known."""
+        present = {sent for sent, updates in self._updates_at_push.items() if updates == self._updates}
+        return [sequence.older or not set(sequence.versions_or(version) or [version]) <= present for sequence in sequences]
 
     def report(self) -> dict[str, list[float]]:
         """`delivered` of the batch's main push, per layer; NaN where nothing was pushed, or it is not known."""
@@ -99,7 +119,9 @@ class Pushed:
         Raises:
             AttachError: a W_p in use is not finite.
         """
-        return self.kept.add(self._present(version, gate_dtype, horizon=horizon), any_dtype=any_dtype)
+        push = self._present(version, gate_dtype, horizon=horizon)
+        self.sent(version)
+        return self.kept.add(push, any_dtype=any_dtype)
 
     def engine_weights(
         self,
@@ -126,11 +148,17 @@ class Pushed:
         return merge_gates(weights, everything, layers, seed=self._config.seed, routers=routers, pushed=gate_dtype)
 
     def begin(
-        self, sequences: Sequence[ReplaySequence], tokens: TokenIndex, sampled: npt.NDArray[np.bool_], version: Version | None
+        self,
+        sequences: Sequence[ReplaySequence],
+        tokens: TokenIndex,
+        sampled: npt.NDArray[np.bool_],
+        horizon: float | None,
+        version: Version | None,
     ) -> None:
         """Finds what a batch was rolled out with; hold-back's last observation ends.
 
         Args:
+            horizon: updates that W_p is scaled to where the actor records routes; None leaves it as it is.
             version: of sequences that do not say it themselves; None is the last push, or where there was none what it would be.
         """
         if self._predictor is None:
@@ -143,7 +171,7 @@ class Pushed:
             self._hold_back.close_batch()
         if self._config.routes == "actor":
             # Recorded from now on, under logits with the prediction in them, which nothing rounds.
-            found, of_token = [self._present(merged=False, read=False)], np.zeros_like(of_token)
+            found, of_token = [self._present(merged=False, read=False, horizon=horizon)], np.zeros_like(of_token)
         self.use(found, of_token)
         self.unjudged = int((sampled & (self.of_token < 0)).sum())
         if self.unjudged:
@@ -217,7 +245,8 @@ class Pushed:
             dtype=gate_dtype,
             seed=self._config.seed,
             held=held,
-            momentum_LEH=self._predictor.momentum_LEH,
+            # One for all tokens of an engine, as what is learned beside it.
+            momentum_LEH=self._predictor.momentum_for(None if merged else horizon),
             horizon=horizon,
             read=read,
         )

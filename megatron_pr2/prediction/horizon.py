@@ -23,6 +23,11 @@ from megatron_pr2.replay.sequences import ReplaySequence
 from megatron_pr2.replay.sites import RouterSite
 
 
+def average_horizon(mini_steps: int) -> float:
+    """(kappa - 1) / 2, and 0 before the first mini-step."""
+    return max(mini_steps - 1, 0) / 2
+
+
 class Horizon:
     """What a predictor knows of time: mini-steps, and the policy's optimizer."""
 
@@ -112,13 +117,17 @@ class Horizon:
     def end_batch(self) -> None:
         """The rollout batch is over: its mini-steps are what the next one is expected to have."""
         if self._mini_steps and self._predictor is not None:
-            self._predictor.horizon = (self._mini_steps - 1) / 2
+            self._predictor.end_batch(average_horizon(self._mini_steps), self.average())
+        self._mini_steps = 0
+
+    def forget_batch(self) -> None:
+        """A checkpoint was loaded: the mini-steps that ran say nothing of its W_p."""
         self._mini_steps = 0
 
     def update(self) -> None:
         """After an update of the policy: the predictor follows it; collective where the optimizer is sharded."""
         if self._predictor is not None and self._config.follows:
-            horizon = self._config.horizon or max((self._mini_steps - 1) / 2, self._predictor.horizon)
+            horizon = self._config.horizon or max(average_horizon(self._mini_steps), self._predictor.horizon)
             self._predictor.follow(self.gate_updates(), horizon)
 
     def gate_updates(self) -> Tensor:
@@ -128,10 +137,10 @@ class Horizon:
 
     def average(self) -> float:
         """Updates that the next rollouts will be behind, on average: as many as those of a batch whose mini-steps all ran."""
-        return self._config.horizon or max((self._mini_steps - 1) / 2, 0.0)
+        return self._config.horizon or average_horizon(self._mini_steps)
 
     def known_horizon(self, sequences: Sequence[ReplaySequence]) -> float | None:
-        """The average that sequences' own horizons are relative to, where the actor records their routes.
+        """Updates that sequences are away on average, where the actor records their routes, each for its own number.
 
         Collective over the token group, and the same on all of its ranks. None where a sequence does not say its mini-step.
         """
@@ -144,7 +153,7 @@ class Horizon:
             unknown, last = largest(both, [self._group]).tolist()
         if unknown or last < 2:
             return None
-        return (self._config.horizon if self._config.follows else 0.0) or (last - 1) / 2
+        return average_horizon(last)
 
 
 def checked_rate(lr: Any) -> float:

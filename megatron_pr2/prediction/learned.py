@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pr2.prediction.predictor import RoutePredictor
+from megatron_pr2.prediction.predictor import RoutePredictor, loaded_horizon
 from megatron_pr2.replay.scores import divergence_gradient
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,12 @@ class LearnedPredictor(RoutePredictor):
         self._sums.zero_()
         return {"tokens": tokens, "grad_norm": grad_norm, "weight_norm": self.weight_norm()}
 
+    def end_batch(self, average: float, horizon: float) -> None:
+        """W_p was learned from drift over so many updates; from one mini-step nothing is learned."""
+        self.horizon = average or self.horizon
+
     def state(self) -> dict[str, Tensor]:
-        """weight, exp_avg and exp_avg_sq [L, E, H], step [L]; Adam's are zeros before its first update."""
+        """weight, exp_avg and exp_avg_sq [L, E, H], step and weight_horizon [L]; Adam's are zeros before its first update."""
         moments = self._optimizer.state.get(self._weight_LEH, {})
         zero = torch.zeros_like(self._weight_LEH)
         step = torch.as_tensor(moments.get("step", 0.0), dtype=torch.float32).cpu()
@@ -136,6 +140,7 @@ class LearnedPredictor(RoutePredictor):
             "exp_avg": moments.get("exp_avg", zero),
             "exp_avg_sq": moments.get("exp_avg_sq", zero),
             "step": step.expand(len(self._weight_LEH)),
+            "weight_horizon": torch.full((len(self._weight_LEH),), self.horizon),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -144,6 +149,7 @@ class LearnedPredictor(RoutePredictor):
             self._weight_LEH.zero_()
             if "weight" in state:
                 self._weight_LEH.copy_(state["weight"])
+        self.horizon = loaded_horizon(state, "weight_horizon")
         saved = self._optimizer.state_dict()
         # Before its first update Adam has no state, and makes it as zeros.
         saved["state"] = {}

@@ -35,6 +35,13 @@ class MomentumPredictor(ExtrapolatingPredictor):
     def follow(self, updates_LEH: Tensor, horizon: float) -> None:
         """W_p = c * horizon * updates."""
         torch.mul(updates_LEH, self._coefficient * horizon, out=self._weight_LEH)
+        self.horizon = horizon
+
+    def end_batch(self, average: float, horizon: float) -> None:
+        """Scales W_p: until the last mini-step of the batch it was made for at least as many as the batch before had."""
+        if self.horizon:
+            self._weight_LEH.mul_(horizon / self.horizon)
+        self.horizon = horizon
 
 
 class LearnedMomentumPredictor(RoutePredictor):
@@ -65,10 +72,11 @@ class LearnedMomentumPredictor(RoutePredictor):
     def weight(self, layer: int) -> Tensor:
         return self.learned.weight(layer) + self.momentum.weight(layer)
 
-    @property
-    def momentum_LEH(self) -> Tensor:
-        """The newest extrapolation."""
-        return self.momentum.weight_LEH
+    def weight_for(self, horizon: float | None) -> Tensor:
+        return self.learned.weight_for(horizon) + self.momentum.weight_for(horizon)
+
+    def momentum_for(self, horizon: float | None) -> Tensor:
+        return self.momentum.weight_for(horizon)
 
     def training_weight(self, layer: int) -> Tensor:
         in_use_LEH = self.momentum.weight_LEH if self._in_use_LEH is None else self._in_use_LEH
@@ -88,6 +96,10 @@ class LearnedMomentumPredictor(RoutePredictor):
 
     def follow(self, updates_LEH: Tensor, horizon: float) -> None:
         self.momentum.follow(updates_LEH, horizon)
+
+    def end_batch(self, average: float, horizon: float) -> None:
+        self.learned.end_batch(average, horizon)
+        self.momentum.end_batch(average, horizon)
 
     def state(self) -> dict[str, Tensor]:
         return {**self.learned.state(), **self.momentum.state()}

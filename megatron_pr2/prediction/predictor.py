@@ -36,14 +36,13 @@ class RoutePredictor(ABC):
     rollout batch is trained on; prediction.pushes keeps the W_p that its routes were predicted with.
 
     Attributes:
-        horizon: updates between a rollout and the training on it, on average, in the last whole rollout batch.
+        horizon: updates ahead that W_p is made for; set where W_p is. 0: not known, or W_p = 0.
     """
 
     horizon: float = 0.0
 
-    @property
-    def momentum_LEH(self) -> Tensor | None:
-        """The newest extrapolation, where it is a part of W_p beside a learned one; None elsewhere."""
+    def momentum_for(self, horizon: float | None) -> Tensor | None:
+        """The newest extrapolation for so many updates, where it is a part of W_p beside a learned one; None elsewhere."""
         return None
 
     @property
@@ -56,13 +55,11 @@ class RoutePredictor(ABC):
         return updates
 
     def weight_for(self, horizon: float | None) -> Tensor:
-        """W_p of every layer for so many updates ahead instead of `horizon`, which it is made for; None for that."""
-        if horizon is None:
-            return self.weight_LEH
-        made_for = self.size_of(self.horizon)
-        if horizon == 0.0 or not made_for:
+        """W_p of every layer for so many updates ahead; as it is for None, and where it is not known what it is made for."""
+        if horizon == 0.0:
             return torch.zeros_like(self.weight_LEH)  # exactly no prediction, also of a W_p that is not finite
-        return self.weight_LEH * (self.size_of(horizon) / made_for)
+        made_for = self.size_of(self.horizon)
+        return self.weight_LEH if horizon is None or not made_for else self.weight_LEH * (self.size_of(horizon) / made_for)
 
     def weight(self, layer: int) -> Tensor:
         """W_p of one local layer, [E, H] fp32."""
@@ -79,6 +76,14 @@ class RoutePredictor(ABC):
 
         Args:
             momentum_LEH: the extrapolation that its routes were predicted with, where that was one part of several.
+        """
+
+    def end_batch(self, average: float, horizon: float) -> None:  # noqa: B027
+        """A rollout batch is over.
+
+        Args:
+            average: updates that its tokens were away, on average.
+            horizon: updates that those of the next one are expected to be.
         """
 
     def clear_not_finite(self) -> list[int]:
@@ -160,7 +165,12 @@ class ExtrapolatingPredictor(RoutePredictor):
             self._weight_LEH.zero_()
             if self.kind in state:
                 self._weight_LEH.copy_(state[self.kind])
-        self.horizon = float(state["horizon"][0]) if "horizon" in state and len(state["horizon"]) else 0.0
+        self.horizon = loaded_horizon(state, "horizon")
+
+
+def loaded_horizon(state: Mapping[str, Tensor], name: str) -> float:
+    """What the layers of a state have in common; 0 where it is absent."""
+    return float(state[name][0]) if name in state and len(state[name]) else 0.0
 
 
 def predictor_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str) -> dict[str, int]:

@@ -19,7 +19,9 @@ from megatron_pr2.attach import PR2, attach
 from megatron_pr2.config import PR2Config
 from megatron_pr2.errors import AttachError
 from megatron_pr2.prediction.ahead_weights import ahead, swapped_in
+from megatron_pr2.prediction.learned import LearnedPredictor
 from megatron_pr2.prediction.lookahead import LookaheadPredictor, reached
+from megatron_pr2.prediction.momentum import LearnedMomentumPredictor
 from megatron_pr2.prediction.ridge import ridge_fit
 from megatron_pr2.replay.session import ReplaySession
 from tests.helpers import toy
@@ -139,6 +141,65 @@ def test_a_prediction_for_a_horizon() -> None:
     assert not predictor.weight_for(0.0).any()
 
 
+@pytest.mark.parametrize("horizon", [0.0, 3.0])
+def test_a_momentum_is_for_the_updates_that_it_was_made_for(horizon: float) -> None:
+    """Before the first batch has ended, with pr2.horizon, and where batches have other numbers of mini-steps."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    config = toy.preset("pr2", predictor="momentum", horizon=horizon)
+    pr2 = attach(chunk, config, torch.optim.Adam(chunk.parameters(), lr=1e-2))
+    assert pr2.predictor is not None
+    for mini_steps in (4, 2, 3):
+        data = begun(pr2, chunk, mini_steps)
+        for done, batch in enumerate(data, start=1):
+            train(pr2, chunk, [batch])
+            if (mini_steps, done) != (4, 1) or horizon:  # of one mini-step nothing is predicted
+                torch.testing.assert_close(pr2.predictor.weight_for(2.0), 2.0 * pr2.horizon.gate_updates())
+        pr2.end_rollout()
+        average = horizon or (mini_steps - 1) / 2
+        torch.testing.assert_close(pr2.predictor.weight_LEH, average * pr2.horizon.gate_updates())
+
+
+def test_a_learned_prediction_is_for_the_updates_that_it_was_learned_from() -> None:
+    kind = {"target": "post", "score_function": "softmax", "betas": (0.9, 0.999), "eps": 1e-8}
+    one, other = (LearnedPredictor(1, EXPERTS, HIDDEN, **kind, device=torch.device("cpu")) for _ in range(2))
+    w_LEH = one.weight_LEH.normal_().clone()
+    assert torch.equal(one.weight_for(3.0), w_LEH)  # not known yet, which is no reason for none
+    one.end_batch(1.5, 9.0)
+    one.end_batch(0.0, 9.0)  # one mini-step: nothing was learned
+    torch.testing.assert_close(one.weight_for(3.0), 2.0 * w_LEH)
+    other.load_state({**one.state()})
+    torch.testing.assert_close(other.weight_for(3.0), 2.0 * w_LEH)
+    other.load_state({name: part for name, part in one.state().items() if name != "weight_horizon"})
+    assert torch.equal(other.weight_for(3.0), w_LEH)
+
+
+@pytest.mark.parametrize("predictor", ["momentum", "learned+momentum", "lookahead"])
+@pytest.mark.parametrize("horizon", [0.0, 3.0])
+def test_what_the_actor_records_is_predicted_for_each_sequences_own_updates(predictor: str, horizon: float) -> None:
+    """Of four mini-steps it was made, for two it is used."""
+    chunk = toy.ToyChunk(toy.toy_config())
+    config = toy.preset("pr2", predictor=predictor, horizon=horizon, routes="actor", sample_fraction=1.0)
+    pr2 = attach(chunk, config, torch.optim.Adam(chunk.parameters(), lr=1e-2))
+    assert pr2.predictor is not None
+    train(pr2, chunk, data := begun(pr2, chunk, 4, known=True))
+    if predictor == "lookahead":
+        look(pr2, chunk, data)
+    pr2.end_rollout()
+    wanted = [pr2.predictor.weight_for(float(updates)).clone() for updates in range(2)]
+    if isinstance(pr2.predictor, LearnedMomentumPredictor):  # what is learned knows nothing of pr2.horizon
+        learned, momentum = pr2.predictor.learned.weight_LEH, pr2.predictor.momentum.weight_LEH
+        torch.testing.assert_close(wanted[1], learned / 1.5 + momentum / (horizon or 1.5))
+    parts = pr2.predictor.momentum_for(1.0)
+    begun(pr2, chunk, 2, known=True)
+    (push,), shares = pr2.measurement.pushes.in_use, pr2.measurement._horizon
+    assert shares is not None
+    for sequence, w_LEH in enumerate(wanted):
+        own = float(shares[pr2.tokens.span(sequence).start])
+        torch.testing.assert_close(own * push.w_LEH, w_LEH)
+        if push.momentum_LEH is not None and parts is not None:
+            torch.testing.assert_close(own * push.momentum_LEH, sequence * parts)
+
+
 def rolled_out(config: PR2Config) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:
     """A toy after one batch with two mini-steps."""
     chunk = toy.ToyChunk(toy.toy_config())
@@ -222,24 +283,36 @@ def test_what_would_undo_it_is_refused() -> None:
         attach(chunk, toy.preset("pr2", predictor="lookahead"))
 
 
-def _saved_and_loaded(directory: str) -> tuple[Tensor, Tensor, float, float]:
-    """(W_p, horizon) of a handle and of another one that loads what it saved."""
+def _saved_and_loaded(directory: str, predictor: str) -> list[dict[float | None, Tensor]]:
+    """W_p for some horizons of a handle, and of one that has run another batch and loads what the first one saved."""
     host.init()
-    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"))
-    look(pr2, chunk, data)
-    pr2.save(directory)
-    other, _, _ = rolled_out(toy.preset("pr2", predictor="lookahead"))
-    other.load(directory)
-    assert pr2.predictor is not None
-    assert other.predictor is not None
-    return pr2.predictor.weight_LEH, other.predictor.weight_LEH, pr2.predictor.horizon, other.predictor.horizon
+    found = []
+    for mini_steps in (2, 4):
+        config = toy.preset("pr2", predictor=predictor, sample_fraction=1.0)
+        pr2, chunk, data = rolled_out(config)
+        pr2.end_rollout()
+        train(pr2, chunk, data := begun(pr2, chunk, mini_steps))
+        if predictor == "lookahead":
+            look(pr2, chunk, data)
+        if mini_steps == 2:
+            pr2.end_rollout()
+            pr2.save(directory)
+        else:
+            pr2.load(directory)
+            pr2.end_rollout()
+        assert pr2.predictor is not None
+        found.append({horizon: pr2.predictor.weight_for(horizon).clone() for horizon in (None, 0.5, 2.0)})
+    return found
 
 
-def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:
-    ((saved, loaded, horizon, same),) = pool(1).run(_saved_and_loaded, str(tmp_path / "pr2"))
-    assert saved.any()
-    assert torch.equal(saved, loaded)
-    assert horizon == same == 0.5
+@pytest.mark.parametrize("predictor", ["lookahead", "learned", "momentum", "learned+momentum"])
+def test_a_checkpoint_keeps_a_prediction_and_what_it_is_made_for(predictor: str, tmp_path: Path) -> None:
+    ((saved, loaded),) = pool(1).run(_saved_and_loaded, str(tmp_path / "pr2"), predictor)
+    torch.testing.assert_close(saved[0.5], saved[None])
+    assert not torch.equal(saved[2.0], saved[None])
+    for horizon, w_LEH in saved.items():
+        assert w_LEH.any()
+        assert torch.equal(loaded[horizon], w_LEH)
 
 
 def _resumed(directory: str) -> tuple[Tensor, Tensor, list[bool]]:

@@ -401,6 +401,8 @@ def test_what_is_not_finite_is_not_pushed(bad: float) -> None:
         out += [tensor for _, tensor in pr2.engine_weights(walked(), own_stage=True)]
     assert len(passed) == toy.LAYERS
     assert pr2.measurement.pushes.kept.newest is None
+    sequences = toy.sequences(LENGTHS, toy.random_tables(LENGTHS, pr2.model_config))
+    assert all(pr2.measurement.pushes.older(sequences, None))
 
 
 def test_a_layer_that_is_not_finite_after_its_update_starts_over(caplog: pytest.LogCaptureFixture) -> None:

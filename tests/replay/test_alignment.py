@@ -182,7 +182,7 @@ def test_predicted_routes_are_compared_with_the_prediction() -> None:
         assert pr2.predictor is not None
         for layer, w_EH in enumerate(weights):
             pr2.predictor.weight(layer).copy_(size * w_EH)
-        pr2.measurement.pushed(None)
+        pr2.measurement.pushes.sent(None)
         pr2.begin_rollout(toy.sequences(LENGTHS, tables))
         toy.old_logprobs(pr2, chunk, DATA)
         shares.append(pr2.engine_agreement)

@@ -216,10 +216,19 @@ def test_a_forgotten_step_is_made_up_for(call: str, caplog: pytest.LogCaptureFix
 
 def test_without_optimizer_a_forgotten_step_is_lost_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop(lr=None)
-    for _ in range(4):
+    loop.update()
+    loop.pr2.step(0.1)
+    loop.pr2.engine_weights([])
+    sequences, pushes = loop.pr2.sequences, loop.pr2.measurement.pushes
+    assert not any(pushes.older(sequences, None))
+    loop.update()
+    assert loop.pr2.metrics()["pr2/predictor/tokens"] == 0.0
+    for _ in range(2):
         loop.update()
+    assert all(pushes.older(sequences, None)), "the policy was updated all the same"
+    assert loop.pr2.metrics().keys() == {"pr2/missing_share"}, "those of an earlier mini-step"
     assert len(warnings_of(caplog)) == 1
-    assert "before step() ended mini-step 1: what it measured is lost" in caplog.text
+    assert "before step() ended mini-step 2: what it measured is lost" in caplog.text
     assert loop.pr2.progress.mini_step == 4
     assert loop.pr2.step(0.1)["predictor"]["tokens"] == 2 * sum(n - 3 for n in LENGTHS.values()), "the last one's only"
 
@@ -424,18 +433,26 @@ def test_all_ranks_end_what_was_left_open_and_the_first_says_so() -> None:
     assert torch.equal(one, other)
 
 
-def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
+def resumed_job(directory: Path, preset: str) -> tuple[int, int, float, list[bool]]:
     """(last mini-step, as it is after the next one, sequences never trained on, whether what was scored is the same)"""
     host.init()
-    saved = Loop()
+    saved = Loop(preset)
     saved.update(None, DATA[:1])
     saved.pr2.step()
     saved.pr2.save(directory, rollout=True)
-    resumed = Loop(scored=0)
+    resumed = Loop(preset)
+    for _ in range(3):
+        resumed.update()
+        resumed.pr2.step()
+    resumed.pr2.engine_weights([])
     resumed.pr2.load(directory, sequences=(sid for sid in LENGTHS))  # walked more than once
+    assert all(resumed.pr2.measurement.pushes.older(resumed.pr2.sequences, None)), "what was pushed is of another run"
+    assert resumed.pr2.horizon.average() == saved.pr2.horizon.average() == 0.0
     last = resumed.pr2.progress.mini_step
     resumed.update(None, DATA[:1])
-    assert resumed.pr2.step()["predictor"]["tokens"] > 0, "a first mini-step would not learn"
+    if resumed.pr2.config.learns:
+        assert resumed.pr2.step()["predictor"]["tokens"] > 0, "a first mini-step would not learn"
+    assert resumed.pr2.horizon.average() == 0.5
     same = [
         np.array_equal(getattr(resumed.pr2.progress, name), getattr(saved.pr2.progress, name)) for name in ("scored", "trained")
     ]
@@ -444,8 +461,9 @@ def resumed_job(directory: Path) -> tuple[int, int, float, list[bool]]:
     return last, number, resumed.pr2.metrics()["pr2/untrained_sequences"], same
 
 
-def test_an_order_in_the_middle_of_a_batch_is_taken_up_again(tmp_path: Path) -> None:
-    for found in pool(2).run(resumed_job, tmp_path / "pr2"):
+@pytest.mark.parametrize("preset", ["pr2", "r3"])
+def test_an_order_in_the_middle_of_a_batch_is_taken_up_again(preset: str, tmp_path: Path) -> None:
+    for found in pool(2).run(resumed_job, tmp_path / "pr2", preset):
         assert found == (1, 2, 2.0, [True, True])
 
 
