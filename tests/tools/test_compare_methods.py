@@ -71,6 +71,17 @@ def test_the_example_is_valid(grid: ModuleType, section: str, tmp_path: Path) ->
     assert all(point(cell) in with_r3 for cell in cells), "without r3 beside it nobody could say whether a method is better"
 
 
+def test_cells_share_the_warm_start_of_their_seed_and_sizes(grid: ModuleType, runner: ModuleType, tmp_path: Path) -> None:
+    small = "{methods: [grpo, r3], mini_steps: [4], lr: [1.0e-4]}"
+    large = "{methods: [r3], mini_steps: [4], lr: [1.0e-4], name: large, overrides: [model.sizes.num_experts=64]}"
+    file = write_grid(tmp_path, f"    - {small}\n    - {large}\n")
+    jobs = runner.jobs_of(grid.expand(grid.read_grid(file, "full"), tmp_path), tmp_path / "settings.yaml", tmp_path)
+    starts = ["warm start seed_3", "warm start num_experts_64_seed_3"]
+    assert [job.name for job in jobs if job.cell is None] == starts
+    assert [job.after for job in jobs if job.cell is not None] == [starts[0], starts[0], starts[1]]
+    assert len({job.log for job in jobs}) == len(jobs)
+
+
 def test_every_method_is_what_its_name_says(grid: ModuleType, tmp_path: Path) -> None:
     file = write_grid(tmp_path, f"    - {{methods: [{', '.join(grid.METHODS)}], mini_steps: [4], lr: [1.0e-4]}}\n")
     configs = {cell.method: cell.config for cell in grid.expand(grid.read_grid(file, "full"), tmp_path)}
