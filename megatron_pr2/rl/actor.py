@@ -234,7 +234,7 @@ class Actor:
     def pending_state(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Samples that the next step trains on, and the pushes that they are judged by, for a checkpoint; collective."""
         names, pushes = kept_shards(self.pr2)
-        shards = pending_shards(samples, self._config.algorithm.mini_steps, mpu.get_data_parallel_group())
+        shards = pending_shards(samples, mpu.get_data_parallel_group())
         return {"pending": {"pushes": names}, "pending_samples": shards, "pending_pushes": pushes}
 
     def load_pending(self, path: Path, pushes: list[PushName]) -> list[Sample]:

@@ -2,8 +2,7 @@
 
 Every rank writes the samples that it holds; one that reads takes its share of them, on whatever number of ranks.
 
-    pending.samples    [N, 6] int64: id, its mini-step from 0, tokens of the prompt and of the response, turns, whether it ended by
-                       itself
+    pending.samples    [N, 5] int64: id, tokens of the prompt and of the response, turns, whether the response ended by itself
     pending.scores     [N, 3] fp64: reward, advantage, horizon (NaN: the average)
     pending.tokens     [T, 4] int64: id, weight version (-1: not sampled), whether it bears loss, whether it has a route
     pending.logprobs   [T] fp32, the engine's; 0 for prompts
@@ -35,19 +34,14 @@ from megatron_pr2.routes.table import RouteTable
 SAMPLES, SCORES, TOKENS, LOGPROBS, ROUTES = (f"pending.{name}" for name in ("samples", "scores", "tokens", "logprobs", "routes"))
 
 
-def pending_shards(samples: Sequence[Sample], mini_steps: int, group: dist.ProcessGroup) -> dict[str, Any]:
-    """This rank's samples, in the order of their mini-steps, as shards of the whole batch; collective over `group`.
-
-    Args:
-        group: the data-parallel ranks.
-    """
-    size = len(samples) // mini_steps
+def pending_shards(samples: Sequence[Sample], group: dist.ProcessGroup) -> dict[str, Any]:
+    """This rank's samples as shards of the whole batch; collective over the data-parallel `group`."""
     parts = [_token_rows(sample.response) for sample in samples]
     rows = []
-    for place, sample in enumerate(samples):
+    for sample in samples:
         response = sample.response
         lengths = len(response.prompt_ids), len(response.response_ids)
-        rows.append([sample.id, place // size, *lengths, response.turns, response.finish_reason == "stop"])
+        rows.append([sample.id, *lengths, response.turns, response.finish_reason == "stop"])
     scores = [[s.reward, s.advantage, math.nan if s.response.horizon is None else s.response.horizon] for s in samples]
     kinds = {
         SAMPLES: torch.tensor(rows, dtype=torch.int64),
@@ -77,7 +71,7 @@ def _token_rows(response: RolloutResponse) -> dict[str, torch.Tensor]:
 
 
 def read_pending(directory: Path, group: dist.ProcessGroup, num_experts: int) -> list[Sample]:
-    """This rank's share of a checkpoint's samples, in the order of their mini-steps; collective over all ranks.
+    """This rank's share of a checkpoint's samples, in the order of their ids; collective over all ranks.
 
     Raises:
         CheckpointError: on every rank, if there are none, or any rank cannot read its part.
@@ -90,9 +84,8 @@ def _read(reader: files.RowReader, directory: Path, group: dist.ProcessGroup, nu
         raise CheckpointError(f"{directory} holds no samples that wait for training, as a run with rollout.delay keeps them")
     rows, scores = reader.read(SAMPLES).numpy(), reader.read(SCORES).numpy()
     own = np.argsort(rows[:, 0])[share(len(rows), group.size(), group.rank())]
-    own = own[np.argsort(rows[own, 1], kind="stable")]
-    stops = np.cumsum(rows[:, 2] + rows[:, 3])
-    starts = stops - rows[:, 2] - rows[:, 3]
+    stops = np.cumsum(rows[:, 1] + rows[:, 2])
+    starts = stops - rows[:, 1] - rows[:, 2]
     # In the old layout a rank's samples lie side by side.
     first, last = int(starts[own].min()), int(stops[own].max())
     tokens_T4, logprobs_T = reader.read(TOKENS, first, last).numpy(), reader.read(LOGPROBS, first, last).numpy()
@@ -101,7 +94,7 @@ def _read(reader: files.RowReader, directory: Path, group: dist.ProcessGroup, nu
         experts_TLK = reader.read(ROUTES, first, last).numpy().view(expert_dtype(num_experts))
     samples = []
     for place in own.tolist():
-        sid, _, prompt, _, turns, ended = rows[place].tolist()
+        sid, prompt, _, turns, ended = rows[place].tolist()
         reward, advantage, horizon = scores[place].tolist()
         span = slice(int(starts[place]) - first, int(stops[place]) - first)
         ids, versions, bears, valid = tokens_T4[span].T

@@ -117,7 +117,7 @@ class Trainer:
             self._prompts.load_state_dict(state["sampler"])
             self._step = int(state["step"])
             if "pending" in state:
-                self._pending = self._actor.load_pending(path, **state["pending"])
+                self._pending = self._in_order(self._actor.load_pending(path, **state["pending"]))
             logger.info("resumed at step %d", self._step)
         return self._step
 
@@ -282,8 +282,12 @@ class Trainer:
             Sample(number, response, reward, float(advantage))
             for (number, _), response, reward, advantage in zip(answered[own], batch.responses, rewards, advantages, strict=True)
         ]
+        return self._in_order(samples), batch.stats
+
+    def _in_order(self, samples: list[Sample]) -> list[Sample]:
+        """A rank's samples, by number, in the order in which they are trained on."""
         order = mini_batch_order([sample.id for sample in samples], self._config.algorithm.mini_steps, self._config.seed)
-        return [samples[i] for i in order], batch.stats
+        return [samples[i] for i in order]
 
     def _generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> RolloutBatch:
         with_routes = self._config.pr2_needs_engine_routes

@@ -139,7 +139,7 @@ def test_an_engine_that_fails_is_asked_again_for_the_same(tiny_checkpoint: Path,
 
 # ---- samples in a checkpoint ---------------------------------------------------------------------------------------------
 
-PROMPTS, RESPONSES, MINI_STEPS = 4, 3, 3
+PROMPTS, RESPONSES = 4, 3
 
 
 def samples(experts: int | None) -> list[Sample]:
@@ -170,12 +170,6 @@ def samples(experts: int | None) -> list[Sample]:
     return out
 
 
-def dealt(everything: list[Sample]) -> list[Sample]:
-    """This rank's share in the order of its mini-steps."""
-    own = everything[share(len(everything), dist.get_world_size(), dist.get_rank())]
-    return sorted(own, key=lambda sample: (sample.id * 7 % MINI_STEPS, sample.id))
-
-
 def fields(sample: Sample) -> list[Any]:
     response, routes = sample.response, sample.response.routes
     arrays = [response.logprobs, response.weight_versions, response.loss_mask]
@@ -187,10 +181,11 @@ def fields(sample: Sample) -> list[Any]:
 def round_trip(directory: Path, experts: int | None, write: bool) -> None:
     host.init()
     group = mpu.get_data_parallel_group()
-    mine = dealt(samples(experts))
+    everything = samples(experts)
+    mine = everything[share(len(everything), dist.get_world_size(), dist.get_rank())]
     if write:
         files.together(lambda: directory.mkdir() if dist.get_rank() == 0 else None)
-        files.write({"samples": pending_shards(mine, MINI_STEPS, group)}, directory)
+        files.write({"samples": pending_shards(mine[::-1], group)}, directory)
     found = read_pending(directory, group, experts or 16)
     assert [fields(sample) for sample in found] == [fields(sample) for sample in mine]
 
