@@ -20,8 +20,8 @@ from tests.sglang.fake_server import FakeServer, serve
 SAMPLING = SamplingParams(max_new_tokens=4)
 OK = (200, {"success": True, "message": "fine"})
 HORIZONS = (0.0, 1.0, 2.0)
-# Not by turns, in which idle servers would be found anyway.
-DEALT = [HORIZONS[seed // 2 % 3] for seed in range(12)]
+# In another order than that of the servers, in which the idlest one would be right by chance.
+DEALT = [HORIZONS[-1 - seed // 2 % 3] for seed in range(12)]
 GATES = {horizon: [(f"gate for {horizon:g}", torch.zeros(1))] for horizon in HORIZONS}
 
 
