@@ -11,8 +11,8 @@ import torch
 from megatron_pr2 import host
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.hf.bridge import export_weights, load_model
-from megatron_pr2.hf.owned_export import owned_engine_weights, owns_dense_weights
-from megatron_pr2.prediction.gates import GATE_NAME
+from megatron_pr2.hf.owned_export import owned_engine_weights, owned_gates, owns_dense_weights
+from megatron_pr2.prediction.gates import GATE_NAME, set_aside
 from tests.helpers import toy
 from tests.helpers.distributed import pool
 from tests.host.models import make_checkpoint, tiny_config
@@ -103,6 +103,14 @@ def gates_job(path: Path, layout: dict[str, Any]) -> tuple[bool, Tensors, Tensor
     pr2.predictor.weight_LEH.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
     full = {name: tensor.clone() for name, tensor in pr2.engine_weights(export_weights(bridge, chunks))}
     owned = {name: tensor.clone() for name, tensor in owned_engine_weights(pr2, bridge, chunks)}
+    gates: Tensors = {}
+    late = owned_gates(pr2, gates, horizon=0.0), owned_gates(pr2, gates)
+    apart = {name: tensor.clone() for name, tensor in set_aside(bridge.export_owned_weights(chunks), gates)}
+    assert not apart.keys() & gates.keys()
+    of_r3, merged = map(dict, late)
+    assert all(torch.equal(of_r3[name], gate) for name, gate in gates.items())
+    assert {**apart, **merged}.keys() == owned.keys()
+    assert all(torch.equal({**apart, **merged}[name], tensor) for name, tensor in owned.items())
     plain = {name: tensor for name, tensor in export_weights(bridge, chunks) if GATE_NAME.search(name)}
     assert not any(torch.equal(plain[name], full[name]) for name in plain)
     return owns_dense_weights(), owned, full
