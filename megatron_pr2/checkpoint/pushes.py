@@ -1,4 +1,4 @@
-"""The pushes that a rollout batch was rolled out with, as parts of its checkpoint (megatron_pr2.checkpoint.rollout).
+"""Pushes as parts of a checkpoint: of those that a rollout batch was rolled out with (.rollout), or that are kept (.kept_pushes).
 
     push<n>.w, .momentum       [E, H] fp32: the W_p that routes were predicted with, and an extrapolation that is a part of it
     push<n>.gate, .arrived     [E, H]: W, and W + beta W_p as the engine got it
@@ -10,7 +10,7 @@ They are numbered as they were pushed, from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,9 @@ def push_numbers(pr2: Contents, known: Sequence[PushName]) -> npt.NDArray[np.int
     return np.array([*(known.index(push.name) + 1 for push in pushed.in_use), 0], dtype=np.int16)[pushed.of_token]
 
 
-def push_parts(pr2: Contents, numbers: Mapping[PushName, int]) -> Iterator[tuple[int, str, Tensor]]:
+def push_parts(pr2: Contents, pushes: Iterable[Push], numbers: Mapping[PushName, int]) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, name, tensor) of the pushes that have a number."""
-    for push in pr2.measurement.pushes.in_use:
+    for push in pushes:
         for site in pr2.sites if push.name in numbers else ():
             unknown = [math.nan] * len(pr2.sites)
             of_layers = push.beta, push.delivered, *(push.held.get(name, unknown) for name in ("lift", "lift_error"))
@@ -69,10 +69,12 @@ def take_pushes(
     if numbers:
         places = np.full(max(numbers) + 2, -1, dtype=np.int16)
         places[numbers] = range(len(numbers))
-        pr2.measurement.pushes.use([_read_push(pr2, read, number) for number in numbers], places[of_token])
+        found = [read_push(pr2, read, number, (f"push {number} of a checkpoint", None)) for number in numbers]
+        pr2.measurement.pushes.use(found, places[of_token])
 
 
-def _read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number: int) -> Push:
+def read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number: int, name: PushName) -> Push:
+    """A push from what :func:`push_parts` gave."""
     assert pr2.predictor is not None
     like_LEH, parts = pr2.predictor.weight_LEH, dict[str, list[Tensor]]()
     for part in ("w", "numbers", "momentum", "gate", "arrived"):
@@ -81,7 +83,8 @@ def _read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number:
     beta, delivered, lift, error = np.array([four.tolist() for four in parts.pop("numbers")]).reshape(-1, 4).T.tolist()
     on_device = {part: [tensor.to(like_LEH.device) for tensor in tensors] for part, tensors in parts.items()}
     return Push(
-        version=f"push {number} of a checkpoint",
+        version=name[0],
+        horizon=name[1],
         layers=[site.layer for site in pr2.sites],
         beta=beta,
         held={} if pr2.measurement.hold_back is None else {"beta": beta, "lift": lift, "lift_error": error},

@@ -100,7 +100,7 @@ def sharded_rollout(pr2: Contents) -> dict[str, Any]:
     earlier = in_order(everyone[: 0 if replicas is None else replicas.rank()])
     if pr2.sequences and _first_of_stage():
         numbers = {name: number for number, name in enumerate(known) if name not in earlier}
-        for layer, name, part in push_parts(pr2, numbers):
+        for layer, name, part in push_parts(pr2, in_use, numbers):
             _put(state, _key(layer, name), part, (0,), tuple(part.shape))
     _put_routers(state, pr2)
     return state
