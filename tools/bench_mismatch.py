@@ -33,8 +33,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         for preset in ("r3", "grpo"):
             with console.status(f"one rollout batch with preset {preset}"):
-                settings = [f"preset={preset}", f"model.dtype={dtype}", "rollout.engine=sglang", "steps=1", *(overrides or [])]
-                (results[preset],) = records(settings, config, Path(scratch) / preset)
+                results[preset] = _first_record(preset, dtype, config, overrides or [], Path(scratch) / preset)
     replayed, live = results["r3"], results["grpo"]
     report = {
         "dtype": dtype,
@@ -53,14 +52,14 @@ def main(
     sys.stdout.write(json.dumps(report) + "\n")
 
 
-def records(settings: list[str], config: Path | None, run: Path) -> list[dict[str, Any]]:
-    """What a training run with these settings logs of its steps."""
-    given = [*(["--config", str(config)] if config else []), f"run={run}", *settings]
-    command = [sys.executable, "-m", "megatron_pr2.cli", "train", *given]
+def _first_record(preset: str, dtype: str, config: Path | None, overrides: list[str], run: Path) -> dict[str, Any]:
+    settings = [f"preset={preset}", f"model.dtype={dtype}", "rollout.engine=sglang", "steps=1", f"run={run}", *overrides]
+    command = [sys.executable, "-m", "megatron_pr2.cli", "train", *(["--config", str(config)] if config else []), *settings]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise typer.BadParameter(f"the run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    record: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    return record
 
 
 if __name__ == "__main__":
