@@ -217,6 +217,9 @@ def test_turns_push_gates_alone_to_all_servers_that_hold_the_version(servers: li
     # Which would take SGLang a second.
     assert [server.calls.get("/health") for server in servers] == asked_before
     assert pushed.sent[2:] == [("gate for 1", [0, 2])]
+    servers[0].overrides["/model_info"] = lambda body, call: (401, {})  # whoever asks for a key lives
+    assert engine.replicas[0].why_dead(generates=False) is None
+    servers[0].overrides["/model_info"] = lambda body, call: None
     # It has not the other weights: it must not come back by a push of gates.
     servers[1].dead = False
     engine.update_gates(GATES[2.0], 1, 2.0)

@@ -152,7 +152,9 @@ class SGLangReplica:
         # A dying server closes its sockets before its process is gone; how it ended says more than that it does not answer.
         if not status and self.server is not None and self.server.wait(_REAP_S):
             return self.server.describe_end()
-        return f"{problem}.{self._log()}" if problem and not (status and self.paused) else None
+        # /model_info needs a key, which a refusal asks for.
+        lives = not problem or (status and self.paused) or (not generates and 0 < status < 500)
+        return None if lives else f"{problem}.{self._log()}"
 
     def _log(self) -> str:
         return self.server.describe_log() if self.server is not None else ""
