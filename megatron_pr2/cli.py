@@ -77,6 +77,10 @@ def report(
         Path | None,
         typer.Option(help="HTML file to write. Default: RUN/report.html; comparison.html for several runs; FILE.html for routes."),
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a run, usually of preset r3, to draw beside the one run and to say the gain over."),
+    ] = None,
 ) -> None:
     """Renders a page that can be read offline: of one run, of several side by side, or of saved route tables.
 
@@ -84,12 +88,14 @@ def report(
 
     Examples: megatron-pr2 report runs/pr2
 
+    megatron-pr2 report runs/pr2 --baseline runs/r3
+
     megatron-pr2 report runs/r3 runs/pr2 --output r3_or_pr2.html
 
     megatron-pr2 report --routes engine.safetensors --routes actor.safetensors
     """
     with errors():
-        page = _write_page(runs or [], routes or [], output)
+        page = _write_page(runs or [], routes or [], output, baseline)
         if runs and len(runs) == 1:
             _print_result(runs[0], page)
         else:
@@ -135,12 +141,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Path:
+def _write_page(runs: list[Path], files: list[Path], output: Path | None, baseline: Path | None) -> Path:
     """The page of a run, of several, or of files of routes."""
     if bool(runs) == bool(files):
         wrong = "both runs and --routes" if runs else "nothing to report on"
         raise ConfigError(f"{wrong}; expected one or more run directories, or --routes FILE (once or twice)")
-    if absent := [run for run in runs if not run.is_dir()]:
+    if baseline is not None and len(runs) != 1:
+        raise ConfigError("--baseline goes with one run; several runs are compared without it")
+    if absent := [run for run in [*runs, *([] if baseline is None else [baseline])] if not run.is_dir()]:
         raise ConfigError(f"{absent[0]}: no such run directory")
     if absent := [file for file in files if not file.is_file()]:
         raise ConfigError(f"--routes {absent[0]}: no such file")
@@ -155,7 +163,7 @@ def _write_page(runs: list[Path], files: list[Path], output: Path | None) -> Pat
             return Comparison(runs).write_page(output or Path("comparison.html"))
         from megatron_pr2.report.html import write_report
 
-        return write_report(runs[0], output)
+        return write_report(runs[0], output, baseline)
     except OSError as error:
         raise ConfigError(f"the page could not be written: {error}; give another --output") from error
 

@@ -116,6 +116,8 @@ def test_one_run(runs: list[Path], tmp_path: Path) -> None:
     assert "<html" in Path(found["report"]).read_text(encoding="utf-8")
     page = tmp_path / "elsewhere.html"
     assert last_line("report", runs[1], "--output", page)["report"] == str(page)
+    last_line("report", runs[1], "--output", page, "--baseline", runs[0])
+    assert f"Against {runs[0].name}, over" in page.read_text(encoding="utf-8")
     assert page.stat().st_size > 10_000
 
 
@@ -147,6 +149,9 @@ def test_reports_that_cannot_be_made(runs: list[Path], route_files: list[Path], 
     assert refused("report", tmp_path / "none") == f"{tmp_path / 'none'}: no such run directory"
     assert refused("report", runs[0], tmp_path / "none") == f"{tmp_path / 'none'}: no such run directory"
     assert refused("report", "--routes", tmp_path / "none") == f"--routes {tmp_path / 'none'}: no such file"
+    assert refused("report", runs[0], "--baseline", tmp_path / "none") == f"{tmp_path / 'none'}: no such run directory"
+    for arguments in ((*runs[:2],), ("--routes", route_files[0])):
+        assert refused("report", *arguments, "--baseline", runs[0]).startswith("--baseline goes with one run")
     assert "metrics.jsonl" in refused("report", tmp_path)
     assert "metrics.jsonl" in refused("report", runs[0], tmp_path)
     assert "page.html" in refused("report", "--routes", make_text(tmp_path / "page.html"))

@@ -129,7 +129,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
             bottom = top
             continue
         if panel.kind == "bar":
-            axes.bar(place, values, panel.spread, **style)
+            axes.bar(place, values, panel.spread / max(1, len(series) - 1), **style)
             continue
         if x.size <= 12 or panel.kind == "error":  # a line of one point would be invisible
             style |= {"marker": "o", "markersize": 4}
@@ -224,6 +224,9 @@ def heat_map(
     bar = figure.colorbar(image, ax=axes, format=lambda value, _: form(value))
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    # Values that read alike are one tick.
+    inside = [tick for tick in bar.get_ticks() if image.norm.vmin <= tick <= image.norm.vmax]
+    bar.set_ticks(list({form(tick): tick for tick in reversed(inside)}.values()))
     return finish(figure, name)
 
 

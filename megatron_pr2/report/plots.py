@@ -6,6 +6,7 @@ import pandas as pd
 
 from megatron_pr2.report import figures, formats
 from megatron_pr2.report.figures import PAPER_COVERAGE_GAP, THIN, ZERO, Line, Panel, Plot, Plots, changed_rows, chart, share
+from megatron_pr2.report.moments import Explained
 from megatron_pr2.report.records import RunData
 from megatron_pr2.report.summary import layer_lift, predicted
 from megatron_pr2.report.theme import STACK
@@ -23,16 +24,22 @@ def window_of(points: int) -> int:
     return max(1, points // 15)
 
 
+def beside(data: RunData, lines: list[Line], pattern: str, window: int = 1) -> list[Line]:
+    """The lines, and the baseline's where there is one."""
+    values = data.of_baseline(pattern)
+    return lines if values is None else [*lines, Line(smooth(values, window), "purple", data.name, style={"linestyle": "--"})]
+
+
 def learning(data: RunData) -> Plots:
     """What the policy achieves."""
     reward = data["reward"]
     window = window_of(reward.size)
     line = Line(smooth(reward, window), "blue", f"running mean ({window * data.bin_size} rollouts)", style={"linewidth": 2.4})
     lines = [Line(reward, "blue", "per rollout", style={**THIN, "alpha": 0.4}), line] if window > 1 else [Line(reward)]
-    yield chart("reward", Panel("mean reward", lines))
+    yield chart("reward", Panel("mean reward", beside(data, lines, "reward", window)))
 
-    cut = Panel("cut off", [Line(data["truncated"], "orange")], zero=True, form=share)
-    yield chart("length", Panel("tokens", [Line(data["response_length"])]), cut)
+    cut = Panel("cut off", beside(data, [Line(data["truncated"], "orange")], "truncated"), zero=True, form=share)
+    yield chart("length", Panel("tokens", beside(data, [Line(data["response_length"])], "response_length")), cut)
 
     turns = data["rollout.turns"]
     if (turns > 1).any():
@@ -46,10 +53,13 @@ def routes(data: RunData) -> Plots:
 
     table = pd.DataFrame({name: 1 - data.means(f"mini_steps.#.{name}") for name in ("frozen_agreement", "agreement")})
     bars = [Line(table["frozen_agreement"], "grey", "frozen"), Line(table["agreement"], "blue", "replayed")]
-    panel = Panel("1 − agreement", bars, kind="bar", spread=0.4, form=share)
+    if data.baseline is not None:
+        bars.append(Line(1 - data.baseline.means("mini_steps.#.agreement"), "purple", data.name))
+    panel = Panel("1 − agreement", bars, kind="bar", spread=0.8 - 0.8 / len(bars), form=share)
     yield chart("mismatch", panel)
 
-    panel = Panel("agreement", figures.mini_step_lines(data.table("mini_steps.#.agreement")), form=share)
+    lines = beside(data, figures.mini_step_lines(data.table("mini_steps.#.agreement")), "mini_steps.*.agreement")
+    panel = Panel("agreement", lines, form=share)
     yield chart("agreement", panel)
 
     changed = data.changed()
@@ -64,6 +74,7 @@ def routes(data: RunData) -> Plots:
 
     worst = data.table("mini_steps.+.per_layer.coverage_gap.#").max(axis=1)
     lines = [Line(worst, "orange", "worst layer", style=THIN), Line(data["mini_steps.+.coverage_gap"], "blue", "mean of layers")]
+    lines = beside(data, lines, "mini_steps.+.coverage_gap")
     panel = Panel("coverage gap", lines, zero=True, rules={"paper's max": PAPER_COVERAGE_GAP})
     yield chart("coverage", panel)
 
@@ -98,6 +109,25 @@ def _expected_lift(data: RunData) -> Plot | None:
         Line(smooth(100 * data["lift_all"], window), "blue", "measured"),
     ]
     return chart("expected-lift", Panel(POINTS, lines, rules=ZERO))
+
+
+def prediction(data: RunData) -> Plots:
+    """How much of the routers' drift is predicted; layers along x, a line per mini-step."""
+    found = Explained.of(data)
+
+    def lines(table: pd.DataFrame) -> list[Line]:
+        return figures.mini_step_lines(table.T)
+
+    yield chart("r-squared", Panel("R²", lines(found.r_squared), rules=ZERO))
+
+    sums = found.correlation_sums
+    yield chart("correlation", Panel("sum of correlations", [Line(sums)], rules={"one gate pays above": 1.0}))
+
+    later = [each.iloc[1:].mean() for each in (found.gate_share, found.hidden_share)]
+    bars = [Line(later[0], "orange", "gate"), Line(later[1], "blue", "router's input")]
+    yield chart("drift-parts", Panel("share of the drift", bars, kind="bar", spread=0.4, zero=True, form=share))
+
+    yield chart("multiples", Panel("multiple", lines(found.multiple), rules={"as predicted": 1.0}))
 
 
 def per_layer(data: RunData) -> Plots:
@@ -136,17 +166,17 @@ def policy(data: RunData) -> Plots:
     ]
     yield chart("ratio", Panel("ratio", lines, log=10))
 
-    panel = Panel("clipped tokens", figures.mini_step_lines(data.table("mini_steps.#.clip_fraction")), zero=True, form=share)
-    yield chart("clip", panel)
+    lines = beside(data, figures.mini_step_lines(data.table("mini_steps.#.clip_fraction")), "mini_steps.*.clip_fraction")
+    yield chart("clip", Panel("clipped tokens", lines, zero=True, form=share))
 
-    yield chart("gradient", Panel("policy gradient norm", [Line(data["grad_norm"])], log=10))
+    yield chart("gradient", Panel("policy gradient norm", beside(data, [Line(data["grad_norm"])], "grad_norm"), log=10))
 
 
 def engine(data: RunData) -> Plots:
     """How engine and actor differ."""
     series = (("mean", "blue", "mean |gap|"), ("max", "orange", "max |gap|"), ("kl", "grey", "KL"))
     lines = [Line(data[f"logprob_gap.{name}"], colour, label) for name, colour, label in series]
-    yield chart("gap", Panel("nats", lines, log=10))
+    yield chart("gap", Panel("nats", beside(data, lines, "logprob_gap.mean"), log=10))
 
     missing = Line(data["routes.missing_share"], "red", style={"drawstyle": "steps-mid", "linewidth": 2.2})
     if (data["routes.tokens"] > 0).any():

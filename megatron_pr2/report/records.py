@@ -27,10 +27,13 @@ class RunData:
         rollouts: a row per record.
         points: the same, thinned to at most `limit` rows of `bin_size` rollouts so that long runs plot quickly, by step.
         kappa: mini-steps per rollout (the largest that occurs).
+        baseline, name: another run to draw beside this one, and what it is called there.
     """
 
-    def __init__(self, records: Sequence[Record], limit: int = 400) -> None:
+    def __init__(self, records: Sequence[Record], limit: int = 400, baseline: tuple[str, Sequence[Record]] | None = None) -> None:
         self.records = records
+        self.name, other = baseline or ("", None)
+        self.baseline = None if other is None else RunData(other, limit)
         frame = pd.DataFrame([flat(r) for r in records], dtype=np.float64)
         # Older records have no lift over all mini-steps: that of the mini-steps, or of the later ones.
         frame["lift_all"] = self._of(frame, "lift_all").fillna(self._of(frame, "mini_steps.*.lift")).fillna(self._of(frame, "lift"))
@@ -50,6 +53,16 @@ class RunData:
     def __getitem__(self, pattern: str) -> pd.Series:
         """By step: the column, or the mean of those that match a pattern without `#`."""
         return self._of(self.points, pattern)
+
+    def of_baseline(self, pattern: str) -> pd.Series | None:
+        """The baseline's, at this run's steps as far as it goes; None without one."""
+        if self.baseline is None:
+            return None
+        known, index = self.baseline[pattern].dropna(), self.points.index
+        if known.empty:
+            return None
+        values = np.interp(index, known.index, known, left=math.nan, right=math.nan)
+        return pd.Series(values, index=index)
 
     def table(self, pattern: str) -> pd.DataFrame:
         """By step: a column for each number that `#` stands for."""
@@ -85,10 +98,17 @@ class RunData:
         """Seconds of every rollout that has some."""
         return self.rollouts.filter(regex=r"^seconds\.").sum(axis=1, min_count=1).dropna()
 
+    def columns(self, pattern: str) -> pd.DataFrame:
+        """Of all rollouts, the columns that a pattern without `#` names."""
+        return matching(self.rollouts, pattern)
+
+    def mismatches(self, name: str = "frozen_agreement") -> pd.Series:
+        """Share of the experts that frozen, or with "agreement" the replayed routes get wrong, over all mini-steps; by rollout."""
+        return 1.0 - self._of(self.rollouts, f"mini_steps.*.{name}").fillna(self._of(self.rollouts, name))
+
     def frozen_mismatch(self) -> float:
-        """Share of the experts that frozen routes get wrong, over all mini-steps; NaN if there are none."""
-        frozen = self._of(self.rollouts, "mini_steps.*.frozen_agreement").fillna(self._of(self.rollouts, "frozen_agreement"))
-        return mismatch if (mismatch := 1.0 - float(frozen.mean())) > 1e-12 else math.nan
+        """Their mean for frozen routes; NaN if there are none."""
+        return mismatch if (mismatch := float(self.mismatches().mean())) > 1e-12 else math.nan
 
     def removed(self) -> float:
         """Share of the frozen routes' mismatches that prediction removed."""

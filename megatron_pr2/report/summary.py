@@ -1,8 +1,9 @@
 """The headline of a run: what ran, and whether prediction helped.
 
 Agreement is the share of the replayed experts that are in the current router's top-k; frozen agreement is the same for
-TopK(p_old), which replay without prediction (R3) would give; lift is their difference (drift.metrics). The verdict is about
-the lift over all mini-steps: the first, in which a prediction can only be wrong, counts as well.
+TopK(p_old), which replay without prediction (R3) would give; lift is their difference (drift.metrics). Replayed experts that
+are not in the current router's top-k are stale slots, and the headline is the share of R3's that prediction removed, over all
+mini-steps: the first, in which a prediction can only be wrong, counts as well.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ PRESET_TEXT = {
 SMALLEST_EFFECT = 0.01
 # Fewer rollouts than this give no usable standard error.
 FEWEST_ROLLOUTS = 5
-NO_PREDICTION = "Nothing was predicted"
-NO_DIFFERENCE = "Prediction made no measurable difference to R3"
+NO_PREDICTION = "No gain over R3: nothing was predicted"
+NO_DIFFERENCE = "No measurable gain over R3"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Verdict:
         kind: "helped", "same", "hurt", "held" (disabled throughout by hold-back), "early" (too few rollouts) or "absent" (no
             predictor, or nothing to compare).
         lift, error: mean lift over all mini-steps and rollouts and its standard error, NaN if absent.
-        removed: share of the frozen routes' mismatches that prediction removed (negative: added), NaN if there were none.
+        removed: share of the frozen routes' stale slots that prediction removed (negative: added), NaN if there were none.
     """
 
     kind: str
@@ -49,8 +50,8 @@ class Verdict:
 
 
 def judge(data: RunData) -> Verdict:
-    """The verdict on prediction: it helped or hurt where the mean lift is more than two standard errors away from zero and
-    removes or adds at least 1 % of the mismatches that frozen routes have.
+    """The verdict on prediction: it helped or hurt where the share of R3's stale slots that it removed is more than two standard
+    errors away from zero, and at least 1 %; where R3 has none, by the mean lift.
     """
     lifts = data.known("lift_all")
     lift, error = float(lifts.mean()), standard_error(lifts)
@@ -69,15 +70,16 @@ def judge(data: RunData) -> Verdict:
         )
         if math.isfinite(lift) and round(lift, 5):
             detail += f" Its lift, {formats.points(lift, 3)}, only shows how the engine's routes differ from the actor's own."
-        return Verdict("held", "Prediction stayed disabled (hold-back): these are R3's routes", detail, lift, error)
+        return Verdict("held", "No gain over R3: prediction stayed disabled (hold-back)", detail, lift, error)
     if data.known("lift").empty:
         return Verdict(
             "absent",
-            "Prediction could not be judged",
+            "The gain over R3 cannot be judged",
             "No mini-step after the first has a lift: drift is not measured (pr2.drift=false), or there is one mini-step per "
             "rollout, so that the policy is never newer than its routes and a prediction can only be wrong.",
         )
-    removed = data.removed()
+    removed, removed_error = data.removed(), ratio_error(data.rollouts["lift_all"], data.mismatches())
+    certain = abs(removed) > 2 * removed_error if math.isfinite(removed_error) else abs(lift) > 2 * error
     numbers = f"lift {formats.points(lift, 3)}"
     if math.isfinite(error):
         numbers += f", 95 % interval {formats.points(lift - 2 * error, 3)} to {formats.points(lift + 2 * error, 3)}"
@@ -92,15 +94,17 @@ def judge(data: RunData) -> Verdict:
 
     if lifts.size < FEWEST_ROLLOUTS:
         detail = f"So far {numbers}; at least {FEWEST_ROLLOUTS} rollouts are needed."
-        return verdict("early", "Too few rollouts to judge prediction", detail)
-    if not abs(lift) > 2 * error or abs(removed) < SMALLEST_EFFECT or not lift:
-        bound = (abs(lift) + 2 * error) / data.frozen_mismatch()
-        most = f"; that is at most {100 * bound:.1f} % of R3's route mismatches, more or less" if math.isfinite(bound) else ""
-        detail = f"Replayed routes matched the updated routers about as well as R3's frozen ones would have ({numbers}{most}).{now}"
-        return verdict("same", NO_DIFFERENCE, detail)
+        return verdict("early", "The gain over R3 cannot be judged yet: too few rollouts", detail)
+    share = _interval(100 * abs(removed), 100 * removed_error, ".1f", " %")
+    difference = NO_DIFFERENCE
+    if math.isfinite(removed):
+        difference += f": {_interval(100 * removed, 100 * removed_error, '.1f', ' %')} of its stale slots removed"
+    if not certain or abs(removed) < SMALLEST_EFFECT or not lift:
+        detail = f"Replayed routes matched the updated routers about as well as R3's frozen ones would have ({numbers}).{now}"
+        return verdict("same", difference, detail)
+    stale = f"Of R3's frozen routes {formats.percent(data.frozen_mismatch())} would have been stale"
     if lift > 0:
-        share = f"It removed {100 * removed:.1f} % of the route mismatches that R3's frozen routes would have had"
-        return verdict("helped", "Prediction helped: better routes than R3's", f"{share} ({numbers}).{now}")
+        return verdict("helped", f"Prediction removed {share} of R3's stale slots", f"{stale} ({numbers}).{now}")
     rounding = engine_rounding(data)
     if -lift <= rounding + 2 * error:
         detail = (
@@ -108,12 +112,12 @@ def judge(data: RunData) -> Verdict:
             f"more than the engine's rounding explains: under the same weights {formats.percent(rounding)} of its experts were "
             f"not the actor's (handshake), with R3 too. Compare with a run of preset r3.{now}"
         )
-        return verdict("same", NO_DIFFERENCE, detail)
-    worse = "It caused route mismatches where R3's frozen routes would have had none"
+        return verdict("same", difference, detail)
+    worse, headline = "R3's frozen routes would have had no stale slot", "Prediction added stale slots where R3 has none"
     if math.isfinite(removed):
-        worse = f"It caused {-100 * removed:.1f} % more route mismatches than R3's frozen routes would have had"
+        worse, headline = stale, f"Prediction added {share} to R3's stale slots"
     advice = "Try a smaller alpha, or preset r3." if len(betas) else "Turn pr2.hold_back on, or try a smaller alpha or preset r3."
-    return verdict("hurt", "Prediction hurt: worse routes than R3's", f"{worse} ({numbers}).{now} {advice}")
+    return verdict("hurt", headline, f"{worse} ({numbers}).{now} {advice}")
 
 
 def predicted(data: RunData) -> bool:
@@ -147,6 +151,35 @@ def standard_error(values: pd.Series) -> float:
     correlation = min(0.99, max(0.0, float((deviation[1:] * deviation[:-1]).sum()) / variance))
     effective = max(1.0, count * (1 - correlation) / (1 + correlation))
     return math.sqrt(variance / (count - 1) / effective)
+
+
+def ratio_error(part: pd.Series, whole: pd.Series) -> float:
+    """Standard error of a ratio of two means over rollouts, from its residuals, of which neighbours may be correlated."""
+    mean = float(whole.mean())
+    return standard_error(part - part.mean() / mean * whole) / mean if mean > 1e-12 else math.nan
+
+
+def against(data: RunData, other: RunData, name: str) -> str:
+    """What a run gained over another one, in a sentence: over the steps that both have, with 95 % intervals."""
+    pairs = [each.rollouts.assign(stale=each.mismatches("agreement")).set_index("step") for each in (data, other)]
+    both = pairs[0].join(pairs[1], how="inner", lsuffix="", rsuffix="_other")
+    said = []
+    stale = both[["stale", "stale_other"]].dropna()
+    if len(stale) and stale["stale_other"].mean() > 1e-12:
+        fewer = stale["stale_other"] - stale["stale"]
+        share, error = fewer.mean() / stale["stale_other"].mean(), ratio_error(fewer, stale["stale_other"])
+        said.append(f"{_interval(100 * share, 100 * error, '.1f', ' %')} of its stale slots removed")
+    else:
+        said.append("stale slots were not measured in both")
+    if "reward" in both and "reward_other" in both:
+        reward = both["reward"] - both["reward_other"]
+        said.append(f"reward {_interval(float(reward.mean()), standard_error(reward), '+.3f')}")
+    return f"Against {name}, over {formats.count(len(both), 'rollout step')} that both have: {'; '.join(said)}."
+
+
+def _interval(value: float, error: float, form: str, unit: str = "") -> str:
+    known = f" (95 % interval {value - 2 * error:{form}} to {value + 2 * error:{form}}{unit})" if math.isfinite(error) else ""
+    return f"{value:{form}}{unit}{known}"
 
 
 def what_ran(data: RunData) -> list[tuple[str, str]]:

@@ -48,7 +48,8 @@ def train(config: TrainConfig) -> Path:
     A run directory that holds an unfinished run of the same configuration is continued; a finished one is moved aside.
 
     Returns:
-        The run directory: config.yaml, metrics.jsonl, tensorboard/, report.html, checkpoints/, final/ (Hugging Face format).
+        The run directory: config.yaml, environment.json, metrics.jsonl, tensorboard/, report.html, checkpoints/, final/ (Hugging
+        Face format).
 
     Raises:
         ConfigError: contradicting settings, or the directory holds a run of another configuration.

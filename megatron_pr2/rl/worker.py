@@ -25,6 +25,7 @@ from megatron_pr2.report.metrics_log import MetricsLog
 from megatron_pr2.rl.actor import Actor
 from megatron_pr2.rl.config import TrainConfig
 from megatron_pr2.rl.data import load_examples
+from megatron_pr2.rl.environment import write_environment
 from megatron_pr2.rl.preflight import sglang_config
 from megatron_pr2.rl.trainer import Monitor, Trainer
 from megatron_pr2.rollout.base import RolloutEngine
@@ -66,6 +67,7 @@ def _train(config: TrainConfig, model_path: str, data_path: str) -> None:
         trainer = Trainer(config, actor, engine, reference, load_examples(data_path), tokenizer)
         resumed_at = trainer.resume()
         if dist.get_rank() == 0:
+            write_environment(config.run, AutoConfig.from_pretrained(model_path), config.model.dtype, dist.get_world_size())
             log = stack.enter_context(MetricsLog(config.run, resume_step=resumed_at))
             title = f"megatron-pr2 · {config.preset} · {config.rollout.engine} rollouts · {config.run}"
             display = LiveDisplay(config.steps, title, start_step=resumed_at)

@@ -62,6 +62,8 @@ def record(
                 "coverage_gap": gap.tolist(),
             },
         }
+        if learned:
+            drift["per_layer"] |= moments(stale * depth * (i > 0), abs(learning))
         if not replay:
             drift = {name: None for name in drift} | {"per_layer": {name: [] for name in drift["per_layer"]}}
         mini_steps.append(
@@ -139,6 +141,18 @@ def record(
     if hold_back and learned:
         out["hold_back"] = held(np.linspace(1.2, -0.2, layers) * min(1.0, 3 * done) * (gain > 0), step, gain, rng)
     return out
+
+
+def moments(drift: np.ndarray, learning: float) -> dict[str, Any]:
+    """Of a prediction of half the size that would fit best: its correlation with the drift is sqrt(learning), in every layer."""
+    true, predicted = drift**2, np.maximum(learning * drift**2, 1e-12) / 4
+    return {
+        "predicted_squared": predicted.tolist(),
+        "predicted_true": (np.sqrt(learning * true * predicted)).tolist(),
+        "true_squared": true.tolist(),
+        "gate_squared": (0.04 * true).tolist(),
+        "gate_true": (0.06 * true).tolist(),
+    }
 
 
 def held(beta: np.ndarray, step: int, gain: float, rng: np.random.Generator) -> dict[str, Any]:

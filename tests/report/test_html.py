@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 CONFIG = "pr2:\n  routes: engine\n  note: '<script>alert(1)</script> & \"quotes\"'\n"
 HOLD_BACK_PLOTS = {"beta", "expected-lift"}
 ROUTE_PLOTS = {"lift", "mismatch", "agreement", "changed", "kl", "coverage", "layer-profile", "layer-agreement", "layer-lift"}
+PREDICTION_PLOTS = {"r-squared", "correlation", "drift-parts", "multiples"}
 COMMON_PLOTS = {"reward", "length", "ratio", "clip", "gradient", "gap", "seconds", "bytes"}
 
 
@@ -39,7 +40,7 @@ def pr2_page(tmp_path_factory):
 
 def test_headline(pr2_page):
     text = pr2_page.text
-    assert text.index("Prediction helped") < text.index("Learning Reward")
+    assert text.index("Prediction removed") < text.index("Learning Reward")
     for label in ("my-run", "Reward", "Response length", "Steps", "Agreement", "Lift", "Missing routes", "Log-prob gap"):
         assert label in text
     rewards = [r["reward"] for r in run(30)]
@@ -49,7 +50,7 @@ def test_headline(pr2_page):
 
 
 def test_every_plot_is_there(pr2_page):
-    assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | {"predictor", "layer-interval", "missing"}
+    assert pr2_page.plots == ROUTE_PLOTS | COMMON_PLOTS | PREDICTION_PLOTS | {"predictor", "layer-interval", "missing"}
     assert any(i.startswith("reward-") for i in pr2_page.references)
     for text in ("paper: frozen, off-2", "76.9 % unchanged", "92.2 % unchanged"):
         assert text in pr2_page.source
@@ -70,9 +71,10 @@ def test_config_and_names_are_escaped(tmp_path):
 def test_every_preset(tmp_path, preset, total):
     page = report(tmp_path / preset, run(total, preset=preset, kappa=2, layers=3), config=None)
     expected = COMMON_PLOTS | (ROUTE_PLOTS | {"missing"} if preset != "grpo" else set())
-    assert page.plots == expected | ({"predictor", "layer-interval"} if preset == "pr2" else set())
+    assert page.plots == expected | (PREDICTION_PLOTS | {"predictor", "layer-interval"} if preset == "pr2" else set())
+    assert ("No moments of predicted and true drift are recorded" in page.text) == (preset != "pr2")
     assert ("Nothing was replayed in this run" in page.text) == (preset == "grpo")
-    assert ("Nothing was predicted" in page.text) == (preset != "pr2")
+    assert ("nothing was predicted" in page.text) == (preset != "pr2")
     assert "The run directory has no config.yaml." in page.text
 
 
@@ -87,7 +89,7 @@ def test_hold_back(tmp_path):
 
 def test_held_back_entirely(tmp_path):
     page = report(tmp_path / "held", run(20, hold_back=True, gain=0.0))
-    assert "Prediction stayed disabled (hold-back): these are R3's routes" in page.text
+    assert "No gain over R3: prediction stayed disabled (hold-back)" in page.text
     assert "Beta, last rollout 0.00 0 is R3; prediction disabled in 6 of 6 layers" in page.text
 
 
@@ -115,7 +117,7 @@ def test_turns_are_plotted_where_a_response_has_several(tmp_path):
 
 def test_one_mini_step_has_no_lift(tmp_path):
     page = report(tmp_path / "off1", run(6, kappa=1))
-    assert "Prediction could not be judged" in page.text
+    assert "The gain over R3 cannot be judged" in page.text
     assert not {"lift", "kl", "coverage", "layer-lift"} & page.plots
 
 
@@ -162,3 +164,39 @@ def test_matplotlib_settings_of_the_host_are_left_alone(tmp_path, monkeypatch):
     before = dict(matplotlib.rcParams)
     report(tmp_path / "run", run(1))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_another_run_beside_it(tmp_path):
+    alone = report(tmp_path / "pr2", run(20, hold_back=True))
+    report(tmp_path / "r3", run(30, preset="r3", seed=1))
+    page = Page(write_report(tmp_path / "pr2", baseline=tmp_path / "r3"))
+    assert page.plots == alone.plots
+    assert "Against r3, over 20 rollout steps that both have:" in page.text
+    assert "Against" not in alone.text
+    drawn = [plot for plot in page.source.split('<figure id="plot-')[1:] if ">r3</text>" in plot or "<!-- r3 -->" in plot]
+    shown = {plot.partition('"')[0] for plot in drawn}
+    assert shown == {"reward", "length", "mismatch", "agreement", "coverage", "clip", "gradient", "gap"}
+    with pytest.raises(DataError, match="does not exist"):
+        write_report(tmp_path / "pr2", baseline=tmp_path / "absent")
+
+
+def test_alarms_and_what_it_ran_on(tmp_path):
+    records = run(20)
+    records[7]["logprob_gap"]["mean"] = 0.3
+    (tmp_path / "run").mkdir()
+    environment = {"model": {"type": "qwen3_moe", "layers": 4}, "hardware": {"device": "a <GPU>"}, "versions": {"torch": "2.9"}}
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
+    page = report(tmp_path / "run", records)
+    assert page.text.index("Log-prob gap above 1.0e-01: rollout step 7 (3.0e-01)") < page.text.index("Learning Reward")
+    assert "No alarm" not in page.text
+    assert "Model : qwen3_moe, 4 layers" in page.text
+    assert "Hardware : ? processes, a <GPU>, ? cores. Versions : torch 2.9." in page.text
+    (tmp_path / "run" / "environment.json").write_text("[")
+    quiet = report(tmp_path / "run", run(20))
+    assert "No alarm: log-prob gap" in quiet.text
+    assert "Hardware" not in quiet.text
+
+
+def test_one_gate_is_judged_in_a_sentence(pr2_page):
+    assert "summed over mini-steps 2 to 4:" in pr2_page.text
+    assert "above 1 in 6 of 6. One gate for all mini-steps pays only above 1, because the first one" in pr2_page.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,16 @@ import pytest
 
 from megatron_pr2.report import formats
 from megatron_pr2.report.records import RunData
-from megatron_pr2.report.summary import PRESET_TEXT, engine_rounding, held_back, layer_lift, standard_error, what_ran
+from megatron_pr2.report.summary import (
+    PRESET_TEXT,
+    against,
+    engine_rounding,
+    held_back,
+    layer_lift,
+    ratio_error,
+    standard_error,
+    what_ran,
+)
 from megatron_pr2.report.summary import judge as judge_data
 from tests.report.synthetic import run
 
@@ -49,24 +59,23 @@ def test_verdict(lifts, kind):
 
 def test_verdict_numbers():
     verdict = judge(records_with([0.004 + n for n in NOISE]))
-    assert verdict.headline == "Prediction helped: better routes than R3's"
+    assert verdict.headline == "Prediction removed 20.0 % (95 % interval 18.9 to 21.1 %) of R3's stale slots"
     assert verdict.lift == pytest.approx(0.004)
     assert verdict.removed == pytest.approx(0.2)
-    assert "removed 20.0 % of the route mismatches" in verdict.detail
+    assert "Of R3's frozen routes 2.00 % would have been stale" in verdict.detail
     assert "lift +0.400 pp, 95 % interval +0.377 pp to +0.423 pp, over all mini-steps of 20 rollouts" in verdict.detail
     verdict = judge(records_with([0.0002, -0.0002] * 10))
-    assert "that is at most 0.5 % of R3's route mismatches, more or less" in verdict.detail
+    assert verdict.headline == "No measurable gain over R3: 0.0 % (95 % interval -0.5 to 0.5 %) of its stale slots removed"
     verdict = judge(records_with([-0.002] * 9))
-    assert verdict.headline == "Prediction hurt: worse routes than R3's"
+    assert verdict.headline == "Prediction added 10.0 % (95 % interval 10.0 to 10.0 %) to R3's stale slots"
     assert "Turn pr2.hold_back on" in verdict.detail
-    assert "10.0 % more route mismatches" in verdict.detail
 
 
 def test_harm_where_frozen_routes_were_perfect():
     verdict = judge(records_with([-0.002] * 9, frozen=1.0))
     assert verdict.kind == "hurt"
     assert math.isnan(verdict.removed)
-    assert "frozen routes would have had none" in verdict.detail
+    assert verdict.headline == "Prediction added stale slots where R3 has none"
     assert judge(records_with([0.0] * 9, frozen=1.0)).kind == "same"
 
 
@@ -90,7 +99,7 @@ def test_held_back_entirely_is_r3():
     records = records_with([0.0] * 9)
     verdict = judge(with_beta(records, *[[0.0, 0.0]] * 9))
     assert verdict.kind == "held"
-    assert verdict.headline == "Prediction stayed disabled (hold-back): these are R3's routes"
+    assert verdict.headline == "No gain over R3: prediction stayed disabled (hold-back)"
     assert "Beta was 0 in all 2 MoE layers of every rollout" in verdict.detail
     assert "Its lift" not in verdict.detail
     # Whatever rounding makes of the lift: nothing was predicted.
@@ -139,7 +148,7 @@ def test_no_predictor_is_never_credited():
     assert judge(records_with([0.004] * 20, predictor=False)).kind == "absent"
     for preset in ("grpo", "r2", "r3"):
         verdict = judge(run(10, preset=preset))
-        assert (verdict.kind, verdict.headline) == ("absent", "Nothing was predicted")
+        assert (verdict.kind, verdict.headline) == ("absent", "No gain over R3: nothing was predicted")
 
 
 def test_synthetic_runs():
@@ -158,6 +167,43 @@ def test_standard_error_counts_correlated_rollouts_once():
     assert standard_error(independent[:100].repeat(4)) > 1.7 * standard_error(independent)
     assert math.isnan(standard_error(pd.Series([1.0])))
     assert standard_error(pd.Series([1.0, 1.0])) == 0
+
+
+def test_the_error_of_a_ratio_is_that_of_the_delta_method() -> None:
+    """Against 4,000 runs drawn anew; a numerator that follows its denominator exactly has none."""
+    rng = np.random.default_rng(1)
+    whole = rng.normal(0.02, 0.004, (4000, 60))
+    part = 0.2 * whole + rng.normal(0.0, 0.003, whole.shape)
+    ratios = part.mean(1) / whole.mean(1)
+    found = [ratio_error(pd.Series(a), pd.Series(b)) for a, b in zip(part[:200], whole[:200], strict=True)]
+    assert np.mean(found) == pytest.approx(ratios.std(), rel=0.15)
+    assert ratio_error(pd.Series(0.2 * whole[0]), pd.Series(whole[0])) == pytest.approx(0.0, abs=1e-12)
+    assert math.isnan(ratio_error(pd.Series([0.1, 0.2]), pd.Series([0.0, 0.0])))
+
+
+def test_the_interval_grows_where_neighbouring_rollouts_are_alike() -> None:
+    lifts = [0.004 + 0.004 * value for value in np.random.default_rng(2).normal(size=60)]
+    widths = [judge(records_with(values)).headline for values in (lifts, np.repeat(lifts[::4], 4))]
+    low, high = (re.search(r"interval (-?[\d.]+) to ([\d.]+) %", text) for text in widths)
+    assert low is not None
+    assert high is not None
+    assert float(high[2]) - float(high[1]) > 1.4 * (float(low[2]) - float(low[1]))
+
+
+def test_gain_against_another_run() -> None:
+    """Over the steps that both have; a rollout's stale slots are what its agreement falls short of 1 by."""
+
+    def of(agreement: float, steps: range, reward: float = 0.5) -> RunData:
+        return RunData([{"step": i, "agreement": agreement + 1e-4 * (-1) ** i, "reward": reward} for i in steps])
+
+    said = against(of(0.985, range(30)), of(0.98, range(10, 40), 0.4), "r3")
+    assert said == (
+        "Against r3, over 20 rollout steps that both have: 25.0 % (95 % interval 24.9 to 25.1 %) of its stale slots removed; "
+        "reward +0.100 (95 % interval +0.100 to +0.100)."
+    )
+    grpo = RunData([{"step": i, "reward": 0.4} for i in range(3)])
+    assert "stale slots were not measured in both; reward +0.100" in against(of(0.985, range(3)), grpo, "grpo")
+    assert "0 rollout steps" in against(of(0.9, range(3)), of(0.9, range(5, 8)), "r3")
 
 
 def test_what_ran():

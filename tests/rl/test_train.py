@@ -117,6 +117,7 @@ def uninterrupted(tiny_checkpoint: Path, prompts: Path, tmp_path_factory: pytest
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert (uninterrupted / "report.html").stat().st_size > 10_000
+    assert (uninterrupted / "environment.json").exists()
     assert list((uninterrupted / "tensorboard").iterdir())
     assert len(list((uninterrupted / "checkpoints").iterdir())) == 2
     logged = records(uninterrupted)
