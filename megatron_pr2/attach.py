@@ -120,7 +120,9 @@ class PR2(Parts):
                 self.routes.record(bound.micro_batch.grid, ids_TLK)
 
     @contextmanager
-    def actor_update(self, micro_batches: Sequence[MicroBatch], mini_step: int | None = None) -> Iterator[ReplaySession]:
+    def actor_update(
+        self, micro_batches: Sequence[MicroBatch], mini_step: int | None = None, *, watched: Sequence[MicroBatch] = ()
+    ) -> Iterator[ReplaySession]:
         """Forward and backward of one mini-step: routes replayed, gate weights live, drift measured, predictor gradient gathered.
 
         Collective over all ranks of the model, as `old_logprobs` is.
@@ -129,6 +131,7 @@ class PR2(Parts):
             mini_step: counted by itself: 1 for the first mini-step after the rollout, as in the paper, and one more after each
                 step(). The predictor learns from 2 on, because at 1 the policy is still the one that the features come from. The
                 number of the mini-step that step() has not ended yet adds a further pass to it.
+            watched: of the last mini-step, what `look_ahead` will be given: it then runs one forward and not two.
 
         Raises:
             ReplayError: mini_step < 1, a token is given twice or has no recorded route, or a micro-batch was not run exactly once.
@@ -139,7 +142,7 @@ class PR2(Parts):
         tokens = self.progress.train(micro_batches)
         with (
             self.measurement.training_pass(micro_batches, learning=self.config.learns and mini_step >= 2),
-            self._passes.run(f"mini-step {mini_step}", micro_batches, self._mode, self.measurement.compare) as session,
+            self._passes.run(f"mini-step {mini_step}", micro_batches, self._mode, self._training_observer(watched)) as session,
         ):
             yield session
         self._mini_steps.ran(mini_step, tokens)
@@ -165,7 +168,6 @@ class PR2(Parts):
 
         Raises:
             ReplayError: lr is not a finite number of at least 0, or None without an optimizer.
-            AttachError: predictor="momentum" and the optimizer does not train the gates with Adam.
         """
         self._passes.require_closed("step")
         return self._mini_steps.end(lr)
@@ -173,8 +175,8 @@ class PR2(Parts):
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forward: Callable[[ReplaySession], object]) -> None:
         """After a batch's last `step`, with predictor="lookahead": makes the W_p of the next push; collective over all ranks.
 
-        The model runs twice over what is given, under its own weights and under those that its optimizer is heading for; weights,
-        optimizer, gradients and random states are afterwards as they were, bit by bit.
+        The model runs twice over what is given, under its own weights and under those that its optimizer is heading for, or, over
+        what `actor_update` watched, once under its own. Weights, optimizer, gradients and random states stay, bit by bit.
 
         Args:
             micro_batches: some of this rollout batch's; a few tens of thousands of tokens over all ranks are enough.
@@ -195,13 +197,12 @@ class PR2(Parts):
     def end_rollout(self) -> None:
         """After the last mini-step: frees routes and features, whose memory a colocated engine needs.
 
-        Collective only where it makes up for a forgotten step().
-
-        Without it, what the batch says of the prediction counts one push later.
+        Collective only where it makes up for a forgotten step(). Without it, what a batch says of predictions counts a push later.
         """
         self._passes.require_closed("end_rollout")
         self._mini_steps.end_open("end_rollout")
         self.progress.end()
+        self._forget_watched()
         self.tokens, self.sequences = TokenIndex({}), ()
         self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
@@ -323,8 +324,7 @@ def attach(model_chunks: Sequence[torch.nn.Module] | torch.nn.Module, config: PR
         optimizer: the policy's, whose learning rate of the gates step() reads; None: `pr2.optimizer = ...` later, or step(lr=...).
 
     Raises:
-        AttachError: no MoE layers, a custom or sinkhorn router, another replay, or attached already; an optimizer that does not
-            train the gates, for a predictor.
+        AttachError: no MoE layers, a custom or sinkhorn router, another replay, attached already; an optimizer without the gates.
     """
     several = isinstance(model_chunks, Iterable) and not isinstance(model_chunks, torch.nn.Module)
     chunks = list(model_chunks) if several else [model_chunks]

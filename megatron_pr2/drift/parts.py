@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.measurement import Measurement
@@ -22,13 +23,13 @@ from megatron_pr2.prediction.lookahead import LookAhead, LookaheadPredictor
 from megatron_pr2.prediction.predictor import RoutePredictor
 from megatron_pr2.prediction.strategies import make_predictor
 from megatron_pr2.replay.hook import check_release, check_unpatched
-from megatron_pr2.replay.micro_batch import MicroBatch
+from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.replay.model_settings import check_config
 from megatron_pr2.replay.passes import Passes
 from megatron_pr2.replay.progress import Progress
 from megatron_pr2.replay.sequences import ReplaySequence, sampled_tokens
 from megatron_pr2.replay.session import Observer, ReplaySession
-from megatron_pr2.replay.sites import give_back, unwrapped, upgrade_routers
+from megatron_pr2.replay.sites import RouterSite, give_back, unwrapped, upgrade_routers
 from megatron_pr2.replay.token_check import TokenCheck
 from megatron_pr2.routes.store import RouteStore
 from megatron_pr2.routes.table import RouteTable
@@ -119,19 +120,41 @@ class Parts:
         """Tables of a :meth:`record` session, by sequence id."""
         return session.recorded_tables(lengths, len(self.moe_layers), self.model_config.num_moe_experts)
 
+    def _looked_at(self, micro_batches: Sequence[MicroBatch]) -> dict[MicroBatch, Tensor]:
+        """The rows of this rank that bear loss, of every micro-batch."""
+        looked_at = {each for micro_batch in micro_batches for each in np.unique(micro_batch.grid.sequence).tolist()}
+        sequences = [sequence for sequence in self.sequences if sequence.id in looked_at]
+        bears = np.append(sampled_tokens(sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
+        return {
+            micro_batch: torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
+            for micro_batch, tokens_T in zip(micro_batches, self.measurement.rows(micro_batches), strict=True)
+        }
+
+    def _training_observer(self, watched: Sequence[MicroBatch]) -> Observer:
+        """Measures drift, and keeps what a look-ahead needs of the watched micro-batches."""
+        measure = self.measurement.compare
+        if self._look is None or not watched:
+            self._forget_watched()
+            return measure
+        keep = self._look.watch(self._looked_at(watched))
+
+        def both(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+            measure(site, bound, h_TH, p_TE)
+            keep(site, bound, h_TH, p_TE)
+
+        return both
+
+    def _forget_watched(self) -> None:
+        if self._look is not None:
+            self._look.forget()
+
     def _predict_ahead(self, micro_batches: list[MicroBatch], forward: Callable[[ReplaySession], object]) -> None:
         """See PR2.look_ahead."""
         if self._look is None or not isinstance(self.predictor, LookaheadPredictor):
             raise AttachError(f"look_ahead: predictor={self.config.predictor!r} is not made by a look-ahead; use 'lookahead'")
         if not callable(forward):
             raise ReplayError(f"look_ahead: forward is a {type(forward).__name__}; pass a function that runs the micro-batches")
-        looked_at = {each for micro_batch in micro_batches for each in np.unique(micro_batch.grid.sequence).tolist()}
-        sequences = [sequence for sequence in self.sequences if sequence.id in looked_at]
-        bears = np.append(sampled_tokens(sequences, self.tokens, None, 0, 1.0), False)  # the last one is padding's, -1
-        rows = {
-            micro_batch.key: torch.from_numpy(np.nonzero(bears[tokens_T])[0]).to(self._device)
-            for micro_batch, tokens_T in zip(micro_batches, self.measurement.rows(micro_batches), strict=True)
-        }
+        rows = self._look.watched(micro_batches) or self._looked_at(micro_batches)
 
         def run(observer: Observer) -> None:
             with torch.no_grad(), self._passes.run("look-ahead", micro_batches, self._mode, observer) as session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,8 @@ def plan(
     horizons: Annotated[
         int, typer.Option(help="Pushes of each version, for different mini-steps; rollout.groups=n, above 1, makes n + 1.")
     ] = 1,
-    look_ahead: Annotated[float, typer.Option(help="Share of the sequences that predictor lookahead runs over, twice.")] = 0.25,
+    look_ahead: Annotated[float, typer.Option(help="Share of the sequences that predictor lookahead runs over.")] = 0.25,
+    watched: Annotated[bool, typer.Option(help="They are watched in the last mini-step and run once, not twice.")] = True,
     predictor: Annotated[str, typer.Option(help="none (r3), learned (pr2), momentum, learned+momentum or lookahead.")] = "learned",
     hold_back: Annotated[bool, typer.Option(help="Predictions are disabled until they are measured to help.")] = True,
     drift: Annotated[bool, typer.Option(help="Drift is measured, from features; not for replay alone.")] = True,
@@ -102,8 +104,7 @@ def plan(
             raise ConfigError("no model; give --model, or --config with actor_rollout_ref.model.path")
         spec = load_spec(values["model"])
         layout = make_layout(spec, **{name: values[option] for option, name in LAYOUT_OPTIONS.items()})
-        sizes = ("batch", "seq", "prompt", "mini_steps", "micro_batch", "log_prob_micro_batch", "padded", "horizons", "look_ahead")
-        work = Workload(**{name: values[name] for name in sizes})
+        work = Workload(**{field.name: values[field.name] for field in fields(Workload)})
         made = make_plan(spec, layout, work, _settings(values, given, run))
         found = plan_as_json(made)
         if run:

@@ -179,13 +179,13 @@ class Plan:
             a backward is two forwards; fit_flops: of the regression, in fp32; solve_flops: what comes on top in float64.
         """
         model, counts = self.model, zip(self.tokens, self.replicas, strict=True)
-        looked_at = [(math.ceil(self.work.look_ahead * each.sequences), int(each.looked_P.sum()), count) for each, count in counts]
+        looked_at = [(self.work.looked_at(each.sequences), int(each.looked_P.sum()), count) for each, count in counts]
         sequences, tokens = (sum(each[i] * each[2] for each in looked_at) for i in range(2))
         layers, hidden, experts = len(self.layout.moe_layers), model.hidden, model.num_experts
         return {
             "sequences": sequences,
             "tokens": tokens,
-            "share_of_passes": 2 * sequences / (4 * self.work.batch),
+            "share_of_passes": (2 - self.work.watched) * sequences / (4 * self.work.batch),
             "fit_flops": 2 * layers * tokens * hidden * (hidden + experts),
             "solve_flops": layers * (2 * hidden**3 // 3 + 2 * experts * hidden**2),
         }
@@ -245,7 +245,7 @@ class Plan:
         followed = (gates_D1 + 4 * layers_D1) * (work.mini_steps * config.follows + config.looks_ahead)
         learners = holders * (layout.tensor if layout.sequence_parallel else 1)
         look = int(config.looks_ahead)
-        weights_D1 = look * WEIGHT_BYTES * self._dense_D1
+        weights_D1 = look * (not work.watched) * WEIGHT_BYTES * self._dense_D1
         fits = [(fit_bytes(n, *sizes), *reduced_bytes(n, *sizes)) if n else (0, 0, 0) for n in map(int, layers_D1[:, 0])]
         held_D1, to_owner_D1, to_all_D1 = (look * np.array([[each[i]] for each in fits]) for i in range(3))
         pushers = (np.arange(owner.shape[1]) == 0) & (dp == 0)

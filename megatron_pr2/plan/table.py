@@ -75,8 +75,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if config.looks_ahead:
         look = plan.look_ahead
         lines.append(
-            f"look-ahead over {count(int(look['sequences']))} sequences, {count(int(look['tokens']))} tokens of responses: its two "
-            f"forwards are {look['share_of_passes']:.2%} of the log-prob and training passes; regression "
+            f"look-ahead over {count(int(look['sequences']))} sequences, {count(int(look['tokens']))} tokens of responses: its "
+            f"{'forward is' if work.watched else 'two forwards are'} {look['share_of_passes']:.2%} of the log-prob and training "
+            "passes; regression "
             f"{look['fit_flops'] / 1e12:,.1f} TFLOP in fp32 and {look['solve_flops'] / 1e12:,.1f} in float64, by all ranks together"
         )
     console.print(Text("\n".join(lines)))

@@ -44,6 +44,7 @@ class Workload:
         padded: one column per sequence instead of packed sequences.
         horizons: pushes of each version, for so many horizons (`engine_weights(horizon=)`).
         look_ahead: share of a replica's sequences that a look-ahead runs over; the trainer's by default.
+        watched: they are of the last mini-step, which was watched for it (`actor_update(watched=)`), as the trainer does.
     """
 
     batch: int = 256
@@ -55,11 +56,12 @@ class Workload:
     padded: bool = False
     horizons: int = 1
     look_ahead: float = 0.25
+    watched: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1 and field.name not in ("padded", "look_ahead"):
+            if value is not None and value < 1 and field.name not in ("padded", "look_ahead", "watched"):
                 raise ConfigError(f"{field.name}={value}: expected at least 1")
         if not 0.0 < self.look_ahead <= 1.0:
             raise ConfigError(f"look_ahead={self.look_ahead}: expected a share of the sequences, above 0 and at most 1")
@@ -74,6 +76,11 @@ class Workload:
         """Micro-batches of every mini-step of a replica that trains `count` sequences."""
         ends = [count * i // self.mini_steps for i in range(self.mini_steps + 1)]
         return [_parts(start, stop, self.micro_batch) for start, stop in pairwise(ends)]
+
+    def looked_at(self, count: int) -> int:
+        """Sequences of a replica's look-ahead."""
+        wanted = math.ceil(self.look_ahead * count)
+        return min(wanted, count - count * (self.mini_steps - 1) // self.mini_steps) if self.watched else wanted
 
     def log_prob_parts(self, count: int) -> list[Part]:
         """Micro-batches of the old-log-prob pass."""
@@ -174,7 +181,7 @@ def replica_tokens(layout: ParallelLayout, work: Workload, samples: list[Sample]
             sent += np.bincount(before[before != after], minlength=len(zero))
         fetched += arrived
         held = np.maximum(held, arrived)
-    looked_at = _parts(0, math.ceil(work.look_ahead * count), work.micro_batch)
+    looked_at = _parts(0, work.looked_at(count), work.micro_batch)
     looked = [place_N[work.prompt - 1 : work.seq - 1] for _, place_N in _by_sequence(looked_at, cut_of)]
     return ReplicaTokens(
         sequences=count,

@@ -7,6 +7,9 @@ regressed on the router inputs:
     y_t   = p(theta + c u)_t - p(theta)_t - c U h_t          what the gate's own update U does not explain
     W_p   = m (U + ridge(y on h) / c)
 
+Where the last training pass kept its router inputs and logits, one forward is enough: that pass ran under the weights before the
+last update, which u repeats, so y_t = p(theta)_t - p(theta - u)_t - U h_t.
+
 m and c are in units of the last update. The next n of them are taken for reach + ... + reach^n times the last one: each is worth
 less than the one before, since a momentum decays where the gradients to come are new. Everything is in closed form: there is no
 learning rate, and nothing is kept over batches but the optimizer's moments.
@@ -17,7 +20,7 @@ Shape suffixes: T rows of a router's input on this rank, S sampled ones, L local
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 from megatron_pr2.prediction.ahead_weights import ahead, dense_parameters, swapped_in
 from megatron_pr2.prediction.predictor import ExtrapolatingPredictor, shift_logits
 from megatron_pr2.prediction.ridge import ridge_fit
-from megatron_pr2.replay.micro_batch import BoundMicroBatch
+from megatron_pr2.replay.micro_batch import BoundMicroBatch, MicroBatch
 from megatron_pr2.replay.session import Observer
 from megatron_pr2.replay.sites import RouterSite
 
@@ -74,6 +77,29 @@ class LookAhead:
         self._sites, self._group = list(sites), token_group
         # A shift of all logits alike changes nothing under softmax, and is noise to the regression.
         self._centred = score_function == "softmax"
+        self.forget()
+
+    def forget(self) -> None:
+        """Frees what a watched pass left."""
+        self._rows: Mapping[MicroBatch, Tensor] = {}
+        self._inputs: dict[tuple[int, MicroBatch], Tensor] = {}
+        self._logits: dict[tuple[int, MicroBatch], Tensor] = {}
+
+    def watch(self, rows: Mapping[MicroBatch, Tensor]) -> Observer:
+        """The observer of the first of the two forwards: keeps router inputs and logits of these rows until :meth:`run`."""
+        self.forget()
+        self._rows = rows
+        return self._keep
+
+    def watched(self, micro_batches: Sequence[MicroBatch]) -> dict[MicroBatch, Tensor] | None:
+        """Their rows, if the last training pass was watched for them."""
+        known = bool(micro_batches) and all(each in self._rows for each in micro_batches)
+        return {each: self._rows[each] for each in micro_batches} if known else None
+
+    def _keep(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
+        if (rows_S := self._rows.get(bound.micro_batch)) is not None:
+            key = site.local, bound.micro_batch
+            self._inputs[key], self._logits[key] = h_TH.index_select(0, rows_S), p_TE.index_select(0, rows_S).float()
 
     @torch.no_grad()
     def run(
@@ -81,7 +107,7 @@ class LookAhead:
         optimizer: Any,
         gate_updates_LEH: Tensor,
         multiple: float,
-        rows: Mapping[Hashable, Tensor],
+        rows: Mapping[MicroBatch, Tensor],
         forward: Callable[[Observer], None],
     ) -> Tensor:
         """The change of every router per update, [L, E, H] fp32; the model, its optimizer and the random states stay as they are.
@@ -90,32 +116,32 @@ class LookAhead:
 
         Args:
             multiple: c, at least 1.
-            rows: of every micro-batch by key, the rows of this rank that are looked at, on the device.
+            rows: of every micro-batch, the rows of this rank that are looked at, on the device; those of the last training pass, if
+                it was watched for them, are run once and not twice.
             forward: runs the same micro-batches once with their routes, with an observer.
         """
-        inputs: dict[tuple[int, Hashable], Tensor] = {}
-        # After the first forward what the logits become if only the gate moves, after the second how far from that they are.
-        shifts: dict[tuple[int, Hashable], Tensor] = {}
-
-        def keep(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-            key, rows_S = (site.local, bound.micro_batch.key), rows[bound.micro_batch.key]
-            inputs[key] = h_TH.index_select(0, rows_S)
-            shift_SE = shift_logits(inputs[key].float(), gate_updates_LEH[site.local])
-            shifts[key] = torch.add(p_TE.index_select(0, rows_S).float(), shift_SE, alpha=multiple)
+        watched = self.watched(list(rows)) is not None
+        multiple = 1.0 if watched else multiple
 
         def compare(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
-            key, rows_S = (site.local, bound.micro_batch.key), rows[bound.micro_batch.key]
-            y_SE = p_TE.index_select(0, rows_S).float() - shifts[key]
-            shifts[key] = y_SE - y_SE.mean(-1, keepdim=True) if self._centred else y_SE
+            key = site.local, bound.micro_batch
+            y_SE = p_TE.index_select(0, rows[bound.micro_batch]).float() - self._logits[key]
+            y_SE -= multiple * shift_logits(self._inputs[key].float(), gate_updates_LEH[site.local])
+            self._logits[key] = y_SE - y_SE.mean(-1, keepdim=True) if self._centred else y_SE
 
         with _random_states_kept():
-            forward(keep)
-            with swapped_in(self._parameters, ahead(optimizer, self._parameters, multiple)):
+            if watched:
                 forward(compare)
+            else:
+                forward(self.watch(rows))
+                with swapped_in(self._parameters, ahead(optimizer, self._parameters, multiple)):
+                    forward(compare)
+        found, self._rows = (self._inputs, self._logits), {}
         if not self._sites:
             return gate_updates_LEH
         # Given away layer by layer: all of them are not there twice.
-        h, y = ([torch.cat([of.pop((site.local, key)) for key in rows]) for site in self._sites] for of in (inputs, shifts))
+        h, y = ([torch.cat([of.pop((site.local, each)) for each in rows]) for site in self._sites] for of in found)
+        self.forget()
         return torch.add(gate_updates_LEH, ridge_fit(h, y, RIDGE, self._group), alpha=1.0 / multiple)
 
 

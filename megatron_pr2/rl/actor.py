@@ -42,7 +42,7 @@ from megatron_pr2.rl.pending import pending_shards, read_pending
 from megatron_pr2.rl.proximal import ProximalPolicy
 
 logger = logging.getLogger(__name__)
-LOOK_AHEAD_SHARE = 0.25  # of a rollout batch's samples
+LOOK_AHEAD_SHARE = 0.25  # of a rollout batch's samples, at most those of its last mini-step
 # Opens a replay session over micro-batches: pr2.old_logprobs or pr2.replay.
 Pass = Callable[[Sequence[MicroBatch]], AbstractContextManager[ReplaySession]]
 LossFunction = Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
@@ -63,6 +63,7 @@ class Actor:
             ConfigError, AttachError: the checkpoint is not a MoE model that replay can run on.
         """
         self._config, self._hf_path, self._pad_id = config, Path(hf_path), pad_id
+        self._watched: list[dict[str, Any]] = []  # micro-batches that a look-ahead will run again
         dtype = getattr(torch, config.model.dtype)
         self._bridge, self.chunks = load_model(
             hf_path,
@@ -161,7 +162,9 @@ class Actor:
         self.optimizer.zero_grad()
         self._loss.begin(items)
         replayed = [item["micro_batch"] for item in items]
-        with self.pr2.actor_update(replayed, mini_step) as session, self._loss.training_pass(session):
+        self._watched = items[: self._to_watch(mini_step, len(samples))]
+        watched = replayed[: len(self._watched)]
+        with self.pr2.actor_update(replayed, mini_step, watched=watched) as session, self._loss.training_pass(session):
             results = self._run(session.forward_step(partial(self._forward_step, self._loss)), items, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         if self.proximal is not None:
@@ -174,13 +177,19 @@ class Actor:
             **report,
         }
 
-    def look_ahead(self, samples: Sequence[Sample]) -> None:
-        """After the last mini-step: what the next updates will do to the routers, on a share of the batch's samples."""
-        size = self._config.algorithm.micro_batch_size
-        items = micro_batches(samples[: math.ceil(LOOK_AHEAD_SHARE * len(samples))], size, self._pad_id)
+    def _to_watch(self, mini_step: int, samples: int) -> int:
+        """How many micro-batches of a mini-step a look-ahead will run again: a share of the rollout batch, of the last one."""
+        algorithm = self._config.algorithm
+        if mini_step < algorithm.mini_steps or not self.pr2.config.looks_ahead:
+            return 0
+        return math.ceil(LOOK_AHEAD_SHARE * algorithm.mini_steps * samples / algorithm.micro_batch_size)
+
+    def look_ahead(self) -> None:
+        """After the last mini-step: what the next updates will do to the routers, by what the last one did."""
+        items = self._watched
 
         def forward(session: ReplaySession) -> None:
-            self._run(session.forward_step(partial(self._forward_step, _collect_logprobs)), items, forward_only=True)
+            self._run(session.forward_step(partial(self._forward_step, None)), items, forward_only=True)
 
         for chunk in self.chunks:
             chunk.eval()
@@ -266,17 +275,22 @@ class Actor:
         )
         return list(results)
 
-    def _forward_step(self, loss: LossFunction, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
+    def _forward_step(self, loss: LossFunction | None, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
         item = next(data_iterator)
         device = next(model.parameters()).device
         on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in item.items()}
         logits_BSV = model(on_device["tokens"], on_device["position_ids"], None)
-        return logits_BSV, partial(self._calculate, loss, on_device)
+        return logits_BSV, _nothing if loss is None else partial(self._calculate, loss, on_device)
 
     def _calculate(self, loss: LossFunction, item: dict[str, Any], logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         # The behaviour policy sampled at this temperature, so that is the policy that the ratio is of.
         scaled = logits_BSV.float() / self._config.rollout.temperature
         return loss(item, -vocab_parallel_cross_entropy(scaled, item["labels"]))
+
+
+def _nothing(logits_BSV: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Of a forward that is run for its routers only."""
+    return logits_BSV.new_zeros(()), torch.zeros((), dtype=torch.int, device=logits_BSV.device), {}
 
 
 def _collect_logprobs(item: dict[str, Any], logprobs_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -141,7 +141,7 @@ class Trainer:
     def _train_step(self) -> None:
         started = time.monotonic()
         own = {"step": self._step, "seed": self._config.seed, "preset": self._config.preset}
-        self._record = {**own, "seconds": {}, "weight_bytes": 0, "gate_bytes": 0}
+        self._record = {**own, "seconds": {}, "cpu_seconds": {}, "weight_bytes": 0, "gate_bytes": 0}
         self._retrying(lambda: None)
         with self._timed("rollout"):
             samples, stats = self._rollout()
@@ -164,7 +164,7 @@ class Trainer:
                 mini_steps.append(self._actor.update(mini_batch, mini_step))
         if self._actor.pr2.config.looks_ahead:
             with self._timed("look_ahead"):
-                self._actor.look_ahead(samples)
+                self._actor.look_ahead()
         seconds, group = time.monotonic() - started, mpu.get_data_parallel_group()
         self._record |= {
             "wall_seconds": seconds,
@@ -326,7 +326,9 @@ class Trainer:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         self.monitor.phase(phase.replace("_", " "))
-        started = time.monotonic()
+        clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+        started = {name: clock() for name, clock in clocks.items()}
         yield
-        seconds = self._record["seconds"]
-        seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - started
+        for name, clock in clocks.items():
+            taken = self._record[name]
+            taken[phase] = taken.get(phase, 0.0) + clock() - started[name]

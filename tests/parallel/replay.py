@@ -171,7 +171,7 @@ class Run:
         dist.all_gather_object(everyone, found)
         return {key: value for part in everyone for key, value in part.items()}, session
 
-    def training_pass(self, logprobs: LogProbs) -> tuple[list[dict[str, Any]], float, ReplaySession]:
+    def training_pass(self, logprobs: LogProbs, *, watch: bool = False) -> tuple[list[dict[str, Any]], float, ReplaySession]:
         items = self.items("new", self.case.new)
         for item in items:
             keys = torch.stack([item["sequence"], item["position"]], dim=-1).flatten(0, 1).tolist()
@@ -186,7 +186,8 @@ class Run:
             sums.add_(columns)
             return loss, item["mask"].sum().int(), {}
 
-        with self.pr2.actor_update([item["micro_batch"] for item in items], mini_step=2) as session:
+        micro_batches = [item["micro_batch"] for item in items]
+        with self.pr2.actor_update(micro_batches, mini_step=2, watched=micro_batches if watch else []) as session:
             self.schedule(session, items, loss_func, training=True)
         # Tensor-parallel ranks of the last stage have the same sums, other stages have none.
         if self.place.tp_rank:

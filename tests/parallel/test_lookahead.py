@@ -28,7 +28,9 @@ from tests.parallel.test_matrix import CASES, model_config
 TOLERANCE = 2e-3
 
 
-def look(path: Path, case: Case, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[dict[int, Tensor], bool]:
+def look(
+    path: Path, case: Case, dtype: torch.dtype = torch.float32, *, watch: bool = False, **settings: Any
+) -> tuple[dict[int, Tensor], bool]:
     """W_p by layer after a mini-step and a look-ahead, and whether the policy is what it was before."""
     host.init(**case.layout)
     sharded = case.ddp.get("use_distributed_optimizer", False)
@@ -56,7 +58,7 @@ def look(path: Path, case: Case, dtype: torch.dtype = torch.float32, **settings:
     run = Run(pr2, None, chunks, case, optimizer)
     run.begin_rollout()
     logprobs, _ = run.old_logprobs()
-    run.training_pass(logprobs)
+    run.training_pass(logprobs, watch=watch)
     assert optimizer.step()[0]
     pr2.step()
     items = run.items("ahead", case.new)
@@ -103,6 +105,21 @@ def test_every_layout_finds_the_same(checkpoint: Path, expected: dict[int, Tenso
             seen.add(layer)
             assert compare.relative(w_EH, expected[layer]) < TOLERANCE
     assert seen == set(expected)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2-vpp2", pytest.param("cp2-packed-zero", marks=pytest.mark.exhaustive)])
+def test_every_layout_finds_the_same_of_a_watched_pass(checkpoint: Path, expected: dict[int, Tensor], name: str) -> None:
+    """One forward after the update says roughly what two say of the next one, whose experts stay."""
+    ((single, untouched),) = pool(1).run(look, checkpoint, Case(), watch=True)
+    assert untouched
+    for layer, w_EH in single.items():
+        assert not torch.equal(w_EH, expected[layer])
+        assert float(torch.cosine_similarity(w_EH.flatten(), expected[layer].flatten(), dim=0)) > 0.3
+    case = CASES[name]
+    for found, untouched in pool(case.processes).run(look, checkpoint, case, watch=True):
+        assert untouched
+        for layer, w_EH in found.items():
+            assert compare.relative(w_EH, single[layer]) < TOLERANCE
 
 
 def test_bf16_looks_ahead_from_the_fp32_copies(checkpoint: Path, expected: dict[int, Tensor]) -> None:

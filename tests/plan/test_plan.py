@@ -395,10 +395,14 @@ def look_job(checkpoint: Path, tensor: int) -> dict[str, int]:
 def test_a_look_ahead_holds_and_moves_what_is_planned(tiny_checkpoint: Path, tensor: int) -> None:
     spec = load_spec(str(tiny_checkpoint))
     layout = make_layout(spec, tensor=tensor, data=2 // tensor)
-    work = Workload(batch=2 * layout.data, seq=10, prompt=4, micro_batch=2, padded=True, look_ahead=1.0)
+    work = Workload(batch=2 * layout.data, seq=10, prompt=4, micro_batch=2, padded=True, look_ahead=1.0, watched=False)
     made = plan(spec, layout, work, PR2Config.preset("pr2", predictor="lookahead"))
     to_owner, to_all = reduced_bytes(len(spec.moe_layers), spec.num_experts, spec.hidden)
     assert made.look_ahead["tokens"] == 12 * layout.data
+    assert made.look_ahead["share_of_passes"] == 0.5
+    once = plan(spec, layout, replace(work, watched=True, mini_steps=1), made.config)
+    assert once.look_ahead == made.look_ahead | {"share_of_passes": 0.25}
+    assert once.total.memory == made.total.memory | {"look_weights": 0}
     for rank, found in enumerate(pool(2).run(look_job, tiny_checkpoint, tensor)):
         memory, moved = made.rank(rank).memory, made.rank(rank).moved
         assert {name: found[name] for name in ("look_weights", "look_inputs")} == {

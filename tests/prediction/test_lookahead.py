@@ -200,12 +200,12 @@ def test_what_the_actor_records_is_predicted_for_each_sequences_own_updates(pred
             torch.testing.assert_close(own * push.momentum_LEH, sequence * parts)
 
 
-def rolled_out(config: PR2Config) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:
-    """A toy after one batch with two mini-steps."""
+def rolled_out(config: PR2Config, *, watch: bool = False) -> tuple[PR2, toy.ToyChunk, list[toy.Batch]]:
+    """A toy after one batch with two mini-steps, which may be watched."""
     chunk = toy.ToyChunk(toy.toy_config())
     pr2 = attach(chunk, config, torch.optim.Adam(chunk.parameters(), lr=1e-2))
     data = begun(pr2, chunk, 2)
-    train(pr2, chunk, data)
+    train(pr2, chunk, data, watch=watch)
     return pr2, chunk, data
 
 
@@ -220,11 +220,11 @@ def begun(pr2: PR2, chunk: toy.ToyChunk, mini_steps: int, *, known: bool = False
     return data
 
 
-def train(pr2: PR2, chunk: toy.ToyChunk, data: list[toy.Batch]) -> None:
+def train(pr2: PR2, chunk: toy.ToyChunk, data: list[toy.Batch], *, watch: bool = False) -> None:
     """A mini-step with each of them."""
     for batch in data:
         pr2.optimizer.zero_grad()
-        with pr2.actor_update([batch.micro_batch]) as session:
+        with pr2.actor_update([batch.micro_batch], watched=[batch.micro_batch] if watch else []) as session:
             session.begin(chunk, batch.micro_batch)
             chunk(batch.inputs_SBH).square().sum().backward()
         pr2.optimizer.step()
@@ -268,6 +268,45 @@ def test_a_forgotten_look_ahead_is_said(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         pr2.end_rollout()
     assert "no look_ahead() in this rollout batch" in caplog.text
+
+
+def test_what_was_watched_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the model's own weights; the logits' shift since the last update is what the regression gets."""
+    pr2, chunk, data = rolled_out(toy.preset("pr2", predictor="lookahead"), watch=True)
+    fitted: dict[str, list[Tensor]] = {}
+
+    def fit(inputs: list[Tensor], shifts: list[Tensor], *_: object) -> Tensor:
+        fitted.update(inputs=inputs, shifts=shifts)
+        return ridge_fit(inputs, shifts, 1e-2, None)
+
+    monkeypatch.setattr("megatron_pr2.prediction.lookahead.ridge_fit", fit)
+    monkeypatch.setattr("megatron_pr2.prediction.lookahead.swapped_in", None)
+    assert pr2._look is not None
+    (rows,) = (each.clone() for each in pr2._look._rows.values())
+    logits_then = [each.clone() for each in pr2._look._logits.values()]
+    logits_now: list[Tensor] = []
+    for site in pr2.sites:
+        gating = site.router.gating
+        monkeypatch.setattr(site.router, "gating", lambda h, gating=gating: logits_now.append(gating(h)) or logits_now[-1])
+    look(pr2, chunk, data[-1:])
+    updates_LEH = pr2.horizon.gate_updates()
+    assert len(logits_now) == len(pr2.sites)
+    for layer, (then_SE, now_TE) in enumerate(zip(logits_then, logits_now, strict=True)):
+        y_SE = now_TE.detach().view(-1, EXPERTS)[rows] - then_SE - fitted["inputs"][layer] @ updates_LEH[layer].t()
+        torch.testing.assert_close(fitted["shifts"][layer], y_SE - y_SE.mean(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+        assert bool(y_SE.abs().max() > 1e-4) == (layer > 0)  # the first one's inputs stay
+    assert not pr2._look._inputs
+
+
+def test_what_was_watched_before_another_update_is_not_used() -> None:
+    pr2, chunk, _ = rolled_out(toy.preset("pr2", predictor="lookahead"), watch=True)
+    assert pr2._look is not None
+    assert pr2._look._inputs
+    pr2.end_rollout()
+    assert not pr2._look._inputs
+    for watch, batch in zip((True, False), begun(pr2, chunk, 2), strict=True):
+        train(pr2, chunk, [batch], watch=watch)
+        assert bool(pr2._look._inputs) == watch
 
 
 def test_other_predictors_do_not_look_ahead() -> None:

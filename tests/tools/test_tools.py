@@ -90,3 +90,14 @@ def test_replay_removes_most_of_the_mismatch_of_a_bf16_engine(tiny_checkpoint: P
     assert report["missing_routes"] == 0
     assert report["gap_with_replay"]["kl"] < 0.5 * report["gap_without_replay"]["kl"]
     assert report["gap_with_replay"]["mean"] < report["gap_without_replay"]["mean"]
+
+
+@pytest.mark.exhaustive
+def test_phases_of_a_rollout_batch(tiny_checkpoint: Path) -> None:
+    settings = ["rollout.prompts=4", "rollout.responses=4", "algorithm.mini_steps=2", "--steps", "2"]
+    phases = run_tool("bench_phases.py", *settings, f"model.path={tiny_checkpoint}", timeout=600)["phases"]
+    sys.stdout.write(f"{phases}\n")
+    assert {"push", "rollout", "old_logprobs", "update", "look_ahead"} <= set(phases)
+    for clock in ("share", "cpu_share"):
+        assert sum(phase[clock] for phase in phases.values()) == pytest.approx(1.0, abs=0.2)
+        assert 0.0 < phases["look_ahead"][clock] < 0.5
