@@ -44,7 +44,7 @@ def train(
         Path | None, typer.Option(help="JSONL of prompt/answer, or of GSM8K's question/answer. Default: generated arithmetic.")
     ] = None,
 ) -> None:
-    """Trains a MoE policy by GRPO with routes replayed (preset grpo, r2, r3 or pr2).
+    """Trains a MoE policy by GRPO with routes replayed (preset grpo, r2, r3, pr2 or pr2-lookahead).
 
     A run directory that holds an unfinished run of the same settings is continued from its last checkpoint.
     The last line printed is a JSON object with the results.

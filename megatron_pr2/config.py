@@ -1,4 +1,4 @@
-"""PR2Config: what is replayed and what predicts it; two orthogonal switches and four presets (design decision 3)."""
+"""PR2Config: what is replayed and what predicts it; two orthogonal switches and five presets (design decision 3)."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, str]] = {
     "r2": {"routes": "actor", "predictor": "none"},
     "r3": {"routes": "engine", "predictor": "none"},
     "pr2": {"routes": "engine", "predictor": "learned"},
+    "pr2-lookahead": {"routes": "engine", "predictor": "lookahead"},
 }
 
 
@@ -62,19 +63,21 @@ class PR2Config:
         target: what the predictor matches: `post`, the distribution of the updated router, or `delta`, the change of its logits
             (the paper's ablation).
         alpha: learning rate of the predictor, relative to the policy's current one. Lower it if the report says that prediction
-            hurt, raise it if it made no difference. The paper used 1e3 to 1e4 at policy rates near 1e-6.
+            hurt, raise it if it made no difference (docs/predictor.md#alpha). The paper used 1e3 to 1e4 at policy rates near 1e-6.
         betas: decay rates of the predictor's own Adam.
         eps: epsilon of the predictor's own Adam.
         momentum: factor c in W_p = c * horizon * (the gate's last update), for `momentum`.
         reach: how much less each further update counts, for `lookahead`: n updates ahead are taken for reach + reach^2 + ... +
-            reach^n times the last one.
+            reach^n times the last one, of which `hold_back` uses a share.
         horizon: updates between the weights that a rollout is sampled under and those that train on it, on average, for
             `momentum` and `lookahead`. 0 takes (kappa - 1) / 2 for the kappa mini-steps that it sees; an asynchronous pipeline adds
             the updates that it is behind. Lift and hold-back compare with the weights of the old-log-prob pass: where these are
             newer than the rollout's, hold-back uses less of a longer horizon.
         hold_back: scale each layer's W_p by the beta in [0, 1] under which predicted routes agreed best with the updated routers in
             the last rollout batches, on sampled tokens that nothing learned from; 0 (exactly `r3`) until a gain is measured.
-            `false` is the paper: beta = 1 always.
+            `false` is the paper: beta = 1 always. For `lookahead` beta is in [0, 1.5], for each horizon, from second moments of
+            predicted and true drift; until three batches are known 1 for a horizon of its own and 0 for one that serves all
+            mini-steps (docs/predictor.md).
         held_out_share: share of the sampled tokens on which `hold_back` measures a prediction. Raise it for small models and
             batches, where a few hundred tokens say little; up to 1 for `momentum` alone.
         hold_back_decay: weight of a rollout batch in `hold_back`'s measurement, relative to the next one's: 0.9 remembers ten to
@@ -105,7 +108,7 @@ class PR2Config:
     route_delivery: str = "scatter"
     predictor: str = "learned"
     target: str = "post"
-    alpha: float = 1.0
+    alpha: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 1.0
@@ -147,7 +150,7 @@ class PR2Config:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PR2Config:
-        """Config of a named method: grpo, r2, r3 or pr2, which differ in `routes` and `predictor` only.
+        """Config of a named method, one of PRESETS, which differ in `routes` and `predictor` only.
 
         Raises:
             ConfigError: unknown preset or setting.

@@ -12,6 +12,7 @@ each rank takes the layers that it has. The current rollout batch can be kept as
     pr2.predictor.layers.<layer>.momentum, .lookahead     [E, H] fp32, W_p of predictor="momentum" or "lookahead"
     pr2.predictor.layers.<layer>.horizon                  [] fp32, updates that it is made for
     pr2.predictor.layers.<layer>.hold_back                [rows, steps] fp64, measured gains (prediction.hold_back)
+    pr2.predictor.layers.<layer>.multiples                [mini-steps, columns] fp64, moments of drift (prediction.multiples)
 
 Each is there if the strategy that wrote has it; a strategy that reads takes what it knows, the rest starts at its initial value.
 """
@@ -41,7 +42,6 @@ __all__ = ["load", "load_rollout", "load_sharded_state_dict", "save", "sharded_s
 logger = logging.getLogger(__name__)
 
 PREFIX = "pr2.predictor.layers."
-HOLD_BACK = "hold_back"
 
 
 def save(pr2: Contents, directory: str | Path, *, rollout: bool = False) -> None:
@@ -123,7 +123,7 @@ def _load_predictor(pr2: Contents, predictor: RoutePredictor, state: dict[str, A
     tensors = {name: torch.stack([loaded[f"{PREFIX}{site.hidden_layer}.{name}"] for site in pr2.sites]) for name in names}
     _require_finite(pr2, tensors, "it is not loaded; load an earlier checkpoint, or start without its predictor")
     if pr2.measurement.hold_back is not None:
-        pr2.measurement.hold_back.load_state(tensors.pop(HOLD_BACK, None))
+        pr2.measurement.hold_back.load_state(tensors.pop(pr2.measurement.hold_back.kind, None))
     predictor.load_state(tensors)
 
 
@@ -145,7 +145,7 @@ def _shards(pr2: Contents, wanted: Collection[str] | None) -> dict[str, Any]:
     assert pr2.predictor is not None
     tensors_of = pr2.predictor.state()
     if pr2.measurement.hold_back is not None:
-        tensors_of[HOLD_BACK] = pr2.measurement.hold_back.state()
+        tensors_of[pr2.measurement.hold_back.kind] = pr2.measurement.hold_back.state()
     replica = replica_id()
     state: dict[str, Any] = {}
     for name, tensors in tensors_of.items():

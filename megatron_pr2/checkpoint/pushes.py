@@ -2,7 +2,7 @@
 
     push<n>.w, .momentum       [E, H] fp32: the W_p that routes were predicted with, and an extrapolation that is a part of it
     push<n>.gate, .arrived     [E, H]: W, and W + beta W_p as the engine got it
-    push<n>.numbers            [4] fp64: beta, the delivered share, hold-back's lift and its error at the push; NaN: not known
+    push<n>.numbers            [4] fp64: beta, the delivered share, what hold-back reported beside at the push; NaN: not known
 
 They are numbered as they were pushed, from 0.
 """
@@ -41,7 +41,7 @@ def push_parts(pr2: Contents, pushes: Iterable[Push], numbers: Mapping[PushName,
     for push in pushes:
         for site in pr2.sites if push.name in numbers else ():
             unknown = [math.nan] * len(pr2.sites)
-            of_layers = push.beta, push.delivered, *(push.held.get(name, unknown) for name in ("lift", "lift_error"))
+            of_layers = push.beta, push.delivered, *(push.held.get(name, unknown) for name in _reports(pr2))
             numbers_4 = torch.tensor([each[site.local] for each in of_layers], dtype=torch.float64)
             parts = {"w": push.w_LEH[site.local], "numbers": numbers_4}
             if push.momentum_LEH is not None:
@@ -80,14 +80,15 @@ def read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number: 
     for part in ("w", "numbers", "momentum", "gate", "arrived"):
         found = (read(site.hidden_layer, f"push{number}.{part}") for site in pr2.sites)
         parts[part] = [tensor for tensor in found if tensor is not None]
-    beta, delivered, lift, error = np.array([four.tolist() for four in parts.pop("numbers")]).reshape(-1, 4).T.tolist()
+    beta, delivered, *held = np.array([four.tolist() for four in parts.pop("numbers")]).reshape(-1, 4).T.tolist()
+    reported = {report: values for report, values in zip(_reports(pr2), held, strict=True) if report}
     on_device = {part: [tensor.to(like_LEH.device) for tensor in tensors] for part, tensors in parts.items()}
     return Push(
         version=name[0],
         horizon=name[1],
         layers=[site.layer for site in pr2.sites],
         beta=beta,
-        held={} if pr2.measurement.hold_back is None else {"beta": beta, "lift": lift, "lift_error": error},
+        held={} if pr2.measurement.hold_back is None else {"beta": beta, **reported},
         w_LEH=torch.stack(on_device["w"]) if pr2.sites else like_LEH.clone(),
         gates=on_device["gate"],
         arrived=on_device["arrived"],
@@ -96,3 +97,10 @@ def read_push(pr2: Contents, read: Callable[[int, str], Tensor | None], number: 
         delivered=delivered,
         number=number,
     )
+
+
+def _reports(pr2: Contents) -> tuple[str, str]:
+    """Names of what hold-back reports beside beta; "" for a place that it leaves empty."""
+    names = [] if pr2.measurement.hold_back is None else list(pr2.measurement.hold_back.reports)
+    first, second, *_ = [*names, "", ""]
+    return first, second

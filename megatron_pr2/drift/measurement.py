@@ -21,6 +21,7 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.feature_plan import FeaturePlan
 from megatron_pr2.drift.features import H_DTYPE, FeatureStore, Located
 from megatron_pr2.drift.metrics import DriftMetrics, drift_columns
+from megatron_pr2.drift.moments import MOMENTS
 from megatron_pr2.drift.pushed import Pushed, RowsOfPush, moments, predicted, rows_of
 from megatron_pr2.errors import ReplayError
 from megatron_pr2.parallel.grid import IntArray
@@ -29,6 +30,7 @@ from megatron_pr2.parallel.replica import Replica
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.hold_back import HoldBack
 from megatron_pr2.prediction.horizon import Horizon
+from megatron_pr2.prediction.multiples import Multiples
 from megatron_pr2.prediction.predictor import RoutePredictor, shift_logits
 from megatron_pr2.prediction.pushes import Version
 from megatron_pr2.replay.alignment import Agreement, AgreementCheck, compared_rows
@@ -103,10 +105,13 @@ class Measurement:
         )  # fmt: skip
         self.engine_agreement: Agreement | None = None
         self.drift = DriftMetrics(len(sites), device, moments=config.keeps_inputs)
-        self.hold_back: HoldBack | None = None
-        if predictor is not None and config.hold_back:
-            how = {"decay": config.hold_back_decay, "confidence": config.hold_back_confidence}
-            self.hold_back = HoldBack(len(sites), **how, device=device)
+        # A look-ahead is judged by the moments of drift, anything else by experts of tokens that it did not learn from.
+        judged, decay, confidence = config.predicts and config.hold_back, config.hold_back_decay, config.hold_back_confidence
+        self._multiples = Multiples(len(sites), decay=decay) if judged and config.looks_ahead else None
+        self._counts: HoldBack | None = None
+        if judged and self._multiples is None:
+            self._counts = HoldBack(len(sites), decay=decay, confidence=confidence, device=device)
+        self.hold_back: HoldBack | Multiples | None = self._multiples or self._counts
         self.pushes = Pushed(config, self._sites, predictor, self.hold_back)
         self.learning = False
         self._located: dict[Hashable, SampledRows] = {}
@@ -143,7 +148,7 @@ class Measurement:
         self._tokens = tokens
         self.pushes.begin(sequences, tokens, sampled, horizon, version)
         self.held_out = np.zeros(tokens.total, dtype=bool)
-        if self.hold_back is not None:
+        if self._counts is not None:
             self.held_out = held_out_tokens(sequences, tokens, sampled, self._config.seed, self._config.held_out_share)
         self._horizon = horizons(sequences, tokens, horizon, self._predictor.size_of) if horizon and self._predictor else None
         compared = compared_rows(tokens, valid, self._config.seed)
@@ -216,7 +221,7 @@ class Measurement:
             if brought:
                 self.features.remove_last()
 
-    def step(self, lr: float, horizon: Horizon) -> dict[str, Any]:
+    def step(self, lr: float, mini_step: int, horizon: Horizon) -> dict[str, Any]:
         """Ends a mini-step; collective over the token group and the pipeline. See `PR2.step` for what it returns.
 
         Args:
@@ -236,10 +241,11 @@ class Measurement:
         absent, drift = self.features_absent, self.drift.read(self._token_group) if self._config.drift else {}
         if drift and self._predictor is not None and not self._config.keeps_inputs:
             drift["kl_predicted"] = [math.nan] * len(self._sites)
-        held: dict[str, list[float]] = {}
-        if self.hold_back is not None:
-            self.hold_back.read(self._token_group)
-            held = self.hold_back.used
+        held = {} if self.hold_back is None else self.hold_back.used
+        if self._counts is not None:
+            self._counts.read(self._token_group)
+        if self._multiples is not None and drift:
+            self._multiples.observe(mini_step, *(drift[name] for name in ("tokens", *MOMENTS[:3])))
         self.discard()
         per_layer = drift | (pushed := self.pushes.report()) | {f"hold_back.{name}": values for name, values in held.items()}
         per_layer, update = whole_model([site.column for site in self._sites], per_layer, update)
@@ -262,8 +268,8 @@ class Measurement:
         self.drift.discard()
         if self._predictor is not None:
             self._predictor.discard()
-        if self.hold_back is not None:
-            self.hold_back.discard()
+        if self._counts is not None:
+            self._counts.discard()
 
     def keep_features(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         """The observer of the log-prob pass."""
@@ -319,9 +325,9 @@ class Measurement:
                 learned_from = (rows_of(x, rows.learning) for x in (h_old_SH, p_old_SE, p_SE, shift_SE))
                 self._predictor.accumulate(site.local, *learned_from)
             for part in rows.of_pushes:
-                if self.hold_back is not None and part.held_out is not None:
+                if self._counts is not None and part.held_out is not None:
                     *judged_on, h_SH = (rows_of(x, part.held_out) for x in (current_SK, frozen_SK, p_old_SE, h_old_SH))
-                    self.hold_back.add(site.local, select_old, part.push.shifts(site.local, h_SH), *judged_on)
+                    self._counts.add(site.local, select_old, part.push.shifts(site.local, h_SH), *judged_on)
         columns = drift_columns(current_SK, replayed_SK, frozen_SK, p_SE, p_old_SE, q_hat_SE, self._score_function)
         self.drift.add(site.local, torch.cat((columns, *of_prediction)))
 
@@ -334,7 +340,7 @@ class Measurement:
         for micro_batch, tokens_T in zip(micro_batches, rows, strict=True):
             where = self.features.locate(tokens_T, self._device)
             held, horizon_S1 = self.held_out[where.tokens], None
-            learning = None if self.hold_back is None else self._to_device(np.nonzero(~held)[0])
+            learning = None if self._counts is None else self._to_device(np.nonzero(~held)[0])
             of_pushes = self.pushes.rows(where.tokens, held, self._to_device)
             if self._horizon is not None:
                 horizon_S1 = self._to_device(self._horizon[where.tokens][:, None])

@@ -68,7 +68,7 @@ class MiniSteps:
 
     def _end(self, rate: float) -> dict[str, Any]:
         self._progress.open = False
-        report = self._measurement.step(rate, self._horizon)
+        report = self._measurement.step(rate, self._progress.mini_step, self._horizon)
         self._scalars = scalars(report, self._measurement.engine_agreement, self._measurement.sample_fraction)
         return report
 

@@ -168,8 +168,8 @@ class Parts:
                 "that rollouts are behind", self.progress.mini_step,
             )  # fmt: skip
         multiple = max(1.0, self.predictor.size_of(updates))
-        change_LEH = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
-        self.predictor.look(change_LEH, updates)
+        change_LEH, squares_L = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
+        self.predictor.look(change_LEH, squares_L, updates)
         if not math.isfinite(self.predictor.weight_norm()):
             self.measurement.pushes.start_over()
         self.progress.looked = True

@@ -26,6 +26,8 @@ from megatron_pr2.parallel.groups import every_layer, gathered, pipeline_group
 from megatron_pr2.parallel.tokens import TokenIndex
 from megatron_pr2.prediction.gates import merge_gates, refused
 from megatron_pr2.prediction.hold_back import HoldBack
+from megatron_pr2.prediction.lookahead import LookaheadPredictor
+from megatron_pr2.prediction.multiples import OWN, Multiples
 from megatron_pr2.prediction.predictor import KEPT, RoutePredictor, shift_logits
 from megatron_pr2.prediction.pushes import Push, Pushes, Version, make_push
 from megatron_pr2.replay.sequences import ReplaySequence, versions_of
@@ -59,7 +61,11 @@ class Pushed:
     """
 
     def __init__(
-        self, config: PR2Config, sites: Sequence[RouterSite], predictor: RoutePredictor | None, hold_back: HoldBack | None
+        self,
+        config: PR2Config,
+        sites: Sequence[RouterSite],
+        predictor: RoutePredictor | None,
+        hold_back: HoldBack | Multiples | None,
     ) -> None:
         self._config, self._sites, self._predictor, self._hold_back = config, list(sites), predictor, hold_back
         self.kept = Pushes()
@@ -197,6 +203,7 @@ class Pushed:
         self._predictor.begin(None if main is None else main.momentum_LEH)
         if self._hold_back is not None and main is not None:
             self._hold_back.used = dict(main.held)
+        if isinstance(self._hold_back, HoldBack):
             for place in np.unique(self.of_token[self.of_token >= 0]):
                 self.in_use[place].make_candidates()
 
@@ -213,7 +220,8 @@ class Pushed:
             mine = self.of_token[tokens_S] == place
             if mine.any():
                 rows = None if mine.all() else to_device(np.nonzero(mine)[0])
-                judged = None if self._hold_back is None else to_device(np.nonzero(held_out & mine)[0])
+                counts = isinstance(self._hold_back, HoldBack)
+                judged = to_device(np.nonzero(held_out & mine)[0]) if counts else None
                 parts.append(RowsOfPush(push, rows, judged))
         return parts
 
@@ -235,7 +243,7 @@ class Pushed:
         horizon: float | None = None,
     ) -> Push:
         assert self._predictor is not None
-        held = {} if self._hold_back is None else self._hold_back.report()
+        held = self._held(horizon, merged)
         return make_push(
             version,
             [site.layer for site in self._sites],
@@ -250,6 +258,15 @@ class Pushed:
             horizon=horizon,
             read=read,
         )
+
+    def _held(self, horizon: float | None, merged: bool) -> dict[str, list[float]]:
+        """beta of a push that is made now, and what it follows from; empty without hold-back."""
+        if not isinstance(self._hold_back, Multiples):
+            return {} if self._hold_back is None else self._hold_back.report()
+        assert isinstance(self._predictor, LookaheadPredictor)
+        horizons = [push.horizon for push in self.kept if push.horizon is not None]
+        of = OWN if horizon is not None and not merged else horizon
+        return self._hold_back.report(self._hold_back.shares(of, self._predictor.shift(horizon), horizons))
 
 
 def rows_of(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -32,7 +32,8 @@ def add_pr2_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=tuple(PRESETS),
         default="pr2",
         help="Method that the other --pr2- flags start from: grpo (live routes), r2 (routing replay), r3 (rollout routing replay), "
-        "pr2 (with predicted routes); they differ in --pr2-routes and --pr2-predictor. Default: pr2.",
+        "pr2 (with predicted routes), pr2-lookahead (predicted by a look-ahead); they differ in --pr2-routes and --pr2-predictor. "
+        "Default: pr2.",
     )
     texts = setting_texts(PR2Config)
     for field in fields(PR2Config):

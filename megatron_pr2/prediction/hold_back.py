@@ -34,8 +34,12 @@ class HoldBack:
 
     Attributes:
         beta: per layer, one of BETAS; what the next push takes.
+        kind, reports: names of its state, and of what it reports beside beta.
         used: report() as it was at the push that the current rollout batch was predicted with.
     """
+
+    kind = "hold_back"
+    reports = ("lift", "lift_error")
 
     def __init__(self, num_layers: int, *, decay: float, confidence: float, device: torch.device) -> None:
         """Args:

@@ -55,15 +55,29 @@ class LookaheadPredictor(ExtrapolatingPredictor):
         """Args: `reach` says what an update counts that is one further ahead."""
         super().__init__(num_layers, num_experts, hidden, device=device)
         self._reach = reach
+        self._squares = [0.0] * num_layers  # per update
 
     def size_of(self, updates: float) -> float:
         """reach + reach^2 + ..., linear between whole numbers of updates."""
         return reached(updates, self._reach)
 
-    def look(self, change_LEH: Tensor, updates: float) -> None:
-        """Takes what a look-ahead found: the routers' change per update, to be predicted for so many."""
+    def look(self, change_LEH: Tensor, squares_L: Tensor, updates: float) -> None:
+        """Takes what a look-ahead found (LookAhead.run), to be predicted for so many updates."""
         torch.mul(change_LEH, self.size_of(updates), out=self._weight_LEH)
-        self.horizon = updates
+        self._squares, self.horizon = squares_L.tolist(), updates
+
+    def shift(self, horizon: float | None) -> list[float]:
+        """Per layer the mean square norm, over the tokens looked at, of what W_p adds to logits for so many updates."""
+        size = self.size_of(self.horizon if horizon is None else horizon)
+        return [size * size * square for square in self._squares]
+
+    def state(self) -> dict[str, Tensor]:
+        """Also shift [L]: its square norm per update."""
+        return {**super().state(), "shift": torch.tensor(self._squares, dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        self._squares = state["shift"].tolist() if "shift" in state else [0.0] * len(self._squares)
 
 
 class LookAhead:
@@ -109,10 +123,11 @@ class LookAhead:
         multiple: float,
         rows: Mapping[MicroBatch, Tensor],
         forward: Callable[[Observer], None],
-    ) -> Tensor:
-        """The change of every router per update, [L, E, H] fp32; the model, its optimizer and the random states stay as they are.
+    ) -> tuple[Tensor, Tensor]:
+        """The change of every router per update, [L, E, H] fp32, and the mean square norm of what it adds to logits, [L] fp64.
 
-        Collective over the token group, and over the groups of the optimizer's shards.
+        The model, its optimizer and the random states stay as they are. Collective over the token group, and over the groups of the
+        optimizer's shards.
 
         Args:
             multiple: c, at least 1.
@@ -138,11 +153,22 @@ class LookAhead:
                     forward(compare)
         found, self._rows = (self._inputs, self._logits), {}
         if not self._sites:
-            return gate_updates_LEH
+            return gate_updates_LEH, torch.zeros(0, dtype=torch.float64)
         # Given away layer by layer: all of them are not there twice.
         h, y = ([torch.cat([of.pop((site.local, each)) for each in rows]) for site in self._sites] for of in found)
         self.forget()
-        return torch.add(gate_updates_LEH, ridge_fit(h, y, RIDGE, self._group), alpha=1.0 / multiple)
+        change_LEH = torch.add(gate_updates_LEH, ridge_fit(h, y, RIDGE, self._group), alpha=1.0 / multiple)
+        return change_LEH, self._squares(h, change_LEH)
+
+    def _squares(self, inputs: Sequence[Tensor], change_LEH: Tensor) -> Tensor:
+        sums_L2 = change_LEH.new_zeros((len(inputs), 2), dtype=torch.float64)
+        for layer, h_SH in enumerate(inputs):
+            shift_SE = shift_logits(h_SH.float(), change_LEH[layer])
+            sums_L2[layer, 0] = (shift_SE - shift_SE.mean(-1, keepdim=True)).square().sum(dtype=torch.float64)
+            sums_L2[layer, 1] = float(len(h_SH))
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            dist.all_reduce(sums_L2, group=self._group)
+        return sums_L2[:, 0] / sums_L2[:, 1].clamp(min=1.0)
 
 
 @contextmanager

@@ -200,6 +200,8 @@ def push_bytes(num_layers: int, num_experts: int, hidden: int, predictor: str, *
     entries = num_layers * num_experts * hidden
     extrapolated = 4 * ("learned" in predictor and "momentum" in predictor)
     gate = torch.bfloat16.itemsize
-    # Each W_p in fp32, W and what arrived; of a batch's the gates of every beta; W of the old-log-prob pass.
-    pushes = horizons * (KEPT * (4 + extrapolated + 2 * gate) + hold_back * (len(BETAS) - 1) * gate)
+    # Each W_p in fp32, W and what arrived; of a batch's the gates of every beta, which a look-ahead has no use for; W of the
+    # old-log-prob pass.
+    candidates = (len(BETAS) - 1) * gate if hold_back and predictor != "lookahead" else 0
+    pushes = horizons * (KEPT * (4 + extrapolated + 2 * gate) + candidates)
     return entries * (pushes + (hold_back or "learned" in predictor) * gate)

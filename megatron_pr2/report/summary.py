@@ -21,6 +21,7 @@ PRESET_TEXT = {
     "r2": "routes recorded in the actor's old-log-prob pass are replayed in the training passes",
     "r3": "routes returned by the rollout engine are replayed in the actor's passes",
     "pr2": "the rollout engine samples with predicted routes, which are replayed while a predictor learns the routers' drift",
+    "pr2-lookahead": "the rollout engine samples with routes predicted by a look-ahead of the policy, which are replayed",
 }
 # Below this share of the mismatches a difference is not worth a predictor, however well it is measured.
 SMALLEST_EFFECT = 0.01

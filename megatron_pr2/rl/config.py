@@ -72,7 +72,8 @@ class RolloutConfig:
             exactly `r3`; at most `algorithm.mini_steps`. 1: one set for all; 0: one for each mini-step. A server holds one set, so
             that there must be as many servers, which share the groups out among them. `turns`: one for each mini-step, which all
             servers take one after the other (docs/sglang.md). The embedded engine samples group by group in any case. All but 1
-            need a prediction and `pr2.routes=engine`.
+            need a prediction and `pr2.routes=engine`. `auto`: with `lookahead` one for each mini-step, or as many as there are
+            servers, where the other settings allow it; else 1.
         delay: batches that a rollout is old when it is trained on. 0: sampled under the weights that the training begins with; 1:
             the next batch is sampled before the training on the present one, as in pipelines in which both run side by side.
             Predictions for an engine reach `algorithm.mini_steps` updates farther then, and drift is still measured since the
@@ -102,7 +103,7 @@ class RolloutConfig:
 
     engine: str = "megatron"
     engines: int = 1
-    groups: int | str = 1
+    groups: int | str = "auto"
     delay: int = 0
     urls: list[str] = field(default_factory=list)
     router: str = "none"
@@ -204,7 +205,7 @@ class TrainConfig:
     """The whole job.
 
     Attributes:
-        preset: `grpo`, `r2`, `r3` or `pr2`: sets `pr2.routes` and `pr2.predictor`, nothing else.
+        preset: `grpo`, `r2`, `r3`, `pr2` or `pr2-lookahead`: sets `pr2.routes` and `pr2.predictor`, nothing else.
         pr2: overrides of PR2Config's fields.
         run: directory of everything that the run writes. One directory per run.
         data: JSONL file: `prompt`/`answer` lines, or GSM8K's `question`/`answer` lines. `null` generates arithmetic for the
@@ -246,9 +247,19 @@ class TrainConfig:
     @property
     def horizons(self) -> list[float]:
         """By mini-step, the updates that its responses are predicted for; empty where one set of routers serves all of them."""
-        kappa, groups = self.algorithm.mini_steps, self.rollout.groups
-        count = groups if isinstance(groups, int) and groups else kappa
-        return group_horizons(kappa, count, self.updates_behind) if count > 1 else []
+        count = self._groups()
+        return group_horizons(self.algorithm.mini_steps, count, self.updates_behind) if count > 1 else []
+
+    def _groups(self) -> int:
+        rollout, kappa, replay = self.rollout, self.algorithm.mini_steps, self.replay()
+        if rollout.groups != "auto":
+            return rollout.groups if isinstance(rollout.groups, int) and rollout.groups else kappa
+        if not replay.looks_ahead or replay.routes != "engine" or (rollout.oversample > 1 and rollout.responses % kappa):
+            return 1
+        if rollout.engine == "megatron":
+            return kappa
+        alone = rollout.router != "none" or rollout.sglang.get("push") == "disk"
+        return 1 if alone else min(kappa, len(rollout.urls) or rollout.engines)
 
     def replay(self) -> PR2Config:
         """The settings of predictive routing replay: the preset with its overrides."""

@@ -7,6 +7,7 @@ read (config.py); what only a built model or a running server can tell is refuse
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
@@ -29,6 +30,8 @@ from megatron_pr2.rl.tiny import TinyModelConfig
 from megatron_pr2.rollout.sglang.config import SGLangConfig
 from megatron_pr2.rollout.sglang.python import find_python
 from megatron_pr2.rollout.sglang.refusals import settings_from_flags
+
+logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 3.0
 _TOKENIZER_FILES = (
@@ -208,8 +211,13 @@ def _check_sglang(settings: SGLangConfig, model: dict[str, Any], longest: int) -
 
 def _check_groups(config: TrainConfig) -> None:
     """`rollout.groups` against the servers, each of which holds one set of routers at a time."""
-    rollout, count = config.rollout, len(set(config.horizons))
+    rollout, count, replay = config.rollout, len(set(config.horizons)), config.replay()
     if not count:
+        if replay.looks_ahead and replay.hold_back and replay.routes == "engine" and config.algorithm.mini_steps == 2:
+            logger.warning(
+                "one set of routers for both mini-steps of a batch: no prediction can pay, since it can only be wrong in the "
+                "first, so this runs r3; take rollout.groups=turns, two engines, or pr2.routes=actor"
+            )
         return
     given, servers = f"rollout.groups={rollout.groups}", len(rollout.urls) or rollout.engines
     if rollout.sglang.get("push") == "disk":

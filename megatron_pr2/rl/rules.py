@@ -60,7 +60,9 @@ _RULES: dict[str, Rule] = {
     "algorithm.proximal_decay": _UP_TO_ONE,
     "algorithm.importance_floor": (lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]"),
     "rollout.temperature": (lambda value: value > 0, "a number > 0 (greedy responses give GRPO no signal)"),
-    "rollout.groups": (lambda value: value == "turns" or (isinstance(value, int) and value >= 0), "turns, or at least 0"),
+    "rollout.groups": (
+        lambda value: value >= 0 if isinstance(value, int) else value in ("auto", "turns"), "auto, turns, or at least 0",
+    ),
     "rollout.delay": (lambda value: value in (0, 1), "0 or 1"),
     "rollout.max_logprob_gap": _or_null(*_at_least(0)),
     "model.warm_start": _one_of(*LESSONS),
@@ -127,7 +129,7 @@ def _validate_groups(config: TrainConfig, replay: PR2Config) -> None:
     """`rollout.groups` against what it needs."""
     rollout, kappa = config.rollout, config.algorithm.mini_steps
     given = f"rollout.groups={rollout.groups}"
-    if rollout.groups == 1:
+    if rollout.groups in (1, "auto"):
         return
     if isinstance(rollout.groups, int) and rollout.groups > kappa:
         raise ConfigError(f"{given}: expected at most algorithm.mini_steps={kappa}")

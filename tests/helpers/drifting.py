@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Drift:
 
 def hold_back_of(pr2: PR2) -> HoldBack:
     """The handle's, which is there."""
-    assert pr2.measurement.hold_back is not None
+    assert isinstance(pr2.measurement.hold_back, HoldBack)
     return pr2.measurement.hold_back
 
 
@@ -64,6 +65,7 @@ def simulate(
     router: str = "softmax",
     known_mini_step: bool = False,
     closes: bool = True,
+    groups: bool = False,
     share: slice = slice(None),
     **settings: Any,
 ) -> Drift:
@@ -74,13 +76,19 @@ def simulate(
         router: one of toy.ROUTERS.
         known_mini_step: tells PR2 in advance which mini-step trains on which sequence.
         closes: whether the trainer calls end_rollout().
+        groups: rolls out each mini-step's sequences under gates for its own horizon.
         share: the sequences of each mini-step that this rank has.
         settings: of PR2Config.
     """
     assert kind in KINDS
     torch.manual_seed(0)
     chunk = toy.ToyChunk(toy.toy_config(**toy.ROUTERS[router]))
-    pr2 = attach(chunk, toy.preset("pr2", **{"sample_fraction": 1.0, "held_out_share": 0.5, "hold_back": True, **settings}))
+    if settings.get("predictor") == "lookahead":  # which asks where every trained weight is going
+        chunk.requires_grad_(False)
+        for trained in toy.routers(chunk):
+            trained.weight.requires_grad_(True)
+    defaults = {"alpha": 1.0, "sample_fraction": 1.0, "held_out_share": 0.5, "hold_back": True}
+    pr2 = attach(chunk, toy.preset("pr2", **{**defaults, **settings}))
     weights = [site.router.weight for site in pr2.sites]
     # Without a first moment an update says nothing but what its own gradient says.
     adam = torch.optim.Adam(weights, lr=lr, betas=(0.0, 0.99))
@@ -93,10 +101,15 @@ def simulate(
         data = toy.batches(lengths, ids.shape[1])
         tables = None
         if pr2.config.routes == "engine":
-            with torch.no_grad(), pr2.merged_gates(), pr2.record([b.micro_batch for b in data]) as session:
-                toy.run(session, chunk, data, backward=False)
-            tables = pr2.recorded_tables(session, lengths)
+            tables = {}
+            for i, part in enumerate([[batch] for batch in data] if groups else [data]):
+                gates = pr2.merged_gates(horizon=float(i)) if groups else pr2.merged_gates()
+                with torch.no_grad(), gates, pr2.record([b.micro_batch for b in part]) as session:
+                    toy.run(session, chunk, part, backward=False)
+                tables |= pr2.recorded_tables(session, dict.fromkeys((ids[i] if groups else ids).flatten().tolist(), LENGTH))
         told = toy.sequences(lengths, tables)
+        if groups:
+            told = [replace(sequence, horizon=float(i // ids.shape[1])) for i, sequence in enumerate(told)]
         if known_mini_step:
             told = [replace(sequence, mini_step=i // ids.shape[1] + 1) for i, sequence in enumerate(told)]
         pr2.begin_rollout(told)
@@ -111,8 +124,11 @@ def simulate(
             adam.step()
             out.updates = torch.stack([weight.detach() - old for weight, old in zip(weights, before, strict=True)])
             reports.append(pr2.step(lr=lr))
+        if pr2.config.looks_ahead:
+            pr2.look_ahead([b.micro_batch for b in data], partial(toy.run, chunk=chunk, data=data, backward=False))
         if closes:
             pr2.end_rollout()
-        out.pushed.append(hold_back_of(pr2).beta if pr2.config.hold_back else [])
+        held = pr2.measurement.hold_back
+        out.pushed.append(held.beta if isinstance(held, HoldBack) else [])
         out.reports.append(reports)
     return out

@@ -302,7 +302,7 @@ def test_the_cases_say_something() -> None:
         assert plans[name].total.memory["features_fetched"] > 0
     assert plans["pipeline with a dense stage"].rank(0).memory["features"] == 0
     assert {case.config().predictor for case in CASES.values()} == set(CHOICES["predictor"])
-    for name in MEMORY:
+    for name in set(MEMORY) - {"look_weights"}:  # of a look-ahead that was not watched, which has a test of its own
         # What is on its way to host memory is so on a GPU only.
         assert any(made.total.memory[name] for made in plans.values()) == (name != "features_under_way"), name
     # A distributed optimizer and a look-ahead on several ranks have tests of their own.

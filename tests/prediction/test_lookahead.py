@@ -134,10 +134,10 @@ def test_a_prediction_for_a_horizon() -> None:
     predictor = LookaheadPredictor(1, EXPERTS, HIDDEN, reach=0.6, device=torch.device("cpu"))
     change = torch.randn(1, EXPERTS, HIDDEN)
     assert not predictor.weight_for(2.0).any()  # nothing was looked at
-    predictor.look(change, 1.5)
+    predictor.look(change, torch.ones(len(change)), 1.5)
     torch.testing.assert_close(predictor.weight_for(None), reached(1.5, 0.6) * change)
     torch.testing.assert_close(predictor.weight_for(3.0), reached(3, 0.6) * change)
-    predictor.look(change * math.nan, 1.5)
+    predictor.look(change * math.nan, torch.ones(len(change)), 1.5)
     assert not predictor.weight_for(0.0).any()
 
 

@@ -329,7 +329,8 @@ def test_bytes_are_as_planned_for_every_version_and_horizon() -> None:
     kept = list(pr2.measurement.pushes.kept._kept.values())
     assert len(kept) == KEPT * len(horizons)
     # A hold-back of 0 pushes W itself, once.
-    twice = sum(gate.nbytes for push in kept for gate in push.gates)
+    pairs = [pair for push in kept for pair in zip(push.gates, push.arrived, strict=True)]
+    twice = sum(gate.nbytes for gate, arrived in pairs if arrived is gate)
     planned = push_bytes(toy.LAYERS, toy.EXPERTS, toy.HIDDEN, "lookahead", hold_back=True, horizons=len(horizons))
     old = sum(site.router.weight.nbytes for site in pr2.sites)  # of the log-prob pass
     assert sum(push.nbytes for push in kept) + twice + old == planned

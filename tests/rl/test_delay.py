@@ -95,7 +95,7 @@ def test_predictions_reach_over_the_delay(tiny_checkpoint: Path, tmp_path: Path)
     ahead = ["steps=3", "pr2.predictor=lookahead", "pr2.hold_back=false"]
     jobs = [
         (tmp_path / "groups", [*ahead, "rollout.groups=0"], False),
-        (tmp_path / "one", ahead, False),
+        (tmp_path / "one", [*ahead, "rollout.groups=1"], False),
         (tmp_path / "actor", [*ahead, "pr2.routes=actor"], False),
     ]
     for (groups, rows), (one, _), (actor, _) in pool(2).run(delay_job, tiny_checkpoint, jobs):

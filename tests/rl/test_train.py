@@ -191,7 +191,7 @@ def test_each_mini_step_has_routers_of_its_own(tiny_checkpoint: Path, prompts: P
     ahead = [*fast, "steps=3", "pr2.predictor=lookahead", "pr2.hold_back=false"]
     runs = [
         (tmp_path / "groups", [*ahead, "rollout.groups=0"], False),
-        (tmp_path / "one", ahead, False),
+        (tmp_path / "one", [*ahead, "rollout.groups=1"], False),
         (tmp_path / "r3", [*fast, "steps=1", "preset=r3"], False),
     ]
     for groups, one, r3 in pool(2).run(train_job, tiny_checkpoint, runs, prompts):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_pr2.config import PR2Config
+from megatron_pr2.config import PRESETS, PR2Config
 from megatron_pr2.errors import ConfigError
 from megatron_pr2.rl import launch
 from megatron_pr2.rl.config import TrainConfig, load_config
@@ -36,7 +36,7 @@ def test_defaults_are_valid_and_a_file_and_the_command_line_override_them(tmp_pa
 
 def test_presets() -> None:
     found = {}
-    for preset in ("grpo", "r2", "r3", "pr2"):
+    for preset in PRESETS:
         config = load_config(None, [f"preset={preset}"])
         replay = config.replay()
         assert replay.replays == (replay.routes != "live")
@@ -47,13 +47,14 @@ def test_presets() -> None:
         "r2": ("actor", "none", False),
         "r3": ("engine", "none", True),
         "pr2": ("engine", "learned", True),
+        "pr2-lookahead": ("engine", "lookahead", True),
     }
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["preset=ppo"], "preset 'ppo' is unknown; expected one of grpo, r2, r3, pr2"),
+        (["preset=ppo"], "preset 'ppo' is unknown; expected one of grpo, r2, r3, pr2, pr2-lookahead"),
         (["stepz=3"], "stepz"),
         (["rollout.promptz=3"], "rollout.promptz"),
         (["steps=many"], "steps"),
@@ -98,8 +99,8 @@ def test_presets() -> None:
         (["algorithm.proximal_device=disk"], "algorithm.proximal_device='disk': expected one of device, cpu"),
         (["rollout.engine=vllm"], "rollout.engine='vllm': expected one of megatron, sglang"),
         (["rollout.urls=[http://localhost:1]"], "needs rollout.engine=sglang"),
-        (["rollout.groups=-1"], "rollout.groups=-1: expected turns, or at least 0"),
-        (["rollout.groups=all"], "rollout.groups='all': expected turns, or at least 0"),
+        (["rollout.groups=-1"], "rollout.groups=-1: expected auto, turns, or at least 0"),
+        (["rollout.groups=all"], "rollout.groups='all': expected auto, turns, or at least 0"),
         (["rollout.groups=5"], "rollout.groups=5: expected at most algorithm.mini_steps=4"),
         (["rollout.groups=2", "preset=r3"], "rollout.groups=2 needs .*not engine and none"),
         (["rollout.groups=turns", "pr2.routes=actor"], "rollout.groups=turns needs .*not actor and learned"),
@@ -292,3 +293,29 @@ def test_a_run_of_a_later_release_is_refused(tmp_path: Path) -> None:
     settings = OmegaConf.to_container(OmegaConf.structured(config)) | {"from_the_future": 1}
     with pytest.raises(ConfigError, match=r"other settings \(from_the_future\)"):
         _claim(unfinished(tmp_path / "run", settings), config)
+
+
+SGLANG = ["rollout.engine=sglang"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ([], 4),
+        (["algorithm.mini_steps=1"], 0),
+        (["rollout.groups=1"], 0),
+        (["pr2.routes=actor"], 0),
+        (["preset=pr2"], 0),
+        (SGLANG, 0),
+        ([*SGLANG, "rollout.engines=3"], 3),
+        ([*SGLANG, "rollout.urls=[http://a:1,http://b:1]"], 2),
+        ([*SGLANG, "rollout.engines=8"], 4),
+        ([*SGLANG, "rollout.engines=8", "rollout.router=own"], 0),
+        ([*SGLANG, "rollout.engines=8", "rollout.sglang.push=disk"], 0),
+        ([*SGLANG, "rollout.groups=turns"], 4),
+        (["rollout.oversample=1.5", "rollout.responses=6"], 0),
+        (["rollout.oversample=1.5", "rollout.responses=8"], 4),
+    ],
+)
+def test_groups_by_themselves(settings: list[str], groups: int) -> None:
+    assert len(set(load_config(None, ["preset=pr2-lookahead", *settings]).horizons)) == groups

@@ -95,7 +95,7 @@ def test_every_method_is_what_its_name_says(grid: ModuleType, tmp_path: Path) ->
         if name not in ("grpo", "gspo", "r2", "r3"):
             base, _, at = name.removesuffix("+hold").partition("@")
             assert pr2.routes == (at if at == "actor" else "engine")
-            assert pr2.hold_back == name.endswith("+hold")
+            assert pr2.hold_back == (name.endswith("+hold") or base == "lookahead")
             assert pr2.predictor == {"pr2-post": "learned", "pr2-delta": "learned"}.get(base, base)
             assert pr2.target == ("delta" if base == "pr2-delta" else "post")
 
@@ -124,7 +124,7 @@ def test_a_group_with_overrides_needs_a_name_where_cells_would_collide(grid: Mod
         grid.expand(grid.read_grid(write_grid(tmp_path, groups.format(name="")), "full"), tmp_path)
     cells = grid.expand(grid.read_grid(write_grid(tmp_path, groups.format(name=", name: bold")), "full"), tmp_path)
     assert [(c.name, c.group, c.config.replay().alpha) for c in cells] == [
-        ("pr2-post_off4_lr1e-4_seed3", "", 1.0),
+        ("pr2-post_off4_lr1e-4_seed3", "", 0.1),
         ("pr2-post_bold_off4_lr1e-4_seed3", "bold", 10.0),
     ]
 
