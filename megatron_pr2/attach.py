@@ -69,7 +69,7 @@ class PR2(Parts):
             sequences, version, self.config, self.model_config, len(self.moe_layers), self.replica,
             is_owner=self.routes.is_owner, token_group=self.token_group, device=self._device,
         )  # fmt: skip
-        self._mini_steps.end_open("begin_rollout")
+        self._end_passes("begin_rollout")
         self.tokens = batch.tokens
         self.sequences = tuple(replace(sequence, routes=None, token_ids=None, versions=None) for sequence in batch.sequences)
         self.progress.begin(batch.tokens)
@@ -199,10 +199,8 @@ class PR2(Parts):
 
         Collective only where it makes up for a forgotten step(). Without it, what a batch says of predictions counts a push later.
         """
-        self._passes.require_closed("end_rollout")
-        self._mini_steps.end_open("end_rollout")
+        self._end_passes("end_rollout")
         self.progress.end()
-        self._forget_watched()
         self.tokens, self.sequences = TokenIndex({}), ()
         self.token_check.begin(self.tokens, ())
         self.routes.begin(self.tokens, {}, np.zeros(0, dtype=bool))
@@ -300,8 +298,7 @@ class PR2(Parts):
         Raises:
             CheckpointError: on every rank, if any rank cannot read it, or it is of a model of another size.
         """
-        self._passes.require_closed("load")
-        self._mini_steps.end_open("load")
+        self._end_passes("load")
         checkpoint.load(self, directory, sequences=sequences)
 
     def detach(self) -> None:

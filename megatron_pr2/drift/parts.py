@@ -15,6 +15,7 @@ from megatron_pr2.config import PR2Config
 from megatron_pr2.drift.measurement import Measurement
 from megatron_pr2.drift.mini_steps import MiniSteps
 from megatron_pr2.errors import AttachError, ReplayError
+from megatron_pr2.parallel.consensus import largest
 from megatron_pr2.parallel.groups import check_groups, communication_device, everyone, token_group
 from megatron_pr2.parallel.replica import find_replica
 from megatron_pr2.parallel.tokens import TokenIndex
@@ -144,6 +145,12 @@ class Parts:
 
         return both
 
+    def _end_passes(self, call: str) -> None:
+        """Before a call that belongs to no pass: none may be open, and what the last one left is ended or freed."""
+        self._passes.require_closed(call)
+        self._mini_steps.end_open(call)
+        self._forget_watched()
+
     def _forget_watched(self) -> None:
         if self._look is not None:
             self._look.forget()
@@ -154,7 +161,11 @@ class Parts:
             raise AttachError(f"look_ahead: predictor={self.config.predictor!r} is not made by a look-ahead; use 'lookahead'")
         if not callable(forward):
             raise ReplayError(f"look_ahead: forward is a {type(forward).__name__}; pass a function that runs the micro-batches")
-        rows = self._look.watched(micro_batches) or self._looked_at(micro_batches)
+        known = self._look.watched(micro_batches)
+        # One rank alone would run another number of forwards, and wait for the others in them.
+        again = torch.tensor([int(known is None)], device=self._device)
+        watched = not int(largest(again, everyone(self.token_group)))
+        rows = known if watched and known is not None else self._looked_at(micro_batches)
 
         def run(observer: Observer) -> None:
             with torch.no_grad(), self._passes.run("look-ahead", micro_batches, self._mode, observer) as session:
@@ -168,7 +179,8 @@ class Parts:
                 "that rollouts are behind", self.progress.mini_step,
             )  # fmt: skip
         multiple = max(1.0, self.predictor.size_of(updates))
-        change_LEH, squares_L = self._look.run(self.horizon.optimizer, self.horizon.gate_updates(), multiple, rows, run)
+        gates_LEH = self.horizon.gate_updates()
+        change_LEH, squares_L = self._look.run(self.horizon.optimizer, gates_LEH, multiple, rows, run, watched=watched)
         self.predictor.look(change_LEH, squares_L, updates)
         if not math.isfinite(self.predictor.weight_norm()):
             self.measurement.pushes.start_over()

@@ -71,6 +71,11 @@ class LookaheadPredictor(ExtrapolatingPredictor):
         size = self.size_of(self.horizon if horizon is None else horizon)
         return [size * size * square for square in self._squares]
 
+    def clear_not_finite(self) -> list[int]:
+        bad = super().clear_not_finite()
+        self._squares = [0.0 if layer in bad else square for layer, square in enumerate(self._squares)]
+        return bad
+
     def state(self) -> dict[str, Tensor]:
         """Also shift [L]: its square norm per update."""
         return {**super().state(), "shift": torch.tensor(self._squares, dtype=torch.float64)}
@@ -106,9 +111,11 @@ class LookAhead:
         return self._keep
 
     def watched(self, micro_batches: Sequence[MicroBatch]) -> dict[MicroBatch, Tensor] | None:
-        """Their rows, if the last training pass was watched for them."""
-        known = bool(micro_batches) and all(each in self._rows for each in micro_batches)
-        return {each: self._rows[each] for each in micro_batches} if known else None
+        """Their rows, if the last training pass was watched for them and ran; also of none, where other ranks have some."""
+        ran = {each for each in self._rows if all((site.local, each) in self._inputs for site in self._sites)}
+        if not ran.issuperset(micro_batches):
+            return None
+        return {each: self._rows[each] for each in micro_batches}
 
     def _keep(self, site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
         if (rows_S := self._rows.get(bound.micro_batch)) is not None:
@@ -123,6 +130,8 @@ class LookAhead:
         multiple: float,
         rows: Mapping[MicroBatch, Tensor],
         forward: Callable[[Observer], None],
+        *,
+        watched: bool,
     ) -> tuple[Tensor, Tensor]:
         """The change of every router per update, [L, E, H] fp32, and the mean square norm of what it adds to logits, [L] fp64.
 
@@ -131,11 +140,10 @@ class LookAhead:
 
         Args:
             multiple: c, at least 1.
-            rows: of every micro-batch, the rows of this rank that are looked at, on the device; those of the last training pass, if
-                it was watched for them, are run once and not twice.
+            rows: of every micro-batch, the rows of this rank that are looked at, on the device.
             forward: runs the same micro-batches once with their routes, with an observer.
+            watched: on every rank these are rows that the last training pass was watched for: one forward is enough.
         """
-        watched = self.watched(list(rows)) is not None
         multiple = 1.0 if watched else multiple
 
         def compare(site: RouterSite, bound: BoundMicroBatch, h_TH: Tensor, p_TE: Tensor) -> None:
@@ -151,11 +159,18 @@ class LookAhead:
                 forward(self.watch(rows))
                 with swapped_in(self._parameters, ahead(optimizer, self._parameters, multiple)):
                     forward(compare)
-        found, self._rows = (self._inputs, self._logits), {}
         if not self._sites:
+            self.forget()
             return gate_updates_LEH, torch.zeros(0, dtype=torch.float64)
         # Given away layer by layer: all of them are not there twice.
-        h, y = ([torch.cat([of.pop((site.local, each)) for each in rows]) for site in self._sites] for of in found)
+        _, experts, hidden = gate_updates_LEH.shape
+
+        def joined(parts: dict[tuple[int, MicroBatch], Tensor], layer: int, columns: int) -> Tensor:
+            taken = [parts.pop((layer, each)) for each in rows]
+            return torch.cat(taken) if taken else gate_updates_LEH.new_zeros((0, columns))
+
+        h = [joined(self._inputs, site.local, hidden) for site in self._sites]
+        y = [joined(self._logits, site.local, experts) for site in self._sites]
         self.forget()
         change_LEH = torch.add(gate_updates_LEH, ridge_fit(h, y, RIDGE, self._group), alpha=1.0 / multiple)
         return change_LEH, self._squares(h, change_LEH)

@@ -39,9 +39,9 @@ SHARES = torch.linspace(0.0, 1.5, 61, dtype=torch.float64)
 # The actor records routes, and every token is predicted for its own mini-step.
 OWN = "own"
 Horizon = float | str | None
-# Mini-steps in the state: the number, weight and sums of each.
-_PLACES = 64
-_COLUMNS = 6
+# Mini-steps in the state. Columns: number, weight and sums of each, sums of the batch at work, a horizon (-1: none).
+_PLACES = 256
+_COLUMNS = 11
 
 
 class Multiples:
@@ -50,6 +50,7 @@ class Multiples:
     Attributes:
         kind, reports: names of its state, and of what it reports beside beta.
         used: report() of the push that the current rollout batch was predicted with.
+        horizons: those that the mini-steps were dealt to when the last batch began.
     """
 
     kind = "multiples"
@@ -59,7 +60,8 @@ class Multiples:
         """Args: `decay` is the weight of a rollout batch relative to the next one's."""
         self._layers, self._decay = num_layers, decay
         self._known: dict[int, Tensor] = {}  # by mini-step: [L, (weight, tokens, A, B, C)]
-        self._batch: dict[int, Tensor] = {}
+        self._batch: dict[int, Tensor] = {}  # the same
+        self.horizons: set[float] = set()
         self.used = self.report([0.0] * num_layers)
 
     def observe(
@@ -68,7 +70,7 @@ class Multiples:
         """Takes a part of a mini-step; all but `tokens_L` are means over its tokens, NaN where there are none."""
         tokens, *means = (torch.tensor(values, dtype=torch.float64) for values in (tokens_L, xx_L, xd_L, dd_L))
         seen = torch.stack([torch.ones_like(tokens), tokens, *(mean.nan_to_num(nan=0.0) * tokens for mean in means)], dim=1)
-        if bool(tokens.any()):
+        if bool(seen[:, 2:].any()):  # else no token's push is known, or nothing drifted and nothing was predicted
             before = self._batch.get(mini_step, torch.zeros_like(seen))
             self._batch[mini_step] = before + seen
             self._batch[mini_step][:, 0] = 1.0
@@ -111,16 +113,29 @@ class Multiples:
     def state(self) -> Tensor:
         """Everything it continues from, [L, mini-steps, columns] float64; places without a mini-step are zeros."""
         out = torch.zeros(self._layers, _PLACES, _COLUMNS, dtype=torch.float64)
-        for place, (mini_step, sums) in enumerate(sorted(self._known.items())[:_PLACES]):
-            out[:, place, 0], out[:, place, 1:] = mini_step, sums
+        out[:, :, -1] = -1.0
+        for place, mini_step in enumerate(sorted({*self._known, *self._batch})[:_PLACES]):
+            known, batch = self._known.get(mini_step), self._batch.get(mini_step)
+            out[:, place, 0] = mini_step
+            if known is not None:
+                out[:, place, 1:6] = known
+            if batch is not None:
+                out[:, place, 6:10] = batch[:, 1:]
+        for place, horizon in enumerate(sorted(self.horizons)[:_PLACES]):
+            out[:, place, -1] = horizon
         return out
 
     def load_state(self, state: Tensor | None) -> None:
         """Restores :meth:`state`; None starts over."""
-        self._known, self._batch = {}, {}
+        self._known, self._batch, self.horizons = {}, {}, set()
         for place_LC in () if state is None or not self._layers else state.double().unbind(1):
-            if mini_step := int(place_LC[0, 0]):
-                self._known[mini_step] = place_LC[:, 1:].clone()
+            mini_step, known, batch = int(place_LC[0, 0]), place_LC[:, 1:6], place_LC[:, 6:10]
+            if bool(known.any()):
+                self._known[mini_step] = known.clone()
+            if bool(batch.any()):
+                self._batch[mini_step] = torch.cat([torch.ones_like(batch[:, :1]), batch], dim=1)
+            if float(place_LC[0, -1]) >= 0.0:
+                self.horizons.add(float(place_LC[0, -1]))
         self.used = self.report([0.0] * self._layers)
 
 

@@ -31,7 +31,7 @@ def alarms(data: RunData, dtype: str = "") -> list[str]:
     norm = of("grad_norm")
     usual = norm.shift().rolling(SPIKE_ROLLOUTS, min_periods=FEWEST_BEFORE).median()
     gap = OLDER_BOUNDS[0] if predicted(data) else BOUNDS.get(dtype, BOUNDS["bfloat16"])[0]
-    missing, clipped, delivered = of("routes.missing_share"), of("mini_steps.*.clip_fraction", "max"), of("delivered.*")
+    missing, clipped, delivered = of("routes.missing_share"), of("mini_steps.*.clip_fraction", "max"), of("delivered.*", "min")
     gaps = of("logprob_gap.mean")
     found = [
         _line(

@@ -66,7 +66,7 @@ class Explained:
             f"{enough} of {len(sums)}. One gate for all mini-steps pays only above 1"
         )
         if kappa == 2:
-            return f"{said}, which one mini-step cannot reach: use a gate per mini-step (rollout.groups), or r3."
+            return f"{said}, which one mini-step cannot reach: only gates per mini-step (rollout.groups) can gain."
         if not enough:
-            return f"{said}: use a gate per mini-step (rollout.groups), or r3."
+            return f"{said}: only gates per mini-step (rollout.groups) can gain here."
         return f"{said}, because the first one, where nothing has drifted, pays for the others."

@@ -142,7 +142,7 @@ def per_layer(data: RunData) -> Plots:
         yield chart("layer-interval", Panel(POINTS, lines, kind="error", rules=ZERO))
 
     beta = data.table("hold_back.beta.#")
-    yield figures.heat_map("beta", beta, 0.0, 1.0, "{:.2f}".format)
+    yield figures.heat_map("beta", beta, 0.0, 1.5 if (beta > 1.0).any(axis=None) else 1.0, "{:.2f}".format)
 
     agreement, lift = (data.table(f"mini_steps.+.per_layer.{name}.#") for name in ("agreement", "lift"))
     mismatch = 1 - agreement.mean()

@@ -65,8 +65,9 @@ def judge(data: RunData) -> Verdict:
     betas = held_back(data)
     if len(betas) and (betas.fillna(0.0) == 0).all(axis=None):
         so_far = " so far" if len(data.records) < FEWEST_ROLLOUTS else ""
+        why = "one set of gates for all mini-steps could gain nothing" if _by_moments(data) else "held-out tokens showed no gain"
         detail = (
-            f"Beta was 0 in all {betas.iloc[-1].count()} MoE layers of every rollout{so_far}: held-out tokens showed no gain. "
+            f"Beta was 0 in all {betas.iloc[-1].count()} MoE layers of every rollout{so_far}: {why}. "
             "Such a run is neither better nor worse off than R3."
         )
         if math.isfinite(lift) and round(lift, 5):
@@ -118,12 +119,19 @@ def judge(data: RunData) -> Verdict:
     if math.isfinite(removed):
         worse, headline = stale, f"Prediction added {share} to R3's stale slots"
     advice = "Try a smaller alpha, or preset r3." if len(betas) else "Turn pr2.hold_back on, or try a smaller alpha or preset r3."
+    if _by_moments(data):
+        advice = "Give each mini-step gates of its own (rollout.groups), or use preset r3."
     return verdict("hurt", headline, f"{worse} ({numbers}).{now} {advice}")
 
 
 def predicted(data: RunData) -> bool:
     """Whether there was a prediction at all, used or disabled."""
     return any((data.known(f"predictor.{name}") > 0).any() for name in ("tokens", "weight_norm"))
+
+
+def _by_moments(data: RunData) -> bool:
+    """Whether hold-back judges a look-ahead, by moments."""
+    return not numbered(data.rollouts, "hold_back.correlations.#").dropna(how="all").empty
 
 
 def held_back(data: RunData) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megatron_pr2.config import read_yaml
 from megatron_pr2.errors import ConfigError, PR2Error
@@ -177,8 +178,12 @@ def _claim(directory: Path, config: TrainConfig) -> None:
     """Writes the configuration into a new run directory, or checks that it is the one of the unfinished run found there."""
     file, settings = directory / "config.yaml", OmegaConf.structured(config)
     if file.exists() and (directory / FILE_NAME).exists():
-        # A setting that a later release brought stands at its default, which leaves everything as it was.
-        old, now = _flat(OmegaConf.structured(TrainConfig)) | _flat(read_yaml(file)), _flat(settings)
+        # A setting that a later release brought stands at its default, which leaves everything as it was; "auto" groups would not.
+        found = OmegaConf.merge({"rollout": {"groups": 1}}, read_yaml(file))
+        old, now = _flat(OmegaConf.structured(TrainConfig)) | _flat(found), _flat(settings)
+        # What "auto" comes to depends on the servers, which may change.
+        now["rollout.groups"] = config.horizons
+        old["rollout.groups"] = _horizons(found, unknown=config.horizons)
         # Earlier releases wrote GRPO's bounds out, which are null's now.
         for each in (old, now):
             low, high = CLIP.get(each["algorithm.loss"], (None, None))
@@ -194,6 +199,15 @@ def _claim(directory: Path, config: TrainConfig) -> None:
             OmegaConf.save(settings, temporary)
     except OSError as error:
         raise _unwritable(directory, error) from error
+
+
+def _horizons(settings: Any, unknown: list[float]) -> list[float]:
+    """What each mini-step's responses are predicted for under a file's settings; `unknown` where these are of a later release."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), settings))
+        return config.horizons if isinstance(config, TrainConfig) else unknown
+    except (OmegaConfBaseException, ConfigError):
+        return unknown
 
 
 def _unwritable(directory: Path, error: OSError) -> ConfigError:

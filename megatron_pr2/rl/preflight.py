@@ -213,10 +213,11 @@ def _check_groups(config: TrainConfig) -> None:
     """`rollout.groups` against the servers, each of which holds one set of routers at a time."""
     rollout, count, replay = config.rollout, len(set(config.horizons)), config.replay()
     if not count:
-        if replay.looks_ahead and replay.hold_back and replay.routes == "engine" and config.algorithm.mini_steps == 2:
+        if replay.looks_ahead and replay.routes == "engine" and (kappa := config.algorithm.mini_steps) > 1:
             logger.warning(
-                "one set of routers for both mini-steps of a batch: no prediction can pay, since it can only be wrong in the "
-                "first, so this runs r3; take rollout.groups=turns, two engines, or pr2.routes=actor"
+                "one set of routers for all mini-steps: a prediction can only be wrong in the first, and gains %s; for more take "
+                "rollout.groups=turns, an engine for each mini-step, or pr2.routes=actor",
+                "nothing: this runs r3" if kappa == 2 and replay.hold_back else "little",
             )
         return
     given, servers = f"rollout.groups={rollout.groups}", len(rollout.urls) or rollout.engines

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
@@ -29,9 +30,14 @@ TOLERANCE = 2e-3
 
 
 def look(
-    path: Path, case: Case, dtype: torch.dtype = torch.float32, *, watch: bool = False, **settings: Any
+    path: Path, case: Case, dtype: torch.dtype = torch.float32, *, watch: bool | int = False, alone: bool = False, **settings: Any
 ) -> tuple[dict[int, Tensor], bool]:
-    """W_p by layer after a mini-step and a look-ahead, and whether the policy is what it was before."""
+    """W_p by layer after a mini-step and a look-ahead, and whether the policy is what it was before.
+
+    Args:
+        watch: whether the mini-step is watched; a number: on that rank alone.
+        alone: only the first rank has micro-batches to look at.
+    """
     host.init(**case.layout)
     sharded = case.ddp.get("use_distributed_optimizer", False)
     _, chunks = load_model(
@@ -58,17 +64,18 @@ def look(
     run = Run(pr2, None, chunks, case, optimizer)
     run.begin_rollout()
     logprobs, _ = run.old_logprobs()
-    run.training_pass(logprobs, watch=watch)
+    run.training_pass(logprobs, watch=watch if isinstance(watch, bool) else dist.get_rank() == watch)
     assert optimizer.step()[0]
     pr2.step()
-    items = run.items("ahead", case.new)
+    items = [] if alone and dist.get_rank() else run.items("ahead", case.new)
 
     def policy() -> str:
         buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
         return digest([[chunk.state_dict() for chunk in chunks], optimizer.state_dict(), buffers, torch.get_rng_state()])
 
     def forward(session: ReplaySession) -> None:
-        run.schedule(session, items, lambda item, output_BS: (output_BS.sum(), item["mask"].sum().int(), {}), training=False)
+        if items:
+            run.schedule(session, items, lambda item, output_BS: (output_BS.sum(), item["mask"].sum().int(), {}), training=False)
 
     before = policy()
     pr2.look_ahead([item["micro_batch"] for item in items], forward)
@@ -120,6 +127,23 @@ def test_every_layout_finds_the_same_of_a_watched_pass(checkpoint: Path, expecte
         assert untouched
         for layer, w_EH in found.items():
             assert compare.relative(w_EH, single[layer]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("watch", "alone"), [(False, True), (True, True), (0, False)])
+def test_ranks_agree_on_what_was_watched(checkpoint: Path, watch: bool | int, alone: bool) -> None:
+    """Also where some have nothing to look at, or did not watch: then all of them run two forwards."""
+    (one, untouched), (other, also) = pool(2).run(look, checkpoint, Case(2), watch=watch, alone=alone)
+    assert untouched
+    assert also
+    for layer, w_EH in one.items():
+        assert w_EH.any()
+        torch.testing.assert_close(other[layer], w_EH)
+    if watch == 0 and not alone:
+        for (found, _), (expected, _) in zip(
+            pool(2).run(look, checkpoint, Case(2)), [(one, untouched), (other, also)], strict=True
+        ):
+            for layer, w_EH in found.items():
+                torch.testing.assert_close(w_EH, expected[layer])
 
 
 def test_bf16_looks_ahead_from_the_fp32_copies(checkpoint: Path, expected: dict[int, Tensor]) -> None:

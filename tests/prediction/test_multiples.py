@@ -103,7 +103,7 @@ def test_the_share_is_where_the_distance_is_smallest(seed: int, later: float, no
 
 def test_a_shift_is_never_larger_than_the_usual_drift_allows() -> None:
     multiples = observed(4, {2: 1.0})
-    usual = float(multiples.state()[0, 0, -1] / multiples.state()[0, 0, 2])  # <d, d> per token
+    usual = float(multiples.state()[0, 0, 5] / multiples.state()[0, 0, 2])  # <d, d> per token
     assert multiples.shares(1.0, [usual * 0.25, usual * 4.0], (0.0,)) == pytest.approx([1.0, CAP / 2.0], rel=0.1)
     assert multiples.shares(1.0, [0.0, math.inf], (0.0,)) == [1.0, 0.0]
 
@@ -123,11 +123,35 @@ def test_the_state_goes_on() -> None:
     assert second.shares(1.0, UNCAPPED, (1.0, 2.0)) == [1.0] * LAYERS
 
 
+def test_a_batch_goes_on_with_what_its_first_mini_steps_counted() -> None:
+    whole, first, resumed = observed(3, {2: 0.5}), observed(3, {2: 0.5}), Multiples(LAYERS, decay=0.9)
+    generator = torch.Generator().manual_seed(9)
+    half = [(x, 2.0 * x) for x in torch.randn(LAYERS, TOKENS, EXPERTS, generator=generator)]
+    rest = [(x, 2.0 * x) for x in torch.randn(LAYERS, TOKENS, EXPERTS, generator=generator)]
+    for multiples in (whole, first):
+        observe(multiples, 2, half)
+    first.horizons = {0.0, 1.0}
+    resumed.load_state(first.state())
+    assert resumed.horizons == {0.0, 1.0}
+    for multiples in (whole, resumed):
+        observe(multiples, 2, rest)
+        multiples.close_batch()
+    assert whole.shares(1.0, UNCAPPED, (0.0, 1.0)) == resumed.shares(1.0, UNCAPPED, resumed.horizons) != [0.5] * LAYERS
+
+
+def test_tokens_of_unknown_pushes_say_nothing() -> None:
+    multiples = Multiples(LAYERS, decay=0.9)
+    for _ in range(int(FEWEST)):
+        multiples.observe(2, [9.0] * LAYERS, *[[0.0] * LAYERS] * 3)
+        multiples.close_batch()
+    assert multiples.shares(1.0, UNCAPPED, (0.0, 1.0)) == [1.0] * LAYERS
+
+
 def test_layers_without_tokens_and_stages_without_layers_are_held_back_to_nothing_new() -> None:
     multiples = Multiples(LAYERS, decay=0.9)
     multiples.observe(2, [0.0] * LAYERS, *[[math.nan] * LAYERS] * 3)
     multiples.close_batch()
-    assert not multiples.state().any()
+    assert not multiples.state()[..., :-1].any()
     empty = Multiples(0, decay=0.9)
     empty.observe(2, [], [], [], [])
     empty.close_batch()

@@ -37,7 +37,7 @@ def test_each_names_threshold_batch_and_what_to_do() -> None:
     assert missing.startswith("Missing routes above 0.1 % of the tokens: 2 rollouts, first at step 11 (worst 1.00 % at step 20)")
     assert clipped.startswith("Clip fraction above 20 % in a mini-step: rollout step 12 (31.00 %); the policy moves too far")
     assert gradient.startswith("Gradient norm above 5 times the median of the 20 rollouts before: rollout step 13 (40.000); look")
-    assert delivered.startswith("Delivered share of the prediction below 50 %: 3 rollouts, first at step 30 (worst 14.00 %")
+    assert delivered.startswith("Delivered share of the prediction below 50 %: 3 rollouts, first at step 30 (worst 10.00 %")
     assert all(line.endswith(".") for line in (gap, missing, clipped, gradient, delivered))
 
 

@@ -46,7 +46,7 @@ def test_moments_of_all_rollouts_are_pooled() -> None:
     ("kappa", "correlation", "said"),
     [
         (4, 0.5, "mini-steps 2 to 4: 1.50, mean of the layers; above 1 in 2 of 2. One gate for all mini-steps pays only above 1"),
-        (4, 0.3, "above 1 in 0 of 2. One gate for all mini-steps pays only above 1: use a gate per mini-step"),
+        (4, 0.3, "above 1 in 0 of 2. One gate for all mini-steps pays only above 1: only gates per mini-step"),
         (2, 0.9, "mini-step 2: 0.90, mean of the layers; above 1 in 0 of 2. One gate for all mini-steps pays only above 1, wh"),
     ],
 )

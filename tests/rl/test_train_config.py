@@ -319,3 +319,22 @@ SGLANG = ["rollout.engine=sglang"]
 )
 def test_groups_by_themselves(settings: list[str], groups: int) -> None:
     assert len(set(load_config(None, ["preset=pr2-lookahead", *settings]).horizons)) == groups
+
+
+def test_a_run_goes_on_with_the_groups_that_it_had(tmp_path: Path) -> None:
+    """Servers may change, what they made of "auto" may not; a run from before there were groups had one."""
+    ahead = ["preset=pr2-lookahead", *SGLANG, f"run={tmp_path}"]
+    four = load_config(None, [*ahead, "rollout.engines=4"])
+    _claim(tmp_path, four)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    _claim(tmp_path, load_config(None, [*ahead, "rollout.engines=8"]))
+    _claim(tmp_path, load_config(None, [*ahead, "rollout.engines=4", "rollout.groups=0"]))
+    with pytest.raises(ConfigError, match=r"other settings \(rollout.groups\)"):
+        _claim(tmp_path, load_config(None, [*ahead, "rollout.engines=1"]))
+    plain = OmegaConf.to_container(OmegaConf.structured(four))
+    assert isinstance(plain, dict)
+    del plain["rollout"]["groups"]
+    OmegaConf.save(OmegaConf.create(plain), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"other settings \(rollout.groups\)"):
+        _claim(tmp_path, four)
+    _claim(tmp_path, load_config(None, [*ahead, "rollout.engines=4", "rollout.groups=1"]))
