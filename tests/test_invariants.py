@@ -207,7 +207,7 @@ def test_the_predictor_does_not_learn_in_the_first_mini_step() -> None:
     """Then the policy is still the one that the features come from."""
     config = toy.toy_config()
     chunk = toy.ToyChunk(config)
-    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0))
+    pr2 = attach(chunk, toy.preset("pr2", sample_fraction=1.0, alpha=1.0))
     pr2.begin_rollout(toy.sequences(LENGTHS, toy.random_tables(LENGTHS, config)))
     data = toy.batches(LENGTHS, 2)
     toy.old_logprobs(pr2, chunk, data)

@@ -15,7 +15,7 @@ from megatron_pr2 import host
 from megatron_pr2.rl.batch import Sample
 
 # What differs from run to run by nature.
-TIMES = ("wall_seconds", "seconds", "tokens_per_second", "rollout_tokens_per_second")
+TIMES = ("wall_seconds", "seconds", "cpu_seconds", "tokens_per_second", "rollout_tokens_per_second")
 
 SMALL = [
     "rollout.prompts=4",

@@ -170,7 +170,7 @@ def test_names_say_what_differs_and_has_an_effect(tmp_path: Path) -> None:
     assert list(setting.methods) == [
         "pr2 momentum hold_back=false",
         "pr2 momentum hold_back=true",
-        "pr2 learned delta alpha=1 hold_back=false",
+        "pr2 learned delta alpha=0.1 hold_back=false",
         "pr2 learned post alpha=10 hold_back=false",
     ]
 

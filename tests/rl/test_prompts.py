@@ -140,4 +140,4 @@ def test_requests_are_for_the_routers_of_their_mini_step(groups: str) -> None:
     order = mini_batch_order(numbers, 4, 0)
     assert [first[8:][place].horizon for place in order] == [each for each in horizons for _ in range(len(order) // 4)]
     assert [request.horizon for request in prompts.requests()[:8]] == [request.horizon for request in first[:8]]
-    assert {request.horizon for request in queue(*ahead).requests()} == {None}
+    assert {request.horizon for request in queue(*ahead, "rollout.groups=1").requests()} == {None}

@@ -32,7 +32,7 @@ SMALL = (
     "algorithm.micro_batch_size=4", "pr2.sample_fraction=1.0", "optimizer.lr=1e-3",
 )  # fmt: skip
 # What a step measures on the clock; everything else must be reproduced to the last bit.
-CLOCKED = {"wall_seconds", "seconds", "tokens_per_second", "rollout_tokens_per_second", "handshake"}
+CLOCKED = {"wall_seconds", "seconds", "cpu_seconds", "tokens_per_second", "rollout_tokens_per_second", "handshake"}
 
 
 @pytest.fixture(scope="module")
