@@ -57,7 +57,7 @@ def look(
         use_distributed_optimizer=sharded, **settings,
     )
     optimizer = get_megatron_optimizer(steps, chunks)
-    if steps.use_layer_wise_distributed_optimizer:
+    if getattr(steps, "use_layer_wise_distributed_optimizer", False):  # not in Megatron-Core 0.16
         optimizer.allgather_params = optimizer.broadcast_params  # of parts of several sizes, which gloo does not gather
     config = PR2Config(predictor="lookahead", hold_back=False, max_missing_share=1.0, min_agreement=0.0)
     pr2 = attach(chunks, config, optimizer)
@@ -158,6 +158,9 @@ def test_bf16_looks_ahead_from_the_fp32_copies(checkpoint: Path, expected: dict[
             assert float(torch.cosine_similarity(w_EH.flatten(), expected[layer].flatten(), dim=0)) > 0.9
 
 
+@pytest.mark.skipif(
+    not hasattr(OptimizerConfig, "use_layer_wise_distributed_optimizer"), reason="this Megatron-Core has no layer-wise optimizer"
+)
 def test_muon_looks_ahead_layer_wise_as_whole(checkpoint: Path) -> None:
     """Each rank makes the next weights that its optimizer steps; they are those of an optimizer that steps all."""
     whole, layer_wise = (
