@@ -175,8 +175,8 @@ class Pushed:
             found = [self._present(read=False, horizon=names[0][1])]
         if self._hold_back is not None:
             self._hold_back.close_batch()
-        if isinstance(self._hold_back, Multiples) and any(push.horizon is not None for push in self.kept):
-            self._hold_back.horizons = {push.horizon for push in self.kept if push.horizon is not None}
+        if isinstance(self._hold_back, Multiples):
+            self._hold_back.horizons = self.kept.horizons or self._hold_back.horizons
         if self._config.routes == "actor":
             # Recorded from now on, under logits with the prediction in them, which nothing rounds.
             found, of_token = [self._present(merged=False, read=False, horizon=horizon)], np.zeros_like(of_token)
@@ -268,7 +268,7 @@ class Pushed:
         if not isinstance(self._hold_back, Multiples):
             return {} if self._hold_back is None else self._hold_back.report()
         assert isinstance(self._predictor, LookaheadPredictor)
-        horizons = self._hold_back.horizons | {push.horizon for push in self.kept if push.horizon is not None}
+        horizons = self._hold_back.horizons | self.kept.horizons
         of = OWN if horizon is not None and not merged else horizon
         return self._hold_back.report(self._hold_back.shares(of, self._predictor.shift(horizon), horizons))
 

@@ -38,7 +38,7 @@ CAP = 0.6
 SHARES = torch.linspace(0.0, 1.5, 61, dtype=torch.float64)
 # The actor records routes, and every token is predicted for its own mini-step.
 OWN = "own"
-Horizon = float | str | None
+PushedFor = float | str | None
 # Mini-steps in the state. Columns: number, weight and sums of each, sums of the batch at work, a horizon (-1: none).
 _PLACES = 256
 _COLUMNS = 11
@@ -81,7 +81,7 @@ class Multiples:
             self._known[mini_step] = self._decay * self._known.get(mini_step, torch.zeros_like(seen)) + seen
         self._batch = {}
 
-    def shares(self, horizon: Horizon, shift_L: Sequence[float], horizons: Collection[float]) -> list[float]:
+    def shares(self, horizon: PushedFor, shift_L: Sequence[float], horizons: Collection[float]) -> list[float]:
         """beta of every layer.
 
         Args:
@@ -139,5 +139,5 @@ class Multiples:
         self.used = self.report([0.0] * self._layers)
 
 
-def _nearest(updates: int, horizons: Collection[Horizon]) -> Horizon:
+def _nearest(updates: int, horizons: Collection[PushedFor]) -> PushedFor:
     return min((h for h in horizons if isinstance(h, float | int)), key=lambda h: (abs(h - updates), h))

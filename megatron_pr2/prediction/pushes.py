@@ -208,6 +208,11 @@ class Pushes:
         """What is kept, oldest first."""
         return list(dict.fromkeys(version for version, _ in reversed(self._kept)))[::-1]
 
+    @property
+    def horizons(self) -> set[float]:
+        """Those that something is kept for; the average, None, is none of them."""
+        return {horizon for _, horizon in self._kept if horizon is not None}
+
     def add(self, push: Push, *, any_dtype: bool = False) -> Push:
         """Keeps a push and returns it; without a version the newest one where that is the same.
 
